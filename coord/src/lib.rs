@@ -1,0 +1,1 @@
+//! A quorum coordinator that speaks the ZooKeeper protocol.

@@ -1,0 +1,2 @@
+//! The one-command demonstration.
+fn main() {}

@@ -1,0 +1,1 @@
+//! The node: wire, address, data plane, roles, failover, command line.

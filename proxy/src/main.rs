@@ -1,0 +1,2 @@
+//! The `unbroken` program: arguments in, exit code out.
+fn main() {}

@@ -1,0 +1,1 @@
+//! One TCP connection as a replicable state machine, on smoltcp.

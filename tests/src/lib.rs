@@ -1,0 +1,1 @@
+//! Whole-system tests: their network of hosts, oracles and invariants.
