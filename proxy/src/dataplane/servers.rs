@@ -1,0 +1,460 @@
+//! The local server's side of every connection: input kept and fed, output read.
+//!
+//! Leader and backup run the same code here (R3: every replica's server is fed from the event log);
+//! they differ only in who keeps the output, which is [`OutputKeeper`].
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::io;
+use std::time::Duration;
+
+use bytes::Bytes;
+use mio::{Registry, Token};
+use tracing::{debug, warn};
+use unbroken_tcpstate::{ConnId, Event, EventNo};
+
+use super::input::Input;
+use super::upstream::{ReadOutcome, Target, Upstream};
+use crate::clock::Micros;
+
+/// Who keeps what the local server answers: the leader's stack, or a backup's record.
+pub(crate) trait OutputKeeper {
+    /// How many bytes of the server's output it takes now.
+    fn room(&self, conn: ConnId) -> usize;
+    /// Offset of the server's output up to which it has bytes already (a replay produces them
+    /// again, and they are skipped).
+    fn produced(&self, conn: ConnId) -> u64;
+    /// Bytes of the server; `tag` is the newest event that the server was given before (R1).
+    fn bytes(&mut self, conn: ConnId, bytes: &[u8], tag: EventNo);
+    /// The server closed its side.
+    fn fin(&mut self, conn: ConnId);
+    /// The server broke the connection off, or could not be reached.
+    fn reset(&mut self, conn: ConnId);
+    /// The server has taken the input up to `offset`.
+    fn consumed(&mut self, conn: ConnId, offset: u64);
+}
+
+/// How long a server that refuses is tried again, and how often.
+const CONNECT_RETRY: Duration = Duration::from_millis(20);
+/// After this long without an answer the client is told (a server that is down resets).
+const CONNECT_GIVE_UP: Duration = Duration::from_secs(1);
+/// One connection's turn: others wait no longer than this many bytes take.
+const TURN_BYTES: usize = 512 * 1024;
+/// Bytes read from the server at once.
+const READ_BYTES: usize = 128 * 1024;
+
+#[derive(Debug)]
+struct Server {
+    target: Target,
+    opened: EventNo,
+    input: Input,
+    fin_number: Option<EventNo>,
+    upstream: Option<Upstream>,
+    /// Offset of the server's output read so far, in this run of the server.
+    server_offset: u64,
+    opened_at: Micros,
+    retry_at: Option<Micros>,
+    /// The server broke this connection off, or its input is gone: nothing more is asked of it.
+    lost: bool,
+    queued: bool,
+    ended: bool,
+}
+
+/// Every connection's server side, with the bound on what is kept for replay.
+#[derive(Debug)]
+pub(crate) struct Servers {
+    plane: usize,
+    targets: BTreeMap<u16, Target>,
+    servers: HashMap<ConnId, Server>,
+    ready: VecDeque<ConnId>,
+    retrying: usize,
+    history_max_bytes: u64,
+    history_bytes: u64,
+    scratch: Vec<u8>,
+}
+
+/// What a checkpoint says of one connection's input; the bytes follow apart.
+#[derive(Debug, Clone, serde::Serialize, serde::Deserialize)]
+pub(crate) struct InputHeader {
+    pub(crate) conn: u64,
+    pub(crate) port: u16,
+    pub(crate) base: u64,
+    pub(crate) end: u64,
+    pub(crate) finished: bool,
+}
+
+impl Servers {
+    pub(crate) fn new(
+        plane: usize,
+        targets: BTreeMap<u16, Target>,
+        history_max_bytes: u64,
+    ) -> Self {
+        Self {
+            plane,
+            targets,
+            servers: HashMap::new(),
+            ready: VecDeque::new(),
+            retrying: 0,
+            history_max_bytes,
+            history_bytes: 0,
+            scratch: vec![0; READ_BYTES],
+        }
+    }
+
+    /// Readiness of connection `conn` arrives under this token: the plane in the low byte.
+    fn token(&self, conn: ConnId) -> Token {
+        let raw = (conn.0 << 8) | self.plane as u64;
+        Token(usize::try_from(raw).expect("64-bit machines only"))
+    }
+
+    /// The plane and connection behind a token, if it is one of ours (`ConnId` starts at 1).
+    pub(crate) fn conn_of(token: Token) -> Option<(usize, ConnId)> {
+        let raw = token.0 as u64;
+        (raw >> 8 != 0).then(|| ((raw & 0xff) as usize, ConnId(raw >> 8)))
+    }
+
+    /// Gives an event to the local server, and keeps its bytes.
+    pub(crate) fn apply(&mut self, now: Micros, number: EventNo, event: &Event, reg: &Registry) {
+        match event {
+            Event::Open { state } => {
+                let port = state.local_port();
+                self.open(now, ConnId(number.0), port, Input::default(), number, reg);
+            }
+            Event::Data { conn, offset, bytes } => {
+                let Some(server) = self.servers.get_mut(conn) else { return };
+                let before = server.input.cost_bytes();
+                server.input.push(number, *offset, bytes.clone());
+                self.history_bytes += server.input.cost_bytes() - before;
+                self.wake(*conn);
+                if self.history_bytes > self.history_max_bytes {
+                    self.forget_largest();
+                }
+            }
+            Event::PeerFin { conn, .. } => {
+                if let Some(server) = self.servers.get_mut(conn) {
+                    server.input.finish();
+                    server.fin_number = Some(number);
+                    self.wake(*conn);
+                }
+            }
+            Event::Reset { conn, .. } => {
+                if let Some(upstream) = self.remove(*conn) {
+                    upstream.abort();
+                }
+            }
+            Event::Closed { conn } => drop(self.remove(*conn)),
+            Event::HalfOpen { .. } | Event::Acked { .. } | Event::LocalFin { .. } => {}
+        }
+    }
+
+    fn open(
+        &mut self,
+        now: Micros,
+        conn: ConnId,
+        port: u16,
+        input: Input,
+        number: EventNo,
+        reg: &Registry,
+    ) {
+        let Some(target) = self.targets.get(&port).cloned() else {
+            warn!(port, "a connection to a port that no service has");
+            return;
+        };
+        self.history_bytes += input.cost_bytes();
+        let server = Server {
+            target,
+            opened: number,
+            fin_number: input.finished().then_some(number),
+            lost: !input.complete(),
+            input,
+            upstream: None,
+            server_offset: 0,
+            opened_at: now,
+            retry_at: None,
+            queued: false,
+            ended: false,
+        };
+        self.servers.insert(conn, server);
+        self.connect(now, conn, reg);
+    }
+
+    fn connect(&mut self, now: Micros, conn: ConnId, reg: &Registry) {
+        let token = self.token(conn);
+        let Some(server) = self.servers.get_mut(&conn) else { return };
+        if server.lost {
+            return;
+        }
+        server.server_offset = 0;
+        match Upstream::connect(&server.target, reg, token) {
+            Ok(upstream) => server.upstream = Some(upstream),
+            Err(error) => {
+                debug!(%error, target = ?server.target, "the local server did not answer");
+                server.upstream = None;
+                server.retry_at = Some(now + CONNECT_RETRY);
+                self.retrying += 1;
+            }
+        }
+    }
+
+    fn remove(&mut self, conn: ConnId) -> Option<Upstream> {
+        let server = self.servers.remove(&conn)?;
+        self.history_bytes -= server.input.cost_bytes();
+        if server.retry_at.is_some() {
+            self.retrying -= 1;
+        }
+        server.upstream
+    }
+
+    /// Past the bound, the connection that keeps most forgets what its server has taken: it lives
+    /// on, but no replica that joins later can be brought to its point.
+    fn forget_largest(&mut self) {
+        let Some((conn, server)) =
+            self.servers.iter_mut().max_by_key(|(_, s)| s.input.cost_bytes())
+        else {
+            return;
+        };
+        let before = server.input.cost_bytes();
+        let taken = server.upstream.as_ref().map_or(0, Upstream::taken);
+        if server.input.complete() {
+            warn!(conn = conn.0, bytes = before, "input history full: connection not replayable");
+        }
+        server.input.forget_before(taken);
+        self.history_bytes -= before - server.input.cost_bytes();
+    }
+
+    /// Puts a connection in the queue of those that have something to do.
+    pub(crate) fn wake(&mut self, conn: ConnId) {
+        if let Some(server) = self.servers.get_mut(&conn)
+            && !server.queued
+        {
+            server.queued = true;
+            self.ready.push_back(conn);
+        }
+    }
+
+    /// The event loop saw a connection to the server become ready.
+    pub(crate) fn handle_ready(&mut self, conn: ConnId, readable: bool, writable: bool) {
+        if let Some(upstream) = self.servers.get_mut(&conn).and_then(|s| s.upstream.as_mut()) {
+            upstream.handle_ready(readable, writable);
+            self.wake(conn);
+        }
+    }
+
+    /// Whether some connection has something to do now.
+    pub(crate) fn has_work(&self) -> bool {
+        !self.ready.is_empty()
+    }
+
+    /// Gives each waiting connection one turn. Bounded by the length of the queue on entry.
+    pub(crate) fn pump(&mut self, now: Micros, keeper: &mut impl OutputKeeper) {
+        for _ in 0..self.ready.len() {
+            let Some(conn) = self.ready.pop_front() else { break };
+            if let Some(server) = self.servers.get_mut(&conn) {
+                server.queued = false;
+                self.turn(now, conn, keeper);
+            }
+        }
+    }
+
+    fn turn(&mut self, now: Micros, conn: ConnId, keeper: &mut impl OutputKeeper) {
+        let Some(server) = self.servers.get_mut(&conn) else { return };
+        let Some(upstream) = server.upstream.as_mut() else { return };
+        let before = upstream.taken();
+        let mut outcome = upstream.feed(&server.input);
+        if upstream.taken() > before {
+            keeper.consumed(conn, upstream.taken());
+        }
+        if !upstream.connected() {
+            if let Err(error) = outcome {
+                self.refused(now, conn, &error, keeper);
+            }
+            return;
+        }
+        // R1: the newest event that the server has been given, whole or in part.
+        let tag = if upstream.taken() == server.input.end() && server.fin_number.is_some() {
+            server.fin_number.unwrap_or(server.opened)
+        } else {
+            server.input.number_before(upstream.taken()).unwrap_or(server.opened)
+        };
+        let mut budget = TURN_BYTES;
+        let mut ended = false;
+        while outcome.is_ok() && upstream.readable() {
+            let skip = keeper.produced(conn).saturating_sub(server.server_offset);
+            let want = if skip > 0 {
+                usize::try_from(skip).unwrap_or(READ_BYTES)
+            } else {
+                keeper.room(conn)
+            };
+            let want = want.min(READ_BYTES);
+            if want == 0 {
+                break;
+            }
+            if budget == 0 {
+                self.ready.push_back(conn);
+                server.queued = true;
+                break;
+            }
+            match upstream.read(&mut self.scratch[..want]) {
+                Ok(ReadOutcome::Bytes(n)) => {
+                    server.server_offset += n as u64;
+                    budget = budget.saturating_sub(n);
+                    if skip == 0 {
+                        keeper.bytes(conn, &self.scratch[..n], tag);
+                    }
+                }
+                Ok(ReadOutcome::Empty) => break,
+                Ok(ReadOutcome::End) => ended = true,
+                Err(e) => outcome = Err(e),
+            }
+        }
+        if ended && !server.ended {
+            server.ended = true;
+            keeper.fin(conn);
+        }
+        if let Err(error) = outcome {
+            debug!(conn = conn.0, %error, "the server broke the connection off");
+            server.upstream = None;
+            if !server.lost {
+                server.lost = true;
+                keeper.reset(conn);
+            }
+        }
+    }
+
+    /// The server is not there (yet): try again, and tell the client in the end.
+    fn refused(
+        &mut self,
+        now: Micros,
+        conn: ConnId,
+        error: &io::Error,
+        keeper: &mut impl OutputKeeper,
+    ) {
+        let Some(server) = self.servers.get_mut(&conn) else { return };
+        server.upstream = None;
+        if now.since(server.opened_at) > CONNECT_GIVE_UP {
+            warn!(conn = conn.0, %error, target = ?server.target, "the local server is not there");
+            server.lost = true;
+            keeper.reset(conn);
+        } else {
+            server.retry_at = Some(now + CONNECT_RETRY);
+            self.retrying += 1;
+        }
+    }
+
+    /// When the next retry is due.
+    pub(crate) fn poll_timeout(&self) -> Option<Micros> {
+        if self.retrying == 0 {
+            return None;
+        }
+        self.servers.values().filter_map(|s| s.retry_at).min()
+    }
+
+    /// Tries again the servers that refused.
+    pub(crate) fn handle_timeout(&mut self, now: Micros, reg: &Registry) {
+        if self.retrying == 0 {
+            return;
+        }
+        let mut due: Vec<ConnId> = self
+            .servers
+            .iter()
+            .filter(|(_, s)| s.retry_at.is_some_and(|at| at <= now))
+            .map(|(c, _)| *c)
+            .collect();
+        due.sort_unstable();
+        for conn in due {
+            if let Some(server) = self.servers.get_mut(&conn) {
+                server.retry_at = None;
+                self.retrying -= 1;
+            }
+            self.connect(now, conn, reg);
+        }
+    }
+
+    /// Input that the servers have not taken yet, in bytes, and connections that cannot be served
+    /// here (their server refused, broke off, or their history is gone).
+    pub(crate) fn lag(&self) -> (u64, usize) {
+        let mut bytes = 0;
+        let mut lost = 0;
+        for server in self.servers.values() {
+            let taken = server.upstream.as_ref().map_or(0, Upstream::taken);
+            bytes += server.input.end() - taken.min(server.input.end());
+            lost += usize::from(server.lost);
+        }
+        (bytes, lost)
+    }
+
+    /// Input that a connection's server has taken.
+    pub(crate) fn taken(&self, conn: ConnId) -> u64 {
+        self.servers.get(&conn).and_then(|s| s.upstream.as_ref()).map_or(0, Upstream::taken)
+    }
+
+    /// Every connection, in order.
+    pub(crate) fn connections(&self) -> Vec<ConnId> {
+        let mut all: Vec<_> = self.servers.keys().copied().collect();
+        all.sort_unstable();
+        all
+    }
+
+    /// Whether this replica's server can go on with the connection.
+    pub(crate) fn serves(&self, conn: ConnId) -> bool {
+        self.servers.get(&conn).is_some_and(|s| !s.lost)
+    }
+
+    /// Bytes kept for replay.
+    pub(crate) fn history_bytes(&self) -> u64 {
+        self.history_bytes
+    }
+
+    /// Closes every upstream connection (R3: whoever leaves a view starts again).
+    pub(crate) fn clear(&mut self) {
+        for (_, server) in self.servers.drain() {
+            if let Some(upstream) = server.upstream {
+                upstream.abort();
+            }
+        }
+        self.ready.clear();
+        self.retrying = 0;
+        self.history_bytes = 0;
+    }
+
+    /// The inputs as a checkpoint carries them: headers, then the bytes in the same order.
+    pub(crate) fn inputs(&self, port_of: impl Fn(ConnId) -> u16) -> (Vec<InputHeader>, Vec<Bytes>) {
+        let mut headers = Vec::with_capacity(self.servers.len());
+        let mut segments = Vec::new();
+        for conn in self.connections() {
+            let input = &self.servers[&conn].input;
+            headers.push(InputHeader {
+                conn: conn.0,
+                port: port_of(conn),
+                base: input.base(),
+                end: input.end(),
+                finished: input.finished(),
+            });
+            segments.extend(input.segments());
+        }
+        (headers, segments)
+    }
+
+    /// Takes a connection from a checkpoint and begins the replay.
+    pub(crate) fn restore(
+        &mut self,
+        now: Micros,
+        header: &InputHeader,
+        bytes: Bytes,
+        number: EventNo,
+        reg: &Registry,
+    ) {
+        let mut input = Input::starting_at(header.base);
+        let mut offset = header.base;
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            let piece = rest.split_to(rest.len().min(64 * 1024));
+            let n = piece.len() as u64;
+            input.push(number, offset, piece);
+            offset += n;
+        }
+        if header.finished {
+            input.finish();
+        }
+        self.open(now, ConnId(header.conn), header.port, input, number, reg);
+    }
+}
