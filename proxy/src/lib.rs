@@ -1,1 +1,3 @@
 //! The node: wire, address, data plane, roles, failover, command line.
+
+pub mod config;

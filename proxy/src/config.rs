@@ -1,0 +1,336 @@
+//! The configuration file: what stands in it, typed and checked.
+//!
+//! A file is read as a whole and **every** problem is reported, each with file, line, the line's
+//! text with a caret, key, value and what was expected. Nothing is guessed: a key that is not known
+//! is a problem too, since a misspelt `resilience` must not silently mean the default.
+//!
+//! Relative paths in the file are relative to the file's folder.
+
+mod document;
+mod read;
+mod value;
+
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::Serialize;
+
+pub use document::{Complaint, ConfigErrors, Problem};
+
+/// A whole node: coordinator (or the address of one), group member and proxy.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// The file this was read from.
+    pub file: PathBuf,
+    /// `[node]`
+    pub node: NodeConfig,
+    /// `[coord]`
+    pub coord: CoordConfig,
+    /// `[group]`
+    pub group: GroupConfig,
+    /// `[admin]`
+    pub admin: AdminConfig,
+    /// `[[service]]`, in file order; never empty. Names are distinct, and so are the ports of one VIP.
+    pub services: Vec<ServiceConfig>,
+    /// Things that are allowed but worth a word to the operator, one sentence each.
+    pub warnings: Vec<String>,
+}
+
+/// A coordinator server alone (`unbroken coord`): the part of the file it needs.
+#[derive(Debug, Clone)]
+pub struct CoordinatorConfig {
+    /// The file this was read from.
+    pub file: PathBuf,
+    /// `[node]`
+    pub node: NodeConfig,
+    /// `[coord]`, which must not be `external`.
+    pub coord: EmbeddedCoord,
+    /// `[admin]`
+    pub admin: AdminConfig,
+    /// Things that are allowed but worth a word to the operator, one sentence each.
+    pub warnings: Vec<String>,
+}
+
+/// `[node]`: who this is.
+#[derive(Debug, Clone)]
+pub struct NodeConfig {
+    /// This node's name; a key of `group.members` and, with an embedded coordinator, of `coord.peers`.
+    pub name: String,
+    /// Folder for the coordinator's log and snapshots; made at start if it is missing.
+    pub data_dir: PathBuf,
+    /// The group's shared secret, from `key_file`.
+    pub key: Key,
+}
+
+/// The group's shared secret; the same on every node.
+///
+/// It is the SHA-256 of the key file's text without surrounding white space, so that any file with
+/// at least 32 bytes of secret will do and a newline more or less changes nothing.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Key([u8; 32]);
+
+impl Key {
+    /// A key from what a key file holds, or `None` where that is shorter than 32 bytes.
+    #[must_use]
+    pub fn from_file_contents(contents: &[u8]) -> Option<Self> {
+        let secret = contents.trim_ascii();
+        if secret.len() < 32 {
+            return None;
+        }
+        let digest = ring::digest::digest(&ring::digest::SHA256, secret);
+        Some(Self(digest.as_ref().try_into().expect("SHA-256 has 32 bytes")))
+    }
+
+    /// The key's bytes, for deriving further keys.
+    #[must_use]
+    pub fn bytes(&self) -> &[u8; 32] {
+        &self.0
+    }
+
+    /// Eight hexadecimal digits by which two nodes' keys can be compared in public: they are of a
+    /// hash of the key, and say nothing about it.
+    #[must_use]
+    pub fn fingerprint(&self) -> String {
+        let digest = ring::digest::digest(&ring::digest::SHA256, &self.0);
+        digest.as_ref()[..4].iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+}
+
+impl fmt::Debug for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Key({})", self.fingerprint())
+    }
+}
+
+/// `[coord]`: where the coordinator is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum CoordConfig {
+    /// A server of the ensemble runs inside this node.
+    Embedded(EmbeddedCoord),
+    /// An ensemble that somebody else runs, ZooKeeper or `unbroken coord`.
+    External(ExternalCoord),
+}
+
+/// The coordinator server inside this node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EmbeddedCoord {
+    /// Where clients of the ZooKeeper protocol connect, this node's own client among them.
+    pub client: SocketAddr,
+    /// Every server of the ensemble and where its peers reach it; holds this node's name.
+    pub peers: BTreeMap<String, SocketAddr>,
+}
+
+/// An ensemble that runs elsewhere: `zk://host:2181,host:2181/chroot`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ExternalCoord {
+    /// `host:port` each, in the order given; never empty. Hosts may be names.
+    pub servers: Vec<String>,
+    /// Put before every path: empty, or starts with `/` and does not end in one.
+    pub chroot: String,
+}
+
+/// `[group]`: the replicas and their timing.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GroupConfig {
+    /// Every replica and the address of its datagrams; holds this node's name.
+    pub members: BTreeMap<String, SocketAddr>,
+    /// How many backups must hold an event before its effects leave.
+    pub resilience: Resilience,
+    /// How often a silent member says that it lives. Shorter than `lease`.
+    pub heartbeat: Duration,
+    /// How long an answered heartbeat entitles the leader to emit. Shorter than `suspect_after`.
+    pub lease: Duration,
+    /// Silence after which a member is suspected.
+    pub suspect_after: Duration,
+}
+
+/// `group.resilience`: the number `k` of backups that make an event stable.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Resilience {
+    /// The leader and `k` backups are a majority: `floor(n / 2)`.
+    Majority,
+    /// Every full member.
+    All,
+    /// So many, at least 1.
+    Backups(u32),
+}
+
+impl Resilience {
+    /// The effective `k` of a view with `full` full members, the leader among them: never more than
+    /// there are backups.
+    #[must_use]
+    pub fn k(self, full: usize) -> usize {
+        let backups = full.saturating_sub(1);
+        match self {
+            Self::Majority => full / 2,
+            Self::All => backups,
+            Self::Backups(count) => usize::try_from(count).unwrap_or(usize::MAX),
+        }
+        .min(backups)
+    }
+}
+
+/// `[admin]`: the page for operators and scripts.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AdminConfig {
+    /// Where `/`, `/status.json`, `/metrics` and `/healthz` are served. Default 127.0.0.1:9600.
+    pub listen: SocketAddr,
+}
+
+/// One `[[service]]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ServiceConfig {
+    /// Names the service in status, metrics and logs.
+    pub name: String,
+    /// The floating address. Services with the same one share group, leader and lease.
+    pub vip: IpAddr,
+    /// Length of the VIP's network prefix; 32 or 128 where none was given.
+    pub prefix: u8,
+    /// Ports of the VIP, at least one, distinct among all services of the VIP.
+    pub ports: Vec<u16>,
+    /// Network interface the VIP lives on.
+    pub interface: String,
+    /// Where the local copy of the server listens.
+    pub upstream: Upstream,
+    /// How the VIP moves between nodes.
+    pub address: AddressMode,
+    /// What order the servers need.
+    pub ordering: Ordering,
+    /// How long a close waits for another replica's agreement (rule R5).
+    pub close_wait: Duration,
+    /// What becomes of a replica whose server answered differently.
+    pub divergence: Divergence,
+    /// How much of a connection's input is kept for a replica that joins.
+    pub history: HistoryConfig,
+}
+
+/// Where the local copy of the server listens.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Upstream {
+    /// `"127.0.0.1:7000"`
+    Tcp(SocketAddr),
+    /// `"unix:/run/app.sock"`
+    Unix(PathBuf),
+}
+
+impl fmt::Display for Upstream {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp(address) => write!(f, "{address}"),
+            Self::Unix(path) => write!(f, "unix:{}", path.display()),
+        }
+    }
+}
+
+/// How the VIP moves between nodes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AddressMode {
+    /// The leader's own MAC address, made known by gratuitous ARP or unsolicited NA.
+    Garp,
+}
+
+/// What order the servers need across connections.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ordering {
+    /// Each connection's bytes in order: for servers whose connections share nothing.
+    Connection,
+}
+
+/// What becomes of a replica whose server answered differently from the leader's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Divergence {
+    /// It leaves and is brought up anew.
+    Evict,
+    /// It is only reported.
+    Warn,
+    /// It stops.
+    Stop,
+}
+
+/// Bounds of the input kept for replay; past them a replica cannot be brought up by replay.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HistoryConfig {
+    /// Bytes in memory, over all connections of the service. Default 256 MiB.
+    pub memory_bytes_max: u64,
+    /// Bytes on disk. Default 4 GiB.
+    pub disk_bytes_max: u64,
+}
+
+/// The services of one VIP: they share interface, address mode, ordering, group and leader.
+#[derive(Debug, Clone)]
+pub struct VipConfig<'a> {
+    /// The floating address.
+    pub vip: IpAddr,
+    /// Length of its network prefix.
+    pub prefix: u8,
+    /// Network interface it lives on.
+    pub interface: &'a str,
+    /// How it moves.
+    pub address: AddressMode,
+    /// What order its servers need.
+    pub ordering: Ordering,
+    /// Its services, in file order; never empty.
+    pub services: Vec<&'a ServiceConfig>,
+}
+
+impl Config {
+    /// Reads and checks the file of a node.
+    ///
+    /// # Errors
+    /// Every problem of the file at once, or the one that it cannot be read.
+    pub fn load(file: &Path) -> Result<Self, ConfigErrors> {
+        Self::parse(file, &document::read_file(file)?)
+    }
+
+    /// Checks `text` as the contents of `file`, whose folder relative paths start from.
+    ///
+    /// # Errors
+    /// Every problem of the text at once.
+    pub fn parse(file: &Path, text: &str) -> Result<Self, ConfigErrors> {
+        read::node(file, text)
+    }
+
+    /// The VIPs in the order in which the file names them first, each with its services.
+    #[must_use]
+    pub fn vips(&self) -> Vec<VipConfig<'_>> {
+        let mut vips: Vec<VipConfig<'_>> = Vec::new();
+        for service in &self.services {
+            match vips.iter_mut().find(|vip| vip.vip == service.vip) {
+                Some(vip) => vip.services.push(service),
+                None => vips.push(VipConfig {
+                    vip: service.vip,
+                    prefix: service.prefix,
+                    interface: &service.interface,
+                    address: service.address,
+                    ordering: service.ordering,
+                    services: vec![service],
+                }),
+            }
+        }
+        vips
+    }
+}
+
+impl CoordinatorConfig {
+    /// Reads and checks the file of a coordinator that runs alone: `[node]`, `[coord]` and `[admin]`.
+    /// `[group]` and `[[service]]` may be there (one file for both uses) and are not looked at.
+    ///
+    /// # Errors
+    /// Every problem of the file at once, or the one that it cannot be read.
+    pub fn load(file: &Path) -> Result<Self, ConfigErrors> {
+        Self::parse(file, &document::read_file(file)?)
+    }
+
+    /// Checks `text` as the contents of `file`, whose folder relative paths start from.
+    ///
+    /// # Errors
+    /// Every problem of the text at once.
+    pub fn parse(file: &Path, text: &str) -> Result<Self, ConfigErrors> {
+        read::coordinator(file, text)
+    }
+}
