@@ -1,0 +1,135 @@
+//! The fence: a leader emits nothing unless it holds the lease (DESIGN R2).
+//!
+//! This is the part of it that lives in the process: every batch of frames passes
+//! [`Fence::check`] immediately before the system call that sends it. A check in the process
+//! alone races with a pause between check and call (a leader woken from SIGSTOP), so the kernel
+//! enforces the lease too, by an nftables egress rule whose set element times out; that part comes
+//! with the work on faults and slots in at [`Fence::check`]: renew the element, *then* read the
+//! clock, check, send.
+//!
+//! For the record, what the kernel part can count on: a `netdev` table with an *egress* chain on
+//! the service interface can be made by root and equally by the mapped root of a user namespace
+//! that owns the network namespace (Linux 5.16 or newer); frames of a packet socket pass it, as
+//! long as `PACKET_QDISC_BYPASS` is not set. Adding a set element again with the same timeout does
+//! not refresh it: delete and add in one transaction, or state `expires`.
+
+use std::time::Duration;
+
+/// A moment of `CLOCK_BOOTTIME`, in microseconds: the clock that goes on while the machine sleeps,
+/// so that a lease cannot be stretched by suspending the machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct BootTime(u64);
+
+impl BootTime {
+    /// The present moment.
+    #[must_use]
+    pub fn now() -> Self {
+        let t = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+        let micros = t.tv_sec.unsigned_abs() * 1_000_000 + t.tv_nsec.unsigned_abs() / 1_000;
+        Self(micros)
+    }
+
+    /// The moment `micros` microseconds after boot.
+    #[must_use]
+    pub const fn from_micros(micros: u64) -> Self {
+        Self(micros)
+    }
+
+    /// Microseconds since boot.
+    #[must_use]
+    pub const fn micros(self) -> u64 {
+        self.0
+    }
+
+    /// Time from `earlier` to `self`; zero if `earlier` is the later of the two.
+    #[must_use]
+    pub const fn since(self, earlier: Self) -> Duration {
+        Duration::from_micros(self.0.saturating_sub(earlier.0))
+    }
+}
+
+impl std::ops::Add<Duration> for BootTime {
+    type Output = Self;
+
+    fn add(self, rhs: Duration) -> Self {
+        Self(
+            self.0
+                .saturating_add(u64::try_from(rhs.as_micros()).unwrap_or(u64::MAX)),
+        )
+    }
+}
+
+/// Whether frames may leave now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Fence {
+    /// `None`: shut. A lease that was shut by hand never opens again by the clock's reading.
+    lease_until: Option<BootTime>,
+}
+
+impl Fence {
+    /// A shut fence.
+    #[must_use]
+    pub const fn shut() -> Self {
+        Self { lease_until: None }
+    }
+
+    /// Opens the fence until `lease_until`, or moves its end there. The group core is the judge of
+    /// what the lease is; an end that lies before the present one is obeyed as well.
+    pub fn open_until(&mut self, lease_until: BootTime) {
+        self.lease_until = Some(lease_until);
+    }
+
+    /// Shuts the fence, at once: before a wedge is acknowledged, and on stepping down.
+    pub fn close(&mut self) {
+        self.lease_until = None;
+    }
+
+    /// Whether the fence was opened and not shut by hand since; the lease may be over all the same.
+    #[must_use]
+    pub const fn is_open(&self) -> bool {
+        self.lease_until.is_some()
+    }
+
+    /// The pure rule: whether a frame may leave at `now` under a lease that ends at `lease_until`.
+    /// The end itself is outside the lease.
+    #[must_use]
+    pub fn check(lease_until: Option<BootTime>, now: BootTime) -> bool {
+        lease_until.is_some_and(|end| now < end)
+    }
+
+    /// [`Fence::check`] on this fence's lease and the clock, read now: call it after the frames
+    /// are ready and immediately before they are sent.
+    #[must_use]
+    pub fn permits_now(&self) -> bool {
+        self.is_open() && Self::check(self.lease_until, BootTime::now())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_under_the_lease() {
+        let at = BootTime::from_micros;
+        assert!(!Fence::check(None, at(0)));
+        assert!(Fence::check(Some(at(10)), at(9)));
+        assert!(!Fence::check(Some(at(10)), at(10)), "the end is outside");
+        assert!(!Fence::check(Some(at(10)), at(11)));
+    }
+
+    #[test]
+    fn closing_wins_over_the_clock() {
+        let mut fence = Fence::shut();
+        assert!(!fence.permits_now());
+        fence.open_until(BootTime::now() + Duration::from_secs(3600));
+        assert!(fence.permits_now());
+        fence.close();
+        assert!(!fence.permits_now());
+        fence.open_until(BootTime::from_micros(1));
+        assert!(
+            !fence.permits_now(),
+            "a lease that is over lets nothing out"
+        );
+    }
+}
