@@ -1,0 +1,271 @@
+//! What a node says about itself: `/status.json`, `unbroken status`, the status page.
+//!
+//! The JSON is an interface: fields are added, never renamed or removed, and whoever reads it
+//! ignores what it does not know.
+
+use std::net::IpAddr;
+use std::sync::{Arc, PoisonError, RwLock};
+
+use serde::{Deserialize, Serialize};
+
+/// A node as a whole.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    /// The node's name.
+    pub node: String,
+    /// Version of the program.
+    pub version: String,
+    /// The process, in its own pid namespace.
+    #[serde(default)]
+    pub pid: u32,
+    /// Milliseconds since the node started.
+    #[serde(default)]
+    pub uptime_ms: u64,
+    /// The node was asked to stop and is doing so.
+    #[serde(default)]
+    pub stopping: bool,
+    /// The coordinator as this node sees it.
+    pub coordinator: CoordinatorStatus,
+    /// In the order of the configuration.
+    pub services: Vec<ServiceStatus>,
+}
+
+/// The coordinator as one node sees it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CoordinatorStatus {
+    /// What the server inside this node is.
+    pub role: CoordinatorRole,
+    /// Name of the server that leads the quorum, where it is known.
+    #[serde(default)]
+    pub leader: Option<String>,
+    /// Last transaction applied here.
+    pub zxid: i64,
+    /// Sessions of the ensemble.
+    pub sessions: u64,
+}
+
+/// What a coordinator server is in its ensemble.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CoordinatorRole {
+    /// Leads the quorum.
+    Leader,
+    /// Follows a leader.
+    Follower,
+    /// Asks to be elected: for now there is no leader.
+    Candidate,
+    /// Runs elsewhere; this node has a session.
+    External,
+    /// Not running yet, or (external) without a session.
+    #[default]
+    Unavailable,
+}
+
+/// One service on one node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ServiceStatus {
+    /// The service's name.
+    pub name: String,
+    /// Its floating address.
+    pub vip: IpAddr,
+    /// Its ports.
+    pub ports: Vec<u16>,
+    /// The member that leads the view, where this node knows one.
+    pub leader: Option<String>,
+    /// What this node is in the view.
+    pub role: Role,
+    /// The view installed last.
+    pub view: ViewStatus,
+    /// Whether the death of the leader would cost a client anything.
+    pub redundancy: Redundancy,
+    /// Why redundancy is less than `protected`.
+    #[serde(default)]
+    pub redundancy_reason: Option<String>,
+    /// Connections that live now.
+    pub connections: u64,
+    /// The leader's lease; `None` on a backup.
+    #[serde(default)]
+    pub lease: Option<LeaseStatus>,
+    /// Every member the configuration names, with what this node knows of it.
+    #[serde(default)]
+    pub members: Vec<MemberStatus>,
+    /// Counts since the node started.
+    #[serde(default)]
+    pub counters: ServiceCounters,
+}
+
+impl ServiceStatus {
+    /// A service that is not in any view yet.
+    #[must_use]
+    pub fn starting(name: &str, vip: IpAddr, ports: &[u16]) -> Self {
+        Self {
+            name: name.to_owned(),
+            vip,
+            ports: ports.to_vec(),
+            leader: None,
+            role: Role::Outside,
+            view: ViewStatus::default(),
+            redundancy: Redundancy::Unprotected,
+            redundancy_reason: Some("this node is in no view yet".to_owned()),
+            connections: 0,
+            lease: None,
+            members: Vec::new(),
+            counters: ServiceCounters::default(),
+        }
+    }
+}
+
+/// What a node is for a service.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    /// Owns the VIP.
+    Leader,
+    /// Holds every event and could lead.
+    Backup,
+    /// In the view, but still without the checkpoint or some events.
+    Joining,
+    /// Has left a view and has not installed the next.
+    Wedged,
+    /// In no view.
+    Outside,
+}
+
+/// Whether the death of the leader would cost a client anything.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Redundancy {
+    /// No backup could take over.
+    Unprotected,
+    /// A backup is being brought up to date.
+    CatchingUp,
+    /// A backup could take over, but fewer could than are configured.
+    Degraded,
+    /// As many backups as configured could take over.
+    Protected,
+}
+
+/// A view of the group.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ViewStatus {
+    /// 0 before the first.
+    pub id: u64,
+    /// Full members in the order of rank.
+    pub members: Vec<String>,
+    /// Members that are joining.
+    #[serde(default)]
+    pub joining: Vec<String>,
+    /// Number of the last event of the view before.
+    #[serde(default)]
+    pub cut: u64,
+    /// Backups that must hold an event before its effects leave.
+    #[serde(default)]
+    pub k: u32,
+}
+
+/// The leader's right to emit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LeaseStatus {
+    /// Held at this moment.
+    pub held: bool,
+    /// Milliseconds it would still last if nobody answered any more.
+    pub remaining_ms: u64,
+}
+
+/// A member as this node sees it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemberStatus {
+    /// Its name.
+    pub name: String,
+    /// What it is in the view.
+    pub state: MemberState,
+    /// Events issued that it is not known to hold (known to the leader only).
+    #[serde(default)]
+    pub lag_events: Option<u64>,
+    /// Milliseconds since anything was heard of it; `None` for this node itself, or if never.
+    #[serde(default)]
+    pub last_heard_ms: Option<u64>,
+}
+
+/// What a configured member is in the current view.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum MemberState {
+    /// Holds every event.
+    Full,
+    /// Is being brought up.
+    Joining,
+    /// Not in the view.
+    Absent,
+}
+
+/// Counts of one service on one node since it started.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct ServiceCounters {
+    /// Number of the newest event issued or delivered.
+    pub last_event: u64,
+    /// Number up to which events are stable.
+    pub stable_event: u64,
+    /// Connections opened.
+    pub connections_opened: u64,
+    /// Bytes taken from clients.
+    pub client_bytes_in: u64,
+    /// Bytes given to clients, retransmissions not counted.
+    pub client_bytes_out: u64,
+    /// Frames for the VIP taken from the wire.
+    pub frames_in: u64,
+    /// Frames given to the wire.
+    pub frames_out: u64,
+    /// Times this node became leader while another led before.
+    pub takeovers: u64,
+    /// Group datagrams dropped, whatever the reason.
+    pub datagrams_dropped: u64,
+    /// Bytes of server output that wait for stability at this moment.
+    pub uncommitted_output_bytes: u64,
+    /// Bytes of clients' input that are kept for replay at this moment.
+    pub history_bytes: u64,
+}
+
+/// The node's status, shared between those who write it and the admin page.
+#[derive(Debug, Clone)]
+pub struct Board(Arc<RwLock<Status>>);
+
+impl Board {
+    /// A board for a node that is starting.
+    #[must_use]
+    pub fn new(node: &str, services: Vec<ServiceStatus>) -> Self {
+        Self(Arc::new(RwLock::new(Status {
+            node: node.to_owned(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            pid: std::process::id(),
+            uptime_ms: 0,
+            stopping: false,
+            coordinator: CoordinatorStatus::default(),
+            services,
+        })))
+    }
+
+    /// Changes the status; may wait for a reader.
+    pub fn update(&self, change: impl FnOnce(&mut Status)) {
+        change(&mut self.0.write().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    /// Changes the status unless somebody is at it right now, and says whether it did. For the data
+    /// plane, which must not wait for a reader that was put to sleep: it writes again soon anyway.
+    pub fn try_update(&self, change: impl FnOnce(&mut Status)) -> bool {
+        match self.0.try_write() {
+            Ok(mut status) => {
+                change(&mut status);
+                true
+            }
+            Err(_) => false,
+        }
+    }
+
+    /// The status as it is now.
+    #[must_use]
+    pub fn read(&self) -> Status {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
