@@ -1,1 +1,3 @@
 //! A quorum coordinator that speaks the ZooKeeper protocol.
+
+pub mod wire;
