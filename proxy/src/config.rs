@@ -10,7 +10,6 @@ mod document;
 mod read;
 mod value;
 
-
 use std::collections::BTreeMap;
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
@@ -82,7 +81,9 @@ impl Key {
             return None;
         }
         let digest = ring::digest::digest(&ring::digest::SHA256, secret);
-        Some(Self(digest.as_ref().try_into().expect("SHA-256 has 32 bytes")))
+        Some(Self(
+            digest.as_ref().try_into().expect("SHA-256 has 32 bytes"),
+        ))
     }
 
     /// The key's bytes, for deriving further keys.
@@ -96,7 +97,10 @@ impl Key {
     #[must_use]
     pub fn fingerprint(&self) -> String {
         let digest = ring::digest::digest(&ring::digest::SHA256, &self.0);
-        digest.as_ref()[..4].iter().map(|byte| format!("{byte:02x}")).collect()
+        digest.as_ref()[..4]
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect()
     }
 }
 

@@ -1,2 +1,7 @@
 //! The `unbroken` program: arguments in, exit code out.
-fn main() {}
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    unbroken::main_from(std::env::args_os())
+}

@@ -99,7 +99,12 @@ macro_rules! register {
         $registry.register($name, $help.trim().trim_end_matches('.'), $family.clone())
     };
     ($registry:expr, $name:literal, $help:expr, $family:expr, $unit:expr) => {
-        $registry.register_with_unit($name, $help.trim().trim_end_matches('.'), $unit, $family.clone())
+        $registry.register_with_unit(
+            $name,
+            $help.trim().trim_end_matches('.'),
+            $unit,
+            $family.clone(),
+        )
     };
 }
 
@@ -155,30 +160,48 @@ service_metrics! {
 impl ServiceMetrics {
     /// Shows `state` and no other.
     pub fn set_redundancy(&self, state: Redundancy) {
-        let all =
-            [Redundancy::Unprotected, Redundancy::CatchingUp, Redundancy::Degraded, Redundancy::Protected];
+        let all = [
+            Redundancy::Unprotected,
+            Redundancy::CatchingUp,
+            Redundancy::Degraded,
+            Redundancy::Protected,
+        ];
         for each in all {
-            let labels = RedundancyLabels { service: self.service.clone(), state: each };
-            self.redundancy.get_or_create(&labels).set(i64::from(each == state));
+            let labels = RedundancyLabels {
+                service: self.service.clone(),
+                state: each,
+            };
+            self.redundancy
+                .get_or_create(&labels)
+                .set(i64::from(each == state));
         }
     }
 
     /// Counter of the group's datagrams dropped for `reason`; keep it where drops are frequent.
     #[must_use]
     pub fn datagrams_dropped(&self, reason: &'static str) -> Counter {
-        self.datagrams_dropped.get_or_create_owned(&ReasonLabels { service: self.service.clone(), reason })
+        self.datagrams_dropped.get_or_create_owned(&ReasonLabels {
+            service: self.service.clone(),
+            reason,
+        })
     }
 
     /// Counter of clients' packets dropped for `reason`; keep it where drops are frequent.
     #[must_use]
     pub fn packets_dropped(&self, reason: &'static str) -> Counter {
-        self.packets_dropped.get_or_create_owned(&ReasonLabels { service: self.service.clone(), reason })
+        self.packets_dropped.get_or_create_owned(&ReasonLabels {
+            service: self.service.clone(),
+            reason,
+        })
     }
 
     /// Gauge of the events that `member` is not known to hold.
     #[must_use]
     pub fn member_lag(&self, member: &str) -> Level {
-        let labels = MemberLabels { service: self.service.clone(), member: member.to_owned() };
+        let labels = MemberLabels {
+            service: self.service.clone(),
+            member: member.to_owned(),
+        };
         self.member_lag.get_or_create_owned(&labels)
     }
 }
@@ -204,8 +227,18 @@ impl NodeMetrics {
             "1 for the state that the service is in, 0 for the others",
             families.redundancy
         );
-        register!(registry, "datagrams_dropped", "Group datagrams dropped", families.datagrams_dropped);
-        register!(registry, "packets_dropped", "Packets of clients dropped", families.packets_dropped);
+        register!(
+            registry,
+            "datagrams_dropped",
+            "Group datagrams dropped",
+            families.datagrams_dropped
+        );
+        register!(
+            registry,
+            "packets_dropped",
+            "Packets of clients dropped",
+            families.packets_dropped
+        );
         register!(
             registry,
             "member_lag_events",
@@ -259,7 +292,10 @@ mod tests {
             r#"unbroken_member_lag_events{node="r1",service="web",member="r2"} 7"#,
             "# HELP unbroken_frames_sent Frames given to the wire.",
         ] {
-            assert!(text.lines().any(|l| l == line), "no line {line} in:\n{text}");
+            assert!(
+                text.lines().any(|l| l == line),
+                "no line {line} in:\n{text}"
+            );
         }
         assert!(text.ends_with("# EOF\n"));
     }

@@ -266,6 +266,17 @@ impl Board {
     /// The status as it is now.
     #[must_use]
     pub fn read(&self) -> Status {
-        self.0.read().unwrap_or_else(PoisonError::into_inner).clone()
+        self.0
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+}
+
+/// The word that the JSON has for a state, so that pages for people and JSON never differ.
+pub(crate) fn word(state: &impl Serialize) -> String {
+    match serde_json::to_value(state) {
+        Ok(serde_json::Value::String(word)) => word,
+        _ => unreachable!("a state is a plain word"),
     }
 }

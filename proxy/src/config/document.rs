@@ -44,7 +44,11 @@ pub struct Complaint {
 
 impl Complaint {
     pub(super) fn new(wrong: impl Into<String>, expected: impl Into<String>) -> Self {
-        Self { wrong: wrong.into(), expected: expected.into(), help: None }
+        Self {
+            wrong: wrong.into(),
+            expected: expected.into(),
+            help: None,
+        }
     }
 
     pub(super) fn help(mut self, help: impl Into<String>) -> Self {
@@ -74,7 +78,10 @@ impl ConfigErrors {
             value: None,
             complaint: Complaint::new(wrong, expected),
         };
-        Self { file: file.to_path_buf(), problems: vec![problem] }
+        Self {
+            file: file.to_path_buf(),
+            problems: vec![problem],
+        }
     }
 
     /// The problems in the order of the lines they are on; never empty.
@@ -96,7 +103,11 @@ impl fmt::Display for ConfigErrors {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let file = self.file.display();
         for problem in &self.problems {
-            let Complaint { wrong, expected, help } = &problem.complaint;
+            let Complaint {
+                wrong,
+                expected,
+                help,
+            } = &problem.complaint;
             write!(f, "{file}:")?;
             if let Some(place) = &problem.place {
                 write!(f, "{}:{}:", place.line, place.column)?;
@@ -120,7 +131,11 @@ impl fmt::Display for ConfigErrors {
                     .take(place.column - 1)
                     .map(|c| if c == '\t' { '\t' } else { ' ' })
                     .collect();
-                writeln!(f, " {margin} | {indent}{} expected {expected}", "^".repeat(place.width))?;
+                writeln!(
+                    f,
+                    " {margin} | {indent}{} expected {expected}",
+                    "^".repeat(place.width)
+                )?;
                 if let Some(help) = help {
                     writeln!(f, " {margin} = help: {help}")?;
                 }
@@ -146,7 +161,12 @@ pub(super) struct Document<'t> {
 
 impl<'t> Document<'t> {
     pub(super) fn new(file: &'t Path, text: &'t str) -> Self {
-        Self { file, text, problems: RefCell::default(), warnings: RefCell::default() }
+        Self {
+            file,
+            text,
+            problems: RefCell::default(),
+            warnings: RefCell::default(),
+        }
     }
 
     pub(super) fn text(&self) -> &'t str {
@@ -162,15 +182,30 @@ impl<'t> Document<'t> {
     }
 
     /// Complains about `key`; with `show_value` the text at `span` is the value.
-    pub(super) fn problem(&self, key: &str, span: &Range<usize>, show_value: bool, complaint: Complaint) {
+    pub(super) fn problem(
+        &self,
+        key: &str,
+        span: &Range<usize>,
+        show_value: bool,
+        complaint: Complaint,
+    ) {
         let value = show_value.then(|| shorten(self.text.get(span.clone()).unwrap_or_default()));
         let place = Some(self.place(span));
-        let problem = Problem { place, key: key.to_owned(), value, complaint };
+        let problem = Problem {
+            place,
+            key: key.to_owned(),
+            value,
+            complaint,
+        };
         self.problems.borrow_mut().push((span.start, problem));
     }
 
     pub(super) fn warn(&self, span: &Range<usize>, sentence: &str) {
-        let warning = format!("{}:{}: {sentence}", self.file.display(), self.place(span).line);
+        let warning = format!(
+            "{}:{}: {sentence}",
+            self.file.display(),
+            self.place(span).line
+        );
         self.warnings.borrow_mut().push(warning);
     }
 
@@ -186,7 +221,10 @@ impl<'t> Document<'t> {
         }
         problems.sort_by_key(|(start, _)| *start);
         let problems = problems.into_iter().map(|(_, problem)| problem).collect();
-        Err(ConfigErrors { file: self.file.to_path_buf(), problems })
+        Err(ConfigErrors {
+            file: self.file.to_path_buf(),
+            problems,
+        })
     }
 
     fn place(&self, span: &Range<usize>) -> Place {
@@ -195,14 +233,21 @@ impl<'t> Document<'t> {
             start -= 1;
         }
         let line_start = self.text[..start].rfind('\n').map_or(0, |at| at + 1);
-        let line_end = self.text[start..].find('\n').map_or(self.text.len(), |at| start + at);
+        let line_end = self.text[start..]
+            .find('\n')
+            .map_or(self.text.len(), |at| start + at);
         let text = self.text[line_start..line_end].trim_end();
-        let end = span.end.clamp(start, line_start + text.len().max(start - line_start));
+        let end = span
+            .end
+            .clamp(start, line_start + text.len().max(start - line_start));
         Place {
             line: self.text[..line_start].matches('\n').count() + 1,
             column: self.text[line_start..start].chars().count() + 1,
             text: text.to_owned(),
-            width: self.text.get(start..end).map_or(1, |under| under.chars().count().max(1)),
+            width: self
+                .text
+                .get(start..end)
+                .map_or(1, |under| under.chars().count().max(1)),
         }
     }
 }
@@ -210,15 +255,23 @@ impl<'t> Document<'t> {
 /// Reads a configuration file.
 pub(super) fn read_file(file: &Path) -> Result<String, ConfigErrors> {
     const EXPECTED: &str = "a configuration file (TOML)";
-    let bytes = std::fs::read(file)
-        .map_err(|error| ConfigErrors::unreadable(file, format!("cannot read it: {error}"), EXPECTED))?;
+    let bytes = std::fs::read(file).map_err(|error| {
+        ConfigErrors::unreadable(file, format!("cannot read it: {error}"), EXPECTED)
+    })?;
     if bytes.len() > FILE_BYTES_MAX {
-        let wrong = format!("{} bytes is more than the {FILE_BYTES_MAX} that are allowed", bytes.len());
+        let wrong = format!(
+            "{} bytes is more than the {FILE_BYTES_MAX} that are allowed",
+            bytes.len()
+        );
         return Err(ConfigErrors::unreadable(file, wrong, EXPECTED));
     }
     String::from_utf8(bytes).map_err(|error| {
         let at = error.utf8_error().valid_up_to();
-        let line = error.as_bytes()[..at].iter().filter(|&&byte| byte == b'\n').count() + 1;
+        let line = error.as_bytes()[..at]
+            .iter()
+            .filter(|&&byte| byte == b'\n')
+            .count()
+            + 1;
         ConfigErrors::unreadable(file, format!("line {line} is not UTF-8 text"), EXPECTED)
     })
 }

@@ -14,8 +14,8 @@ use toml::de::{DeTable, DeValue};
 use super::document::{Complaint, ConfigErrors, Document};
 use super::value;
 use super::{
-    AddressMode, AdminConfig, Config, CoordConfig, CoordinatorConfig, Divergence, EmbeddedCoord, GroupConfig,
-    HistoryConfig, Key, NodeConfig, Ordering, Resilience, ServiceConfig,
+    AddressMode, AdminConfig, Config, CoordConfig, CoordinatorConfig, Divergence, EmbeddedCoord,
+    GroupConfig, HistoryConfig, Key, NodeConfig, Ordering, Resilience, ServiceConfig,
 };
 
 /// Services of one node; each costs sockets and a share of the one data-plane thread.
@@ -47,9 +47,24 @@ struct Section<'d, 't> {
 }
 
 impl<'d, 't> Section<'d, 't> {
-    fn new(document: &'d Document<'t>, path: &str, span: Range<usize>, table: &'d DeTable<'d>) -> Self {
-        let prefix = if path.is_empty() { String::new() } else { format!("{path}.") };
-        Self { document, prefix, span, table, asked: RefCell::default() }
+    fn new(
+        document: &'d Document<'t>,
+        path: &str,
+        span: Range<usize>,
+        table: &'d DeTable<'d>,
+    ) -> Self {
+        let prefix = if path.is_empty() {
+            String::new()
+        } else {
+            format!("{path}.")
+        };
+        Self {
+            document,
+            prefix,
+            span,
+            table,
+            asked: RefCell::default(),
+        }
     }
 
     fn key(&self, key: &str) -> String {
@@ -62,7 +77,12 @@ impl<'d, 't> Section<'d, 't> {
     }
 
     fn missing(&self, key: &str, expected: impl Into<String>) {
-        self.document.problem(&self.key(key), &self.span, false, Complaint::new("missing", expected));
+        self.document.problem(
+            &self.key(key),
+            &self.span,
+            false,
+            Complaint::new("missing", expected),
+        );
     }
 
     /// The value of `key`, if it is there and right.
@@ -73,9 +93,14 @@ impl<'d, 't> Section<'d, 't> {
     ) -> Option<Found<T>> {
         let found = self.get(key)?;
         match parse(found.get_ref()) {
-            Ok(value) => Some(Found { value, key: self.key(key), span: found.span() }),
+            Ok(value) => Some(Found {
+                value,
+                key: self.key(key),
+                span: found.span(),
+            }),
             Err(complaint) => {
-                self.document.problem(&self.key(key), &found.span(), true, complaint);
+                self.document
+                    .problem(&self.key(key), &found.span(), true, complaint);
                 None
             }
         }
@@ -97,18 +122,24 @@ impl<'d, 't> Section<'d, 't> {
     }
 
     /// The table under `key`, written as a section or in braces.
-    fn section(&self, key: &'static str, expected: &str) -> Option<Section<'d, 't>> {
+    fn section(&self, key: &'static str, expected: &str) -> Option<Self> {
         let found = self.get(key)?;
         let DeValue::Table(table) = found.get_ref() else {
             let complaint = value::wrong_type(found.get_ref(), expected);
-            self.document.problem(&self.key(key), &found.span(), true, complaint);
+            self.document
+                .problem(&self.key(key), &found.span(), true, complaint);
             return None;
         };
-        Some(Section::new(self.document, &self.key(key), found.span(), table))
+        Some(Section::new(
+            self.document,
+            &self.key(key),
+            found.span(),
+            table,
+        ))
     }
 
     /// A whole section that must be in the file.
-    fn required_section(&self, key: &'static str, expected: &str) -> Option<Section<'d, 't>> {
+    fn required_section(&self, key: &'static str, expected: &str) -> Option<Self> {
         if self.table.get(key).is_none() {
             self.asked.borrow_mut().push(key);
             let end = self.document.text().trim_end().len();
@@ -149,24 +180,35 @@ impl<'d, 't> Section<'d, 't> {
             }
             match value::socket_address(address.get_ref()) {
                 Ok(value) => {
-                    let found = Found { value, key: path, span: address.span() };
+                    let found = Found {
+                        value,
+                        key: path,
+                        span: address.span(),
+                    };
                     addresses.insert(name.get_ref().to_string(), found);
                 }
                 Err(complaint) => {
-                    self.document.problem(&path, &address.span(), true, complaint);
+                    self.document
+                        .problem(&path, &address.span(), true, complaint);
                     all_good = false;
                 }
             }
         }
-        all_good.then(|| Found { value: addresses, key, span: found.span() })
+        all_good.then(|| Found {
+            value: addresses,
+            key,
+            span: found.span(),
+        })
     }
 
     /// A key of the design that this version cannot honour yet: refused, never ignored.
     fn not_yet(&self, key: &'static str, help: &str) {
         if let Some(found) = self.get(key) {
             let complaint =
-                value::unavailable("not available yet in this version", "the key left out").help(help);
-            self.document.problem(&self.key(key), &found.span(), true, complaint);
+                value::unavailable("not available yet in this version", "the key left out")
+                    .help(help);
+            self.document
+                .problem(&self.key(key), &found.span(), true, complaint);
         }
     }
 
@@ -182,12 +224,20 @@ impl<'d, 't> Section<'d, 't> {
                 None => "in the file".to_owned(),
                 Some(path) => format!("in {path}"),
             };
-            let complaint = Complaint::new("unknown key", format!("{place} one of: {}", asked.join(", ")));
+            let complaint = Complaint::new(
+                "unknown key",
+                format!("{place} one of: {}", asked.join(", ")),
+            );
             let complaint = match value::suggestion(name, &asked) {
                 Some(known) => complaint.help(format!("did you mean {known}?")),
                 None => complaint,
             };
-            self.document.problem(&format!("{}{name}", self.prefix), &key.span(), false, complaint);
+            self.document.problem(
+                &format!("{}{name}", self.prefix),
+                &key.span(),
+                false,
+                complaint,
+            );
         }
     }
 }
@@ -216,7 +266,14 @@ pub(super) fn node(file: &Path, text: &str) -> Result<Config, ConfigErrors> {
     let admin = admin_section(&root);
     let services = service_sections(&root);
     root.finish();
-    check_addresses(&document, node.as_ref(), coord.as_ref(), group.as_ref(), &admin, &services);
+    check_addresses(
+        &document,
+        node.as_ref(),
+        coord.as_ref(),
+        group.as_ref(),
+        &admin,
+        &services,
+    );
 
     let warnings = document.finish()?;
     Ok(Config {
@@ -224,7 +281,9 @@ pub(super) fn node(file: &Path, text: &str) -> Result<Config, ConfigErrors> {
         node: node.expect(COMPLAINED).config,
         coord: coord.expect(COMPLAINED).config,
         group: group.expect(COMPLAINED).config,
-        admin: AdminConfig { listen: admin.value },
+        admin: AdminConfig {
+            listen: admin.value,
+        },
         services: services.into_iter().map(|service| service.config).collect(),
         warnings,
     })
@@ -245,7 +304,11 @@ pub(super) fn coordinator(file: &Path, text: &str) -> Result<CoordinatorConfig, 
     }
     root.finish();
     check_addresses(&document, node.as_ref(), coord.as_ref(), None, &admin, &[]);
-    if let Some(CoordSection { external: Some(found), .. }) = &coord {
+    if let Some(CoordSection {
+        external: Some(found),
+        ..
+    }) = &coord
+    {
         let complaint = Complaint::new(
             "there is no coordinator to run here",
             "client and peers in its place for `unbroken coord`",
@@ -261,7 +324,9 @@ pub(super) fn coordinator(file: &Path, text: &str) -> Result<CoordinatorConfig, 
         file: file.to_path_buf(),
         node: node.expect(COMPLAINED).config,
         coord: embedded,
-        admin: AdminConfig { listen: admin.value },
+        admin: AdminConfig {
+            listen: admin.value,
+        },
         warnings,
     })
 }
@@ -275,24 +340,38 @@ struct NodeSection {
 }
 
 fn node_section(root: &Section<'_, '_>) -> Option<NodeSection> {
-    let section = root.required_section("node", "a section [node] with name, data_dir and key_file")?;
+    let section =
+        root.required_section("node", "a section [node] with name, data_dir and key_file")?;
     let name = section.required("name", "this node's name, as in \"r1\"", value::name);
     let data_dir = section.required("data_dir", "a folder of this node's own", value::path);
     let key = section
-        .required("key_file", "the file with the group's key, made by `unbroken keygen`", value::path)
+        .required(
+            "key_file",
+            "the file with the group's key, made by `unbroken keygen`",
+            value::path,
+        )
         .and_then(|found| key_file(section.document, &found));
     section.finish();
     let (name, data_dir) = (name?, data_dir?);
     let data_dir = root.document.resolve(&data_dir.value);
-    Some(NodeSection { config: NodeConfig { name: name.value.clone(), data_dir, key: key? }, name })
+    Some(NodeSection {
+        config: NodeConfig {
+            name: name.value.clone(),
+            data_dir,
+            key: key?,
+        },
+        name,
+    })
 }
 
 fn key_file(document: &Document<'_>, found: &Found<String>) -> Option<Key> {
     const EXPECTED: &str = "a file with at least 32 bytes of secret, the same on every node";
     let path = document.resolve(&found.value);
     let complain = |wrong: String| {
-        let complaint = Complaint::new(wrong, EXPECTED)
-            .help(format!("make it once with: unbroken keygen > {}", path.display()));
+        let complaint = Complaint::new(wrong, EXPECTED).help(format!(
+            "make it once with: unbroken keygen > {}",
+            path.display()
+        ));
         document.problem(&found.key, &found.span, true, complaint);
     };
     let contents = match std::fs::read(&path) {
@@ -303,19 +382,28 @@ fn key_file(document: &Document<'_>, found: &Found<String>) -> Option<Key> {
         }
     };
     if let Some(mode) = mode_of(&path).filter(|mode| mode & 0o004 != 0) {
-        let sentence = format!("{} can be read by every user (mode {mode:04o}); use 0600", path.display());
+        let sentence = format!(
+            "{} can be read by every user (mode {mode:04o}); use 0600",
+            path.display()
+        );
         document.warn(&found.span, &sentence);
     }
     let key = Key::from_file_contents(&contents);
     if key.is_none() {
-        complain(format!("{} holds {} bytes", path.display(), contents.trim_ascii().len()));
+        complain(format!(
+            "{} holds {} bytes",
+            path.display(),
+            contents.trim_ascii().len()
+        ));
     }
     key
 }
 
 fn mode_of(path: &Path) -> Option<u32> {
     use std::os::unix::fs::PermissionsExt as _;
-    std::fs::metadata(path).ok().map(|metadata| metadata.permissions().mode() & 0o7777)
+    std::fs::metadata(path)
+        .ok()
+        .map(|metadata| metadata.permissions().mode() & 0o7777)
 }
 
 struct CoordSection {
@@ -326,14 +414,22 @@ struct CoordSection {
 }
 
 fn coord_section(root: &Section<'_, '_>, node: Option<&NodeSection>) -> Option<CoordSection> {
-    let section = root.required_section("coord", "a section [coord] with client and peers, or with external")?;
+    let section = root.required_section(
+        "coord",
+        "a section [coord] with client and peers, or with external",
+    )?;
     let document = section.document;
     if section.table.contains_key("external") {
         let external = section.optional("external", value::external);
-        for (key, found) in [("client", section.get("client")), ("peers", section.get("peers"))] {
+        for (key, found) in [
+            ("client", section.get("client")),
+            ("peers", section.get("peers")),
+        ] {
             if let Some(found) = found {
-                let complaint =
-                    Complaint::new("not together with external", "either client and peers, or external");
+                let complaint = Complaint::new(
+                    "not together with external",
+                    "either client and peers, or external",
+                );
                 document.problem(&section.key(key), &found.span(), false, complaint);
             }
         }
@@ -343,7 +439,11 @@ fn coord_section(root: &Section<'_, '_>, node: Option<&NodeSection>) -> Option<C
             config: CoordConfig::External(external.value),
             client: None,
             peers: BTreeMap::new(),
-            external: Some(Found { value: (), key: external.key, span: external.span }),
+            external: Some(Found {
+                value: (),
+                key: external.key,
+                span: external.span,
+            }),
         });
     }
     let client = section.required(
@@ -365,8 +465,16 @@ fn coord_section(root: &Section<'_, '_>, node: Option<&NodeSection>) -> Option<C
         );
         document.warn(&peers.span, &sentence);
     }
-    let config = CoordConfig::Embedded(EmbeddedCoord { client: client.value, peers: plain(&peers.value) });
-    Some(CoordSection { config, client: Some(client), peers: peers.value, external: None })
+    let config = CoordConfig::Embedded(EmbeddedCoord {
+        client: client.value,
+        peers: plain(&peers.value),
+    });
+    Some(CoordSection {
+        config,
+        client: Some(client),
+        peers: peers.value,
+        external: None,
+    })
 }
 
 struct GroupSection {
@@ -383,7 +491,11 @@ fn group_section(root: &Section<'_, '_>, node: Option<&NodeSection>) -> Option<G
         let given = section.table.contains_key(key);
         let found = section.optional(key, value::duration(MILLISECOND, MINUTE));
         let default = Duration::from_millis(default_ms);
-        (found.as_ref().map_or(default, |found| found.value), found, given)
+        (
+            found.as_ref().map_or(default, |found| found.value),
+            found,
+            given,
+        )
     };
     let (heartbeat, heartbeat_found, _) = timing("heartbeat", 10);
     let (lease, lease_found, lease_given) = timing("lease", 30);
@@ -394,30 +506,58 @@ fn group_section(root: &Section<'_, '_>, node: Option<&NodeSection>) -> Option<G
     if lease_known && suspect_known && lease >= suspect_after {
         let culprit = lease_found.as_ref().or(suspect_found.as_ref());
         let (wrong, expected) = (
-            format!("the lease ({}) is not below suspect_after ({})", format_duration(lease), format_duration(suspect_after)),
-            "lease < suspect_after, so that a lease is over when its holder is suspected".to_owned(),
+            format!(
+                "the lease ({}) is not below suspect_after ({})",
+                format_duration(lease),
+                format_duration(suspect_after)
+            ),
+            "lease < suspect_after, so that a lease is over when its holder is suspected"
+                .to_owned(),
         );
-        complain_at(document, culprit, &section, "lease", Complaint::new(wrong, expected));
+        complain_at(
+            document,
+            culprit,
+            &section,
+            "lease",
+            Complaint::new(wrong, expected),
+        );
     }
     if lease_known && heartbeat >= lease {
         let culprit = heartbeat_found.as_ref().or(lease_found.as_ref());
         let (wrong, expected) = (
-            format!("the heartbeat ({}) is not below the lease ({})", format_duration(heartbeat), format_duration(lease)),
+            format!(
+                "the heartbeat ({}) is not below the lease ({})",
+                format_duration(heartbeat),
+                format_duration(lease)
+            ),
             "heartbeat < lease, so that a lease is renewed before it is over".to_owned(),
         );
-        complain_at(document, culprit, &section, "heartbeat", Complaint::new(wrong, expected));
+        complain_at(
+            document,
+            culprit,
+            &section,
+            "heartbeat",
+            Complaint::new(wrong, expected),
+        );
     }
     section.finish();
     let members = members?;
     check_listed(document, node, &members);
     check_distinct(document, &members.value);
     let backups = members.value.len() - usize::from(!members.value.is_empty());
-    if let Some(Found { value: Resilience::Backups(count), key, span }) = &resilience
+    if let Some(Found {
+        value: Resilience::Backups(count),
+        key,
+        span,
+    }) = &resilience
         && usize::try_from(*count).is_ok_and(|count| count > backups)
     {
         let complaint = Complaint::new(
             format!("{} members have {backups} backups", members.value.len()),
-            format!("\"majority\", \"all\", or a number from 1 to {}", backups.max(1)),
+            format!(
+                "\"majority\", \"all\", or a number from 1 to {}",
+                backups.max(1)
+            ),
         );
         document.problem(key, span, true, complaint);
     }
@@ -428,7 +568,10 @@ fn group_section(root: &Section<'_, '_>, node: Option<&NodeSection>) -> Option<G
         lease,
         suspect_after,
     };
-    Some(GroupSection { config, members: members.value })
+    Some(GroupSection {
+        config,
+        members: members.value,
+    })
 }
 
 /// Complains where `found` stands, or at the section's head.
@@ -468,7 +611,8 @@ struct ServiceSection {
 }
 
 fn service_sections(root: &Section<'_, '_>) -> Vec<ServiceSection> {
-    const EXPECTED: &str = "at least one section [[service]] with name, vip, ports, interface and upstream";
+    const EXPECTED: &str =
+        "at least one section [[service]] with name, vip, ports, interface and upstream";
     let document = root.document;
     let Some(found) = root.get("service") else {
         let end = document.text().trim_end().len();
@@ -490,8 +634,10 @@ fn service_sections(root: &Section<'_, '_>) -> Vec<ServiceSection> {
         return Vec::new();
     };
     if array.is_empty() || array.len() > SERVICES_MAX {
-        let complaint =
-            Complaint::new(format!("{} services", array.len()), format!("1 to {SERVICES_MAX} services"));
+        let complaint = Complaint::new(
+            format!("{} services", array.len()),
+            format!("1 to {SERVICES_MAX} services"),
+        );
         document.problem("service", &found.span(), false, complaint);
     }
     let mut services = Vec::new();
@@ -512,16 +658,28 @@ fn service_sections(root: &Section<'_, '_>) -> Vec<ServiceSection> {
 fn service_section(section: Section<'_, '_>) -> Option<ServiceSection> {
     let document = section.document;
     let name = section.required("name", "the service's name, as in \"web\"", value::name);
-    let vip = section.required("vip", "the virtual IP with its prefix, as in \"10.98.0.100/24\"", value::vip);
+    let vip = section.required(
+        "vip",
+        "the virtual IP with its prefix, as in \"10.98.0.100/24\"",
+        value::vip,
+    );
     let ports = ports(&section);
-    let interface =
-        section.required("interface", "the network interface of the VIP, as in \"eth0\"", value::interface);
-    let upstream =
-        section.required("upstream", "where the server listens, as in \"127.0.0.1:7000\"", value::upstream);
+    let interface = section.required(
+        "interface",
+        "the network interface of the VIP, as in \"eth0\"",
+        value::interface,
+    );
+    let upstream = section.required(
+        "upstream",
+        "where the server listens, as in \"127.0.0.1:7000\"",
+        value::upstream,
+    );
     let address = section.optional("address", value::address_mode);
     let ordering = section.optional("ordering", value::ordering);
-    let close_wait =
-        section.optional("close_wait", value::duration(Duration::from_millis(10), Duration::from_secs(60)));
+    let close_wait = section.optional(
+        "close_wait",
+        value::duration(Duration::from_millis(10), Duration::from_secs(60)),
+    );
     let divergence = section.optional("divergence", value::divergence);
     let history = history(&section);
     section.not_yet(
@@ -529,15 +687,28 @@ fn service_section(section: Section<'_, '_>) -> Option<ServiceSection> {
         "start the server yourself (systemd, a container) and name its address in upstream",
     );
     for key in ["checkpoint", "restore"] {
-        section.not_yet(key, "a replica that joins is brought up by replaying each connection's input");
+        section.not_yet(
+            key,
+            "a replica that joins is brought up by replaying each connection's input",
+        );
     }
-    section.not_yet("health", "a server that does not accept is seen when a connection is opened to it");
+    section.not_yet(
+        "health",
+        "a server that does not accept is seen when a connection is opened to it",
+    );
     for key in ["on_promote", "on_demote"] {
-        section.not_yet(key, "the address moves by gratuitous ARP or neighbour advertisement alone");
+        section.not_yet(
+            key,
+            "the address moves by gratuitous ARP or neighbour advertisement alone",
+        );
     }
     section.finish();
     let (name, vip, interface, ports) = (name?, vip?, interface?, ports?);
-    if let Some(Found { value: super::Upstream::Tcp(upstream), key, span }) = &upstream
+    if let Some(Found {
+        value: super::Upstream::Tcp(upstream),
+        key,
+        span,
+    }) = &upstream
         && upstream.ip() == vip.value.0
     {
         let complaint = Complaint::new(
@@ -559,7 +730,13 @@ fn service_section(section: Section<'_, '_>) -> Option<ServiceSection> {
         divergence: divergence.map_or(Divergence::Evict, |found| found.value),
         history,
     };
-    Some(ServiceSection { config, name, vip, interface, ports })
+    Some(ServiceSection {
+        config,
+        name,
+        vip,
+        interface,
+        ports,
+    })
 }
 
 fn ports(section: &Section<'_, '_>) -> Option<Vec<Found<u16>>> {
@@ -571,33 +748,57 @@ fn ports(section: &Section<'_, '_>) -> Option<Vec<Found<u16>>> {
     let key = section.key("ports");
     let DeValue::Array(array) = found.get_ref() else {
         let complaint = value::wrong_type(found.get_ref(), EXPECTED);
-        section.document.problem(&key, &found.span(), true, complaint);
+        section
+            .document
+            .problem(&key, &found.span(), true, complaint);
         return None;
     };
     if array.is_empty() || array.len() > PORTS_MAX {
-        let complaint = Complaint::new(format!("{} ports", array.len()), format!("1 to {PORTS_MAX} ports"));
-        section.document.problem(&key, &found.span(), true, complaint);
+        let complaint = Complaint::new(
+            format!("{} ports", array.len()),
+            format!("1 to {PORTS_MAX} ports"),
+        );
+        section
+            .document
+            .problem(&key, &found.span(), true, complaint);
         return None;
     }
     let mut ports = Vec::new();
     for element in array.iter() {
         match value::port(element.get_ref()) {
-            Ok(value) => ports.push(Found { value, key: key.clone(), span: element.span() }),
-            Err(complaint) => section.document.problem(&key, &element.span(), true, complaint),
+            Ok(value) => ports.push(Found {
+                value,
+                key: key.clone(),
+                span: element.span(),
+            }),
+            Err(complaint) => section
+                .document
+                .problem(&key, &element.span(), true, complaint),
         }
     }
     Some(ports)
 }
 
 fn history(section: &Section<'_, '_>) -> HistoryConfig {
-    let default = HistoryConfig { memory_bytes_max: 256 << 20, disk_bytes_max: 4 << 30 };
+    let default = HistoryConfig {
+        memory_bytes_max: 256 << 20,
+        disk_bytes_max: 4 << 30,
+    };
     let Some(inner) = section.section("history", "{ memory = \"256MiB\", disk = \"4GiB\" }") else {
         return default;
     };
     let memory = inner.optional("memory", value::size);
     let disk = inner.optional("disk", value::size);
-    if let Some(Found { value: ..1_048_576, key, span }) = &memory {
-        let complaint = Complaint::new("too small to bring any replica up by replay", "\"1MiB\" or more");
+    if let Some(Found {
+        value: ..1_048_576,
+        key,
+        span,
+    }) = &memory
+    {
+        let complaint = Complaint::new(
+            "too small to bring any replica up by replay",
+            "\"1MiB\" or more",
+        );
         inner.document.problem(key, span, true, complaint);
     }
     inner.finish();
@@ -624,7 +825,10 @@ fn check_services(document: &Document<'_>, services: &[ServiceSection]) {
         for port in &service.ports {
             if let Some(owner) = ports.insert((service.config.vip, port.value), name) {
                 let complaint = Complaint::new(
-                    format!("port {} of {} is taken by service \"{owner}\"", port.value, service.config.vip),
+                    format!(
+                        "port {} of {} is taken by service \"{owner}\"",
+                        port.value, service.config.vip
+                    ),
                     "each port of a VIP once",
                 );
                 document.problem(&port.key, &port.span, true, complaint);
@@ -637,15 +841,32 @@ fn check_services(document: &Document<'_>, services: &[ServiceSection]) {
         let other = &first.config.name;
         if service.config.interface != first.config.interface {
             let complaint = Complaint::new(
-                format!("service \"{other}\" has the same VIP on \"{}\"", first.config.interface),
-                format!("\"{}\": services of one VIP share its interface", first.config.interface),
+                format!(
+                    "service \"{other}\" has the same VIP on \"{}\"",
+                    first.config.interface
+                ),
+                format!(
+                    "\"{}\": services of one VIP share its interface",
+                    first.config.interface
+                ),
             );
-            document.problem(&service.interface.key, &service.interface.span, true, complaint);
+            document.problem(
+                &service.interface.key,
+                &service.interface.span,
+                true,
+                complaint,
+            );
         }
         if service.config.prefix != first.config.prefix {
             let complaint = Complaint::new(
-                format!("service \"{other}\" has the same VIP with /{}", first.config.prefix),
-                format!("\"{}/{}\": services of one VIP share its prefix", first.config.vip, first.config.prefix),
+                format!(
+                    "service \"{other}\" has the same VIP with /{}",
+                    first.config.prefix
+                ),
+                format!(
+                    "\"{}/{}\": services of one VIP share its prefix",
+                    first.config.vip, first.config.prefix
+                ),
             );
             document.problem(&service.vip.key, &service.vip.span, true, complaint);
         }
@@ -677,9 +898,15 @@ fn check_distinct(document: &Document<'_>, addresses: &BTreeMap<String, Found<So
     let mut owners: BTreeMap<SocketAddr, &Found<SocketAddr>> = BTreeMap::new();
     for found in addresses.values() {
         if let Some(other) = owners.insert(found.value, found) {
-            let (first, second) = if other.span.start < found.span.start { (other, found) } else { (found, other) };
-            let complaint =
-                Complaint::new(format!("{} has this address already", first.key), "an address of its own");
+            let (first, second) = if other.span.start < found.span.start {
+                (other, found)
+            } else {
+                (found, other)
+            };
+            let complaint = Complaint::new(
+                format!("{} has this address already", first.key),
+                "an address of its own",
+            );
             document.problem(&second.key, &second.span, true, complaint);
         }
     }
@@ -700,7 +927,11 @@ fn check_addresses(
         bound.extend(&coord.client);
         bound.extend(own.and_then(|own| coord.peers.get(own)));
     }
-    bound.extend(group.zip(own).and_then(|(group, own)| group.members.get(own)));
+    bound.extend(
+        group
+            .zip(own)
+            .and_then(|(group, own)| group.members.get(own)),
+    );
     bound.push(admin);
     for (at, found) in bound.iter().enumerate() {
         let collides = |other: &&&Found<SocketAddr>| {
@@ -717,12 +948,24 @@ fn check_addresses(
             document.problem(&found.key, &found.span, true, complaint);
         }
     }
-    let hosts = coord.iter().flat_map(|coord| coord.peers.values()).chain(coord.and_then(|coord| coord.client.as_ref()));
-    let hosts = hosts.chain(group.iter().flat_map(|group| group.members.values())).chain([admin]);
+    let hosts = coord
+        .iter()
+        .flat_map(|coord| coord.peers.values())
+        .chain(coord.and_then(|coord| coord.client.as_ref()));
+    let hosts = hosts
+        .chain(group.iter().flat_map(|group| group.members.values()))
+        .chain([admin]);
     for host in hosts {
-        if let Some(service) = services.iter().find(|service| service.config.vip == host.value.ip()) {
+        if let Some(service) = services
+            .iter()
+            .find(|service| service.config.vip == host.value.ip())
+        {
             let complaint = Complaint::new(
-                format!("{} is the VIP of service \"{}\"", host.value.ip(), service.config.name),
+                format!(
+                    "{} is the VIP of service \"{}\"",
+                    host.value.ip(),
+                    service.config.name
+                ),
                 "an address that stays with its host",
             );
             document.problem(&host.key, &host.span, true, complaint);
@@ -731,5 +974,8 @@ fn check_addresses(
 }
 
 fn plain(addresses: &BTreeMap<String, Found<SocketAddr>>) -> BTreeMap<String, SocketAddr> {
-    addresses.iter().map(|(name, found)| (name.clone(), found.value)).collect()
+    addresses
+        .iter()
+        .map(|(name, found)| (name.clone(), found.value))
+        .collect()
 }

@@ -27,14 +27,20 @@ pub(super) fn string<'v>(value: &'v DeValue<'_>, expected: &str) -> Parsed<&'v s
 
 pub(super) fn wrong_type(value: &DeValue<'_>, expected: &str) -> Complaint {
     let kind = value.type_str();
-    let article = if kind.starts_with(['a', 'e', 'i', 'o', 'u']) { "an" } else { "a" };
+    let article = if kind.starts_with(['a', 'e', 'i', 'o', 'u']) {
+        "an"
+    } else {
+        "a"
+    };
     Complaint::new(format!("{article} {kind}"), expected)
 }
 
 /// Whether `text` can name a node or a service.
 pub(super) fn check_name(text: &str) -> Parsed<()> {
     let fits = !text.is_empty() && text.len() <= NAME_BYTES_MAX;
-    let clean = text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'));
+    let clean = text
+        .bytes()
+        .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'));
     // "." and ".." are no znode names.
     if fits && clean && !text.starts_with('.') {
         return Ok(());
@@ -61,7 +67,8 @@ pub(super) fn path(value: &DeValue<'_>) -> Parsed<String> {
 }
 
 pub(super) fn interface(value: &DeValue<'_>) -> Parsed<String> {
-    let expected = format!("the name of a network interface as in \"eth0\", 1 to {INTERFACE_BYTES_MAX} bytes");
+    let expected =
+        format!("the name of a network interface as in \"eth0\", 1 to {INTERFACE_BYTES_MAX} bytes");
     let text = string(value, &expected)?;
     let bad = |c: char| c == '/' || c.is_whitespace() || c == '\0';
     if text.is_empty() || text.len() > INTERFACE_BYTES_MAX || text.contains(bad) {
@@ -96,10 +103,14 @@ pub(super) fn size(value: &DeValue<'_>) -> Parsed<u64> {
     const EXPECTED: &str = "a size as in \"256MiB\" (units B, KiB, MiB, GiB, TiB, KB, MB, GB, TB)";
     let not_a_size = || Complaint::new("not a size", EXPECTED);
     if value.is_integer() {
-        return integer(value).and_then(|n| u64::try_from(n).ok()).ok_or_else(not_a_size);
+        return integer(value)
+            .and_then(|n| u64::try_from(n).ok())
+            .ok_or_else(not_a_size);
     }
     let text = string(value, EXPECTED)?;
-    let digits_end = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let digits_end = text
+        .find(|c: char| !c.is_ascii_digit())
+        .unwrap_or(text.len());
     let (digits, unit) = text.split_at(digits_end);
     let scale: u64 = match unit.trim_start() {
         "B" => 1,
@@ -115,7 +126,9 @@ pub(super) fn size(value: &DeValue<'_>) -> Parsed<u64> {
         _ => return Err(not_a_size()),
     };
     let count: u64 = digits.parse().map_err(|_| not_a_size())?;
-    count.checked_mul(scale).ok_or_else(|| Complaint::new("a size beyond 64 bits", EXPECTED))
+    count
+        .checked_mul(scale)
+        .ok_or_else(|| Complaint::new("a size beyond 64 bits", EXPECTED))
 }
 
 fn integer(value: &DeValue<'_>) -> Option<i64> {
@@ -130,8 +143,12 @@ pub(super) fn socket_address(value: &DeValue<'_>) -> Parsed<SocketAddr> {
     let address: SocketAddr = text.parse().map_err(|_| {
         let complaint = Complaint::new("not an address", EXPECTED);
         match text.rsplit_once(':') {
-            Some((host, port)) if port.parse::<u16>().is_ok() && host.parse::<IpAddr>().is_err() => {
-                complaint.help("host names are not resolved here: a cluster must come up when DNS does not")
+            Some((host, port))
+                if port.parse::<u16>().is_ok() && host.parse::<IpAddr>().is_err() =>
+            {
+                complaint.help(
+                    "host names are not resolved here: a cluster must come up when DNS does not",
+                )
             }
             None if text.parse::<IpAddr>().is_ok() => complaint.help("the port is missing"),
             _ => complaint,
@@ -163,7 +180,9 @@ pub(super) fn vip(value: &DeValue<'_>) -> Parsed<(IpAddr, u8)> {
         Some((address, prefix)) => (address, Some(prefix)),
         None => (text, None),
     };
-    let address: IpAddr = address.parse().map_err(|_| Complaint::new("not an address", EXPECTED))?;
+    let address: IpAddr = address
+        .parse()
+        .map_err(|_| Complaint::new("not an address", EXPECTED))?;
     let bits: u8 = if address.is_ipv4() { 32 } else { 128 };
     let prefix = match prefix {
         None => bits,
@@ -171,7 +190,12 @@ pub(super) fn vip(value: &DeValue<'_>) -> Parsed<(IpAddr, u8)> {
             .parse()
             .ok()
             .filter(|prefix| (1..=bits).contains(prefix))
-            .ok_or_else(|| Complaint::new(format!("/{prefix} is no prefix length (1 to {bits})"), EXPECTED))?,
+            .ok_or_else(|| {
+                Complaint::new(
+                    format!("/{prefix} is no prefix length (1 to {bits})"),
+                    EXPECTED,
+                )
+            })?,
     };
     let reason = match address {
         _ if address.is_unspecified() => Some("the unspecified address"),
@@ -182,7 +206,10 @@ pub(super) fn vip(value: &DeValue<'_>) -> Parsed<(IpAddr, u8)> {
         IpAddr::V6(_) => None,
     };
     match reason {
-        Some(reason) => Err(Complaint::new(format!("{reason} cannot be a virtual IP"), EXPECTED)),
+        Some(reason) => Err(Complaint::new(
+            format!("{reason} cannot be a virtual IP"),
+            EXPECTED,
+        )),
         None => Ok((address, prefix)),
     }
 }
@@ -212,7 +239,9 @@ pub(super) fn upstream(value: &DeValue<'_>) -> Parsed<Upstream> {
             return Err(Complaint::new("not an absolute path", EXPECTED));
         }
         if path.len() > UNIX_PATH_BYTES_MAX {
-            let wrong = format!("longer than the {UNIX_PATH_BYTES_MAX} bytes that a socket's path may have");
+            let wrong = format!(
+                "longer than the {UNIX_PATH_BYTES_MAX} bytes that a socket's path may have"
+            );
             return Err(Complaint::new(wrong, EXPECTED));
         }
         return Ok(Upstream::Unix(PathBuf::from(path)));
@@ -243,7 +272,9 @@ pub(super) fn resilience(value: &DeValue<'_>) -> Parsed<Resilience> {
             let complaint = Complaint::new("not known", EXPECTED);
             match suggestion(text, &["majority", "all"]) {
                 Some(word) => Err(complaint.help(format!("did you mean \"{word}\"?"))),
-                None if text.parse::<u32>().is_ok() => Err(complaint.help("write the number without quotes")),
+                None if text.parse::<u32>().is_ok() => {
+                    Err(complaint.help("write the number without quotes"))
+                }
                 None => Err(complaint),
             }
         }
@@ -253,15 +284,21 @@ pub(super) fn resilience(value: &DeValue<'_>) -> Parsed<Resilience> {
 pub(super) fn address_mode(value: &DeValue<'_>) -> Parsed<AddressMode> {
     match word(value, &["garp", "vmac", "flood"])? {
         "garp" => Ok(AddressMode::Garp),
-        mode => Err(unavailable(format!("the address mode \"{mode}\" is not available yet"), "\"garp\"")),
+        mode => Err(unavailable(
+            format!("the address mode \"{mode}\" is not available yet"),
+            "\"garp\"",
+        )),
     }
 }
 
 pub(super) fn ordering(value: &DeValue<'_>) -> Parsed<Ordering> {
     match word(value, &["connection", "total"])? {
         "connection" => Ok(Ordering::Connection),
-        _ => Err(unavailable("the ordering \"total\" is not available yet", "\"connection\"")
-            .help("until then only servers whose connections share nothing are kept consistent")),
+        _ => Err(unavailable(
+            "the ordering \"total\" is not available yet",
+            "\"connection\"",
+        )
+        .help("until then only servers whose connections share nothing are kept consistent")),
     }
 }
 
@@ -309,20 +346,32 @@ pub(super) fn external(value: &DeValue<'_>) -> Parsed<ExternalCoord> {
     let mut servers = Vec::new();
     for host in hosts.split(',') {
         let (host_name, port) = host.rsplit_once(':').unwrap_or((host, "2181"));
-        let bare_v6 = host_name.contains(':') && !(host_name.starts_with('[') && host_name.ends_with(']'));
+        let bare_v6 =
+            host_name.contains(':') && !(host_name.starts_with('[') && host_name.ends_with(']'));
         let port: Option<u16> = port.parse().ok().filter(|&port| port != 0);
         match port {
-            Some(port) if !host_name.is_empty() && !bare_v6 && !host_name.contains(char::is_whitespace) => {
+            Some(port)
+                if !host_name.is_empty()
+                    && !bare_v6
+                    && !host_name.contains(char::is_whitespace) =>
+            {
                 servers.push(format!("{host_name}:{port}"));
             }
             _ => return Err(not_external(format!("\"{host}\" is not HOST:PORT"))),
         }
     }
     let chroot = chroot.trim_end_matches('/');
-    if chroot.split('/').skip(1).any(|part| matches!(part, "" | "." | "..")) {
+    if chroot
+        .split('/')
+        .skip(1)
+        .any(|part| matches!(part, "" | "." | ".."))
+    {
         return Err(not_external(format!("\"{chroot}\" is no znode path")));
     }
-    Ok(ExternalCoord { servers, chroot: chroot.to_owned() })
+    Ok(ExternalCoord {
+        servers,
+        chroot: chroot.to_owned(),
+    })
 }
 
 /// The word of `words` that `text` is a slip of the fingers away from.
