@@ -1,1 +1,3 @@
 //! Whole-system tests: their network of hosts, oracles and invariants.
+
+pub mod netns;
