@@ -4,7 +4,7 @@ use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use unbroken_tests::netns::{Lab, LabOptions, userns, wait_until};
@@ -205,6 +205,7 @@ fn a_killed_owner_leaves_nothing_behind() {
         let mut holder = Command::new(std::env::current_exe().unwrap())
             .args(["--exact", "a_killed_owner_leaves_nothing_behind"])
             .env("UNBROKEN_LAB_HOLDER", &note)
+            .stdout(Stdio::null())
             .spawn()
             .unwrap();
         let read = || std::fs::read_to_string(&note).unwrap_or_default();
