@@ -1,3 +1,4 @@
 //! A quorum coordinator that speaks the ZooKeeper protocol.
 
+pub mod client;
 pub mod wire;

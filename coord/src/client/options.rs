@@ -1,0 +1,166 @@
+//! How to reach the servers.
+
+use std::str::FromStr;
+use std::time::Duration;
+
+use thiserror::Error;
+
+use crate::wire::{PathError, validate_path};
+
+/// The port of a server that does not name one.
+const DEFAULT_PORT: u16 = 2181;
+
+/// How to reach the servers, and how patient to be.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct ConnectOptions {
+    /// `host:port` of each server, the preferred one first. Names are resolved at every attempt.
+    pub hosts: Vec<String>,
+    /// Prefix of all paths, invisible to the caller; empty for none.
+    pub chroot: String,
+    /// Session timeout to ask for; the servers bound it. Rounded to whole ms.
+    pub session_timeout: Duration,
+    /// How long one server may take to accept and, again, to answer the handshake, which for a
+    /// new session is a write of the quorum. Doubled (to 4 s at most) in each round of attempts
+    /// that fails, so that it may be short.
+    pub attempt_timeout: Duration,
+    /// After how long without a connection the next server is tried as well.
+    pub stagger: Duration,
+    /// Longest pause between rounds of attempts, once every server has failed. The first is a
+    /// few ms, and each is twice the one before.
+    pub retry_pause_max: Duration,
+    /// How long a request may take, waiting for a connection included. `None`: for ever.
+    pub request_timeout: Option<Duration>,
+    /// Whether to open a new session when the session has expired. Requests under way and
+    /// watches fail with `SessionExpired` all the same, and the ephemerals are gone.
+    pub renew_session: bool,
+}
+
+impl ConnectOptions {
+    /// Options for these servers, the preferred one first: a session of 10 s, requests that wait
+    /// at most 30 s, no chroot, no renewal.
+    pub fn new(hosts: impl IntoIterator<Item = impl Into<String>>) -> Self {
+        Self {
+            hosts: hosts.into_iter().map(Into::into).collect(),
+            chroot: String::new(),
+            session_timeout: Duration::from_secs(10),
+            attempt_timeout: Duration::from_millis(250),
+            stagger: Duration::from_millis(20),
+            retry_pause_max: Duration::from_millis(500),
+            request_timeout: Some(Duration::from_secs(30)),
+            renew_session: false,
+        }
+    }
+
+    /// Sets [`Self::session_timeout`].
+    #[must_use]
+    pub fn session_timeout(mut self, timeout: Duration) -> Self {
+        self.session_timeout = timeout;
+        self
+    }
+
+    /// Sets [`Self::request_timeout`].
+    #[must_use]
+    pub fn request_timeout(mut self, timeout: Option<Duration>) -> Self {
+        self.request_timeout = timeout;
+        self
+    }
+
+    /// Sets [`Self::attempt_timeout`].
+    #[must_use]
+    pub fn attempt_timeout(mut self, timeout: Duration) -> Self {
+        self.attempt_timeout = timeout;
+        self
+    }
+
+    /// Sets [`Self::renew_session`].
+    #[must_use]
+    pub fn renew_session(mut self, renew: bool) -> Self {
+        self.renew_session = renew;
+        self
+    }
+}
+
+/// Why a connection string cannot be used.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum ConnectStringError {
+    /// It names no server.
+    #[error("no server named; expected host:port,host:port/chroot")]
+    NoServer,
+    /// A port is not a number from 1 to 65535.
+    #[error("{0:?} has no port between 1 and 65535")]
+    BadPort(String),
+    /// The chroot is not a path.
+    #[error("chroot: {0}")]
+    BadChroot(#[from] PathError),
+}
+
+impl FromStr for ConnectOptions {
+    type Err = ConnectStringError;
+
+    /// Reads ZooKeeper's connection string, `host:port,host:port/chroot`; `zk://` may stand
+    /// before it, and a missing port is 2181. IPv6 addresses stand in brackets.
+    fn from_str(text: &str) -> Result<Self, ConnectStringError> {
+        let text = text.strip_prefix("zk://").unwrap_or(text);
+        let (hosts, chroot) = match text.find('/') {
+            Some(slash) => text.split_at(slash),
+            None => (text, ""),
+        };
+        if !chroot.is_empty() {
+            validate_path(chroot)?;
+        }
+        let hosts = hosts
+            .split(',')
+            .map(str::trim)
+            .filter(|host| !host.is_empty())
+            .map(with_port)
+            .collect::<Result<Vec<_>, _>>()?;
+        if hosts.is_empty() {
+            return Err(ConnectStringError::NoServer);
+        }
+        let chroot = if chroot == "/" { "" } else { chroot };
+        Ok(Self {
+            chroot: chroot.to_owned(),
+            ..Self::new(hosts)
+        })
+    }
+}
+
+fn with_port(host: &str) -> Result<String, ConnectStringError> {
+    let bad = || ConnectStringError::BadPort(host.to_owned());
+    match host.rsplit_once(':') {
+        // The last colon of a bracketed address without port stands inside the brackets.
+        Some((name, port)) if !port.ends_with(']') => {
+            let port: u16 = port.parse().map_err(|_| bad())?;
+            if name.is_empty() || port == 0 {
+                return Err(bad());
+            }
+            Ok(host.to_owned())
+        }
+        _ => Ok(format!("{host}:{DEFAULT_PORT}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn connection_strings() {
+        let read = |text: &str| {
+            text.parse::<ConnectOptions>()
+                .map(|options| (options.hosts.join(","), options.chroot))
+        };
+        let ok = |hosts: &str, chroot: &str| Ok((hosts.to_owned(), chroot.to_owned()));
+        assert_eq!(read("a:1,b:2"), ok("a:1,b:2", ""));
+        assert_eq!(read("zk://a,b:2/x/y"), ok("a:2181,b:2", "/x/y"));
+        assert_eq!(read("[::1]:7,[::2]/"), ok("[::1]:7,[::2]:2181", ""));
+        assert_eq!(read(" a:1 , b:2"), ok("a:1,b:2", ""));
+        assert_eq!(read(""), Err(ConnectStringError::NoServer));
+        assert_eq!(read("/x"), Err(ConnectStringError::NoServer));
+        assert_eq!(read("a:0"), Err(ConnectStringError::BadPort("a:0".into())));
+        assert_eq!(read("a:x"), Err(ConnectStringError::BadPort("a:x".into())));
+        assert_eq!(read("a:1/x/"), Err(PathError::TrailingSlash.into()));
+    }
+}
