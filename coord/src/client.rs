@@ -26,6 +26,8 @@ mod connection;
 mod dial;
 mod error;
 mod options;
+#[cfg(test)]
+mod tests;
 mod watches;
 
 use std::sync::Arc;

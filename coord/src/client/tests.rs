@@ -1,0 +1,498 @@
+//! The client against a server that follows a script, one connection after the other.
+
+use std::time::Duration;
+
+use bytes::{Buf, Bytes, BytesMut};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+
+use super::*;
+use crate::wire::{
+    ConnectRequest, ConnectResponse, EventType, REPLY_BYTES_MAX, RequestHeader, WatcherEvent,
+    encode_connect_response, encode_error, encode_event, encode_reply, split_frame, xid,
+};
+
+const SESSION: i64 = 0x77;
+const PASSWORD: Bytes = Bytes::from_static(b"0123456789abcdef");
+const STAT: Stat = Stat {
+    czxid: 1,
+    mzxid: 1,
+    ctime: 0,
+    mtime: 0,
+    version: 0,
+    cversion: 0,
+    aversion: 0,
+    ephemeral_owner: 0,
+    data_length: 0,
+    num_children: 0,
+    pzxid: 1,
+};
+
+/// A listener whose connections the test answers by hand.
+struct Server(TcpListener);
+
+impl Server {
+    async fn new() -> Self {
+        Self(TcpListener::bind("127.0.0.1:0").await.unwrap())
+    }
+
+    fn host(&self) -> String {
+        self.0.local_addr().unwrap().to_string()
+    }
+
+    /// Accepts, and gives the client's greeting.
+    async fn accept(&self) -> (Peer, ConnectRequest) {
+        let (stream, _) = self.0.accept().await.unwrap();
+        let mut peer = Peer {
+            stream,
+            inbox: BytesMut::new(),
+        };
+        let hello = ConnectRequest::decode(&peer.frame().await.unwrap()).unwrap();
+        (peer, hello)
+    }
+
+    /// Accepts a client that has no session and opens [`SESSION`].
+    async fn open(&self, timeout_ms: i32) -> Peer {
+        let (mut peer, hello) = self.accept().await;
+        assert_eq!(hello.session_id, 0);
+        peer.grant(SESSION, timeout_ms).await;
+        peer
+    }
+}
+
+/// The server's end of one connection.
+struct Peer {
+    stream: TcpStream,
+    inbox: BytesMut,
+}
+
+impl Peer {
+    async fn frame(&mut self) -> Option<Bytes> {
+        loop {
+            if let Some((frame, _)) = split_frame(&self.inbox, REPLY_BYTES_MAX).unwrap() {
+                let len = frame.len();
+                self.inbox.advance(4);
+                return Some(self.inbox.split_to(len).freeze());
+            }
+            if self.stream.read_buf(&mut self.inbox).await.unwrap_or(0) == 0 {
+                return None;
+            }
+        }
+    }
+
+    /// The next request that is not a ping.
+    async fn request(&mut self) -> (i32, Request) {
+        loop {
+            let frame = self.frame().await.expect("a request, not the end");
+            let (header, body) = RequestHeader::split(&frame).unwrap();
+            let request = Request::decode(header.op, body).unwrap();
+            if request != Request::Ping {
+                return (header.xid, request);
+            }
+            self.send(encode_reply(xid::PING, 1, &Response::Empty))
+                .await;
+        }
+    }
+
+    async fn send(&mut self, bytes: Bytes) {
+        self.stream.write_all(&bytes).await.unwrap();
+    }
+
+    async fn grant(&mut self, session_id: i64, timeout_ms: i32) {
+        self.send(encode_connect_response(&ConnectResponse {
+            protocol_version: 0,
+            timeout_ms,
+            session_id,
+            password: Some(PASSWORD),
+            read_only: Some(false),
+        }))
+        .await;
+    }
+}
+
+fn options(hosts: &[&Server]) -> ConnectOptions {
+    ConnectOptions::new(hosts.iter().map(|server| server.host()))
+}
+
+async fn connected(client: &Client) {
+    let session = SessionState::Connected {
+        session_id: SESSION,
+    };
+    client
+        .state()
+        .wait_for(|state| *state == session)
+        .await
+        .unwrap();
+}
+
+fn get_data(path: &str) -> Request {
+    Request::GetData {
+        path: path.into(),
+        watch: false,
+    }
+}
+
+fn data_reply(xid: i32, zxid: i64, data: &'static str) -> Bytes {
+    encode_reply(
+        xid,
+        zxid,
+        &Response::Data {
+            data: Some(data.into()),
+            stat: STAT,
+        },
+    )
+}
+
+#[tokio::test]
+async fn requests_are_pipelined_and_answered_in_order() {
+    let server = Server::new().await;
+    let client = Client::start(options(&[&server]));
+    let mut peer = server.open(10_000).await;
+    let script = async {
+        let (first, request) = peer.request().await;
+        assert_eq!((first, request), (1, get_data("/a")));
+        // The second request is there although the first has no answer yet.
+        let (second, request) = peer.request().await;
+        assert_eq!((second, request), (2, get_data("/b")));
+        peer.send(data_reply(1, 5, "a")).await;
+        peer.send(encode_error(2, 5, ErrorCode::NoNode)).await;
+    };
+    let (a, b, ()) = tokio::join!(client.get("/a"), client.get("/b"), script);
+    assert_eq!(a.unwrap().0, "a");
+    assert_eq!(b, Err(ClientError::Zk(ErrorCode::NoNode)));
+}
+
+#[tokio::test]
+async fn sync_and_get_costs_one_round_trip() {
+    let server = Server::new().await;
+    let client = Client::start(options(&[&server]));
+    let mut peer = server.open(10_000).await;
+    let script = async {
+        assert_eq!(
+            peer.request().await,
+            (1, Request::Sync { path: "/a".into() })
+        );
+        assert_eq!(peer.request().await, (2, get_data("/a")));
+        peer.send(encode_reply(1, 5, &Response::Synced { path: "/a".into() }))
+            .await;
+        peer.send(data_reply(2, 5, "a")).await;
+    };
+    let (a, ()) = tokio::join!(client.sync_and_get("/a"), script);
+    assert_eq!(a.unwrap().0, "a");
+}
+
+#[tokio::test]
+async fn a_lost_session_is_taken_up_elsewhere_with_its_watches() {
+    let (one, two) = (Server::new().await, Server::new().await);
+    let client = Client::start(options(&[&one, &two]));
+    let mut peer = one.open(10_000).await;
+    let script = async {
+        let (xid, request) = peer.request().await;
+        assert_eq!(
+            request,
+            Request::GetData {
+                path: "/a".into(),
+                watch: true
+            }
+        );
+        peer.send(data_reply(xid, 41, "x")).await;
+        let (xid, _) = peer.request().await;
+        peer.send(encode_error(xid, 42, ErrorCode::NoNode)).await;
+        let (xid, _) = peer.request().await;
+        let children = Response::Children2 {
+            children: vec![],
+            stat: STAT,
+        };
+        peer.send(encode_reply(xid, 42, &children)).await;
+    };
+    let watched = async {
+        let a = client.get_and_watch("/a").await.unwrap().2;
+        let b = client.exists_and_watch("/b").await.unwrap().1;
+        let c = client.children_and_watch("/c").await.unwrap().2;
+        (a, b, c)
+    };
+    let ((a, b, c), ()) = tokio::join!(watched, script);
+
+    // A request that was sent and not answered: its outcome is unknown.
+    let script = async {
+        let mut peer = peer;
+        peer.request().await
+    };
+    let (lost, _) = tokio::join!(client.set("/a", "y", -1), script);
+    assert_eq!(lost, Err(ClientError::ConnectionLoss));
+
+    // One that is made while there is no connection waits for it.
+    let script = async {
+        let (mut peer, hello) = two.accept().await;
+        assert_eq!(
+            (hello.session_id, hello.password.clone()),
+            (SESSION, Some(PASSWORD))
+        );
+        assert_eq!(hello.last_zxid_seen, 42);
+        peer.grant(SESSION, 10_000).await;
+        let (xid, request) = peer.request().await;
+        assert_eq!(xid, crate::wire::xid::SET_WATCHES);
+        let Request::SetWatches(watches) = request else {
+            panic!("{request:?}")
+        };
+        assert_eq!(watches.relative_zxid, 42);
+        assert_eq!(watches.data, ["/a"]);
+        assert_eq!(watches.exist, ["/b"]);
+        assert_eq!(watches.child, ["/c"]);
+        for (event, path) in [
+            (EventType::NodeDataChanged, "/a"),
+            (EventType::NodeCreated, "/b"),
+            (EventType::NodeDeleted, "/c"),
+        ] {
+            peer.send(encode_event(&WatcherEvent::new(event, path)))
+                .await;
+        }
+        peer.send(encode_reply(
+            crate::wire::xid::SET_WATCHES,
+            50,
+            &Response::Empty,
+        ))
+        .await;
+        let (xid, request) = peer.request().await;
+        assert_eq!(request, get_data("/z"));
+        peer.send(data_reply(xid, 50, "z")).await;
+        peer
+    };
+    let (z, _peer) = tokio::join!(client.get("/z"), script);
+    assert_eq!(z.unwrap().0, "z");
+    assert_eq!(a.await.unwrap().event, EventType::NodeDataChanged);
+    assert_eq!(b.await.unwrap().event, EventType::NodeCreated);
+    assert_eq!(c.await.unwrap().event, EventType::NodeDeleted);
+    assert_eq!(client.session_id(), Some(SESSION));
+}
+
+#[tokio::test]
+async fn an_expired_session_fails_everything_and_is_renewed_only_on_demand() {
+    for renew in [false, true] {
+        let server = Server::new().await;
+        let client = Client::start(options(&[&server]).renew_session(renew));
+        let mut peer = server.open(10_000).await;
+        let script = async {
+            let (xid, _) = peer.request().await;
+            peer.send(data_reply(xid, 1, "x")).await;
+        };
+        let (got, ()) = tokio::join!(client.get_and_watch("/a"), script);
+        let (_, _, watch) = got.unwrap();
+        drop(peer);
+        let (mut peer, hello) = server.accept().await;
+        assert_eq!(hello.session_id, SESSION);
+        peer.send(encode_connect_response(&ConnectResponse::expired(Some(
+            false,
+        ))))
+        .await;
+        assert_eq!(watch.await, Err(ClientError::SessionExpired));
+        if renew {
+            let (mut peer, hello) = server.accept().await;
+            assert_eq!((hello.session_id, hello.last_zxid_seen), (0, 0));
+            peer.grant(SESSION + 1, 10_000).await;
+            let renewed = SessionState::Connected {
+                session_id: SESSION + 1,
+            };
+            client
+                .state()
+                .wait_for(|state| *state == renewed)
+                .await
+                .unwrap();
+        } else {
+            assert_eq!(client.get("/a").await, Err(ClientError::SessionExpired));
+            assert_eq!(*client.state().borrow(), SessionState::Expired);
+        }
+    }
+}
+
+/// The first host takes connections and never says a word, the second refuses.
+#[tokio::test]
+async fn silent_and_refusing_servers_are_passed_over() {
+    let (silent, refusing, good) = (
+        Server::new().await,
+        Server::new().await,
+        Server::new().await,
+    );
+    let hosts = options(&[&silent, &refusing, &good]).attempt_timeout(Duration::from_millis(50));
+    drop(refusing);
+    let client = Client::start(hosts);
+    let _peer = good.open(10_000).await;
+    connected(&client).await;
+}
+
+/// A server that stops answering in the middle of a session is left for another.
+#[tokio::test]
+async fn a_server_that_falls_silent_is_left_before_the_session_expires() {
+    let (one, two) = (Server::new().await, Server::new().await);
+    let client = Client::start(options(&[&one, &two]));
+    let _silent = one.open(90).await;
+    let (_, hello) = two.accept().await;
+    assert_eq!(hello.session_id, SESSION);
+    drop(client);
+}
+
+#[tokio::test]
+async fn pings_keep_an_idle_session() {
+    let server = Server::new().await;
+    let client = Client::start(options(&[&server]));
+    let mut peer = server.open(90).await;
+    for _ in 0..5 {
+        let frame = peer.frame().await.expect("a ping, not the end");
+        let (header, _) = RequestHeader::split(&frame).unwrap();
+        assert_eq!(
+            header,
+            RequestHeader {
+                xid: xid::PING,
+                op: 11
+            }
+        );
+        peer.send(encode_reply(xid::PING, 1, &Response::Empty))
+            .await;
+    }
+    assert_eq!(client.session_id(), Some(SESSION));
+}
+
+#[tokio::test]
+async fn a_deadline_ends_the_wait_and_the_unsent_is_never_sent() {
+    let server = Server::new().await;
+    let client = Client::start(options(&[&server]));
+    let hasty = client.with_request_timeout(Some(Duration::from_millis(5)));
+    assert_eq!(hasty.set("/a", "x", -1).await, Err(ClientError::Timeout));
+    let mut peer = server.open(10_000).await;
+    let patient = client.with_request_timeout(Some(Duration::from_millis(200)));
+    let (_, (_, request)) = tokio::join!(patient.get("/b"), peer.request());
+    assert_eq!(
+        request,
+        get_data("/b"),
+        "the write whose caller gave up was not sent"
+    );
+}
+
+#[tokio::test]
+async fn closing_and_dropping_end_the_session() {
+    for explicit in [true, false] {
+        let server = Server::new().await;
+        let client = Client::start(options(&[&server]));
+        let mut peer = server.open(10_000).await;
+        connected(&client).await;
+        let script = async {
+            let (xid, request) = peer.request().await;
+            assert_eq!(request, Request::CloseSession);
+            peer.send(encode_reply(xid, 9, &Response::Empty)).await;
+            assert_eq!(peer.frame().await, None);
+        };
+        if explicit {
+            let (closed, ()) = tokio::join!(client.close(), script);
+            assert_eq!(closed, Ok(()));
+            assert_eq!(client.get("/a").await, Err(ClientError::Closed));
+        } else {
+            drop(client);
+            script.await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn answers_to_other_requests_end_the_connection() {
+    let server = Server::new().await;
+    let client = Client::start(options(&[&server]));
+    let mut peer = server.open(10_000).await;
+    let script = async {
+        let (xid, _) = peer.request().await;
+        peer.send(data_reply(xid + 1, 1, "x")).await;
+    };
+    let (lost, ()) = tokio::join!(client.get("/a"), script);
+    assert_eq!(lost, Err(ClientError::ConnectionLoss));
+}
+
+#[tokio::test]
+async fn what_is_wrong_in_itself_is_not_sent() {
+    let server = Server::new().await;
+    let client = Client::start(options(&[&server]));
+    assert!(matches!(
+        client.get("a").await,
+        Err(ClientError::BadPath(_))
+    ));
+    let huge = vec![0; REQUEST_BYTES_MAX];
+    assert!(matches!(
+        client.set("/a", huge, -1).await,
+        Err(ClientError::TooLarge { .. })
+    ));
+    drop(client);
+}
+
+#[tokio::test]
+async fn a_failed_multi_names_the_operation_at_fault() {
+    let server = Server::new().await;
+    let client = Client::start(options(&[&server]));
+    let mut peer = server.open(10_000).await;
+    let check = || MultiOp::Check {
+        path: "/a".into(),
+        version: 1,
+    };
+    let script = async {
+        let (xid, _) = peer.request().await;
+        let results = vec![
+            MultiResult::Error(None),
+            MultiResult::Error(Some(ErrorCode::BadVersion)),
+            MultiResult::Error(Some(ErrorCode::RuntimeInconsistency)),
+        ];
+        peer.send(encode_reply(xid, 9, &Response::Multi(results)))
+            .await;
+    };
+    let (failed, ()) = tokio::join!(client.multi(vec![check(), check(), check()]), script);
+    assert_eq!(
+        failed,
+        Err(ClientError::Multi {
+            index: 1,
+            code: ErrorCode::BadVersion
+        })
+    );
+}
+
+#[tokio::test]
+async fn a_chroot_is_invisible() {
+    let server = Server::new().await;
+    let options = ConnectOptions {
+        chroot: "/app".into(),
+        ..options(&[&server])
+    };
+    let client = Client::start(options);
+    let mut peer = server.open(10_000).await;
+    let script = async {
+        let (xid, request) = peer.request().await;
+        assert!(matches!(&request, Request::Create { path, .. } if path == "/app/q-"));
+        peer.send(encode_reply(
+            xid,
+            2,
+            &Response::Created {
+                path: "/app/q-1".into(),
+            },
+        ))
+        .await;
+        let (xid, request) = peer.request().await;
+        assert_eq!(
+            request,
+            Request::GetData {
+                path: "/app".into(),
+                watch: true
+            }
+        );
+        peer.send(data_reply(xid, 2, "")).await;
+        peer.send(encode_event(&WatcherEvent::new(
+            EventType::NodeDeleted,
+            "/app",
+        )))
+        .await;
+    };
+    let calls = async {
+        let mode = CreateMode::PersistentSequential;
+        assert_eq!(
+            client.create("/q-", "", mode, Acl::open()).await.unwrap(),
+            "/q-1"
+        );
+        client.get_and_watch("/").await.unwrap().2
+    };
+    let (watch, ()) = tokio::join!(calls, script);
+    assert_eq!(watch.await.unwrap().path, "/");
+}
