@@ -1,0 +1,774 @@
+//! The server's core: the only thing that changes state, and a plain value.
+//!
+//! It is handed the time, frames of clients, messages of peers and the disk's confirmations; it
+//! hands back what to write, send and answer ([`Output`]), and when to wake it. Any number of
+//! inputs may be handed in before the outputs are drained: they then share one write.
+//!
+//! # How a write goes
+//!
+//! The session's server numbers the write and sends it to the leader, which stamps the time on it
+//! and proposes it. When it has been applied *here*, its watches are told, and then the client.
+//! A write is repeated until it comes back, because its number makes the repetition harmless: so a
+//! change of leader costs a client time and nothing else. Reads are answered here, in the order of
+//! their session, between the writes around them.
+
+mod client;
+mod leader;
+mod status;
+
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::time::Duration;
+
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use self::client::Conn;
+pub use self::status::Status;
+use crate::quorum::{
+    Consensus, QuorumConfig, QuorumOutput, RaftMessage, RaftQuorum, Recovered, Role, SnapshotImage,
+    Write, ticks,
+};
+use crate::rng::Rng;
+use crate::session::{Deadlines, Run, SessionId};
+use crate::snapshot;
+use crate::time::Instant;
+use crate::txn::{Entry, Outcome, Proposal, State};
+use crate::watch::Watches;
+use crate::wire::{WatcherEvent, encode_event};
+
+/// Proposals not yet committed, in bytes, at most; a leader drops more, and their servers repeat them.
+const UNCOMMITTED_BYTES_MAX: u64 = 64 * 1024 * 1024;
+
+/// A proposal that has not come back after this long is sent again, then after twice as long, and
+/// so on up to [`RESEND_MAX`].
+const RESEND_MIN: Duration = Duration::from_millis(250);
+const RESEND_MAX: Duration = Duration::from_secs(2);
+
+/// A read barrier that has not been answered after this long is asked again.
+const BARRIER_AGAIN: Duration = Duration::from_millis(50);
+
+/// How long a server waits for the one before it to campaign when all know that the leader is dead.
+const CAMPAIGN_STEP: Duration = Duration::from_millis(15);
+
+/// Sessions in one [`PeerMessage::Touch`] at most.
+const TOUCH_MAX: usize = 10_000;
+
+/// How a server behaves.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Config {
+    /// This server's raft id, one of `servers`.
+    pub id: u64,
+    /// Every server: raft id and name.
+    pub servers: BTreeMap<u64, String>,
+    /// Resolution of all timers.
+    pub tick: Duration,
+    /// Time between a leader's heartbeats.
+    pub heartbeat: Duration,
+    /// A follower campaigns after a silence of at least this.
+    pub election_min: Duration,
+    /// ... and less than this.
+    pub election_max: Duration,
+    /// A server that has known no leader for this long sends its clients to the others.
+    pub leaderless_max: Duration,
+    /// Shortest session timeout granted.
+    pub session_min: Duration,
+    /// Longest session timeout granted.
+    pub session_max: Duration,
+    /// A connection that has not opened a session after this long is closed.
+    pub handshake_max: Duration,
+    /// A snapshot is taken every so many log entries.
+    pub snapshot_every: u64,
+    /// Log entries kept in memory behind a snapshot, for followers that are a little behind.
+    pub entries_kept: u64,
+    /// How often the leader looks for containers to delete.
+    pub container_check: Duration,
+}
+
+impl Config {
+    /// The defaults of the design for server `id` of `servers`.
+    #[must_use]
+    pub fn new(id: u64, servers: BTreeMap<u64, String>) -> Self {
+        Self {
+            id,
+            servers,
+            tick: Duration::from_millis(5),
+            heartbeat: Duration::from_millis(10),
+            election_min: Duration::from_millis(50),
+            election_max: Duration::from_millis(150),
+            leaderless_max: Duration::from_millis(500),
+            session_min: Duration::from_millis(30),
+            session_max: Duration::from_secs(60),
+            handshake_max: Duration::from_secs(10),
+            snapshot_every: 20_000,
+            entries_kept: 5_000,
+            container_check: Duration::from_secs(10),
+        }
+    }
+
+    /// Checks that the values do not contradict each other.
+    ///
+    /// # Errors
+    /// [`ConfigError`] names the first that does.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        if !self.servers.contains_key(&self.id) || self.servers.contains_key(&0) {
+            return Err(ConfigError::UnknownServer(self.id));
+        }
+        if self.tick.is_zero() || self.heartbeat < self.tick {
+            return Err(ConfigError::Heartbeat);
+        }
+        if ticks(self.election_min, self.tick) <= ticks(self.heartbeat, self.tick)
+            || ticks(self.election_max, self.tick) <= ticks(self.election_min, self.tick)
+        {
+            return Err(ConfigError::Election);
+        }
+        if self.session_min.is_zero() || self.session_max < self.session_min {
+            return Err(ConfigError::SessionBounds);
+        }
+        Ok(())
+    }
+}
+
+/// What is wrong with a [`Config`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum ConfigError {
+    /// `id` is not among `servers`, or a server has id 0.
+    #[error("server {0} is not one of the servers (whose ids are above 0)")]
+    UnknownServer(u64),
+    /// The heartbeat is shorter than a tick, or the tick is zero.
+    #[error("the heartbeat must be at least one tick, and a tick more than nothing")]
+    Heartbeat,
+    /// The election timeouts are too short or empty.
+    #[error("election timeouts must be above the heartbeat, and the largest above the smallest")]
+    Election,
+    /// The bounds of session timeouts are empty.
+    #[error("the longest session timeout must be at least the shortest, and that above zero")]
+    SessionBounds,
+}
+
+/// A client's connection to this server. The driver numbers them and never repeats a number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ConnId(pub u64);
+
+/// What servers say to each other.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum PeerMessage {
+    /// The consensus engine's.
+    Raft(RaftMessage),
+    /// Proposals for the leader, in order.
+    Forward(Vec<Proposal>),
+    /// Sessions that were heard from, for the leader.
+    Touch(Vec<SessionId>),
+}
+
+/// What the driver is to do, in this order.
+#[must_use]
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Output {
+    /// Write, make durable, and then call [`Core::handle_persisted`] with the token. Writes are made
+    /// in this order.
+    Persist {
+        /// Names the write.
+        token: u64,
+        /// What to write.
+        write: Write,
+    },
+    /// Keep this snapshot and then call [`Core::handle_saved`] with its index. The log up to it is no
+    /// longer needed.
+    SaveSnapshot(SnapshotImage),
+    /// Send to a peer. May be lost, or be late; [`Core::handle_unreachable`] is then welcome.
+    Send {
+        /// Raft id of the peer.
+        to: u64,
+        /// What.
+        message: PeerMessage,
+    },
+    /// Send a client the answer to one of its frames.
+    Reply {
+        /// Whom.
+        conn: ConnId,
+        /// The whole frame.
+        frame: Bytes,
+    },
+    /// Send a client a watch event.
+    Notify {
+        /// Whom.
+        conn: ConnId,
+        /// The whole frame.
+        frame: Bytes,
+    },
+    /// Close a client's connection, once what was sent before is out. The core has forgotten it.
+    Close {
+        /// Whom.
+        conn: ConnId,
+        /// Why, for the log.
+        reason: CloseReason,
+    },
+    /// Something to tell the operator.
+    Event(Event),
+}
+
+/// Why a client's connection is closed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum CloseReason {
+    /// The client closed its session.
+    Goodbye,
+    /// Its session has expired.
+    Expired,
+    /// It has taken its session to another connection.
+    Moved,
+    /// It has not opened a session in time.
+    Handshake,
+    /// It has seen a state that this cluster has never had.
+    FromTheFuture,
+    /// It does not speak the protocol, or asked for what is not there.
+    Protocol,
+    /// It failed to prove who it is.
+    Auth,
+    /// It has too many requests open, or too many watches.
+    TooMuch,
+    /// This server has no leader and cannot serve.
+    Leaderless,
+    /// This server was so far behind that it had to skip ahead.
+    SkippedAhead,
+}
+
+/// What an operator may want to know.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Event {
+    /// The leader changed, or was lost.
+    Leader {
+        /// Its raft id.
+        leader: Option<u64>,
+        /// The term.
+        term: u64,
+    },
+    /// The leader has ended a session for its silence.
+    SessionExpired(SessionId),
+}
+
+/// What a server waits to see in its own log.
+struct Outgoing {
+    proposal: Proposal,
+    sent: Instant,
+    again: Duration,
+}
+
+/// A question to the leader: what has been committed before now?
+struct Barrier {
+    conns: BTreeSet<ConnId>,
+    asked: Instant,
+}
+
+/// The core. See the [module](self).
+pub struct Core {
+    config: Config,
+    run: Run,
+    rng: Rng,
+    quorum: Box<dyn Consensus + Send>,
+    state: State,
+    now: Instant,
+    /// Wall clock minus `now`, milliseconds: only for the times that znodes show.
+    wall_offset_ms: i64,
+    next_tick: Instant,
+    next_touch: Instant,
+    next_container_check: Instant,
+    /// Whom this server took for the leader when it looked last.
+    led: (u64, Option<u64>),
+    leaderless_since: Option<Instant>,
+    /// The dead leader in whose place this server campaigns, and when.
+    campaign: Option<(Instant, u64)>,
+
+    conns: BTreeMap<ConnId, Conn>,
+    /// Connections that have no session yet.
+    opening: BTreeSet<ConnId>,
+    here: BTreeMap<SessionId, ConnId>,
+    watches: Watches,
+    touched: BTreeSet<SessionId>,
+
+    outbox: BTreeMap<u64, Outgoing>,
+    next_out: u64,
+    /// On their way to the leader with the next drain.
+    forward: Vec<Proposal>,
+    barriers: BTreeMap<u64, Barrier>,
+    next_barrier: u64,
+    /// The barrier that syncs may still join: it has not been asked for yet.
+    open_barrier: Option<u64>,
+    /// Syncs whose barrier is known and not applied yet.
+    waiting: BTreeSet<(u64, ConnId)>,
+
+    /// Only of use while this server leads.
+    deadlines: Deadlines,
+    /// Index of the newest snapshot taken, and of the newest that is durable.
+    snapshot_taken: u64,
+    outputs: VecDeque<Output>,
+    counters: status::Counters,
+}
+
+impl Core {
+    /// A server with what it found on its disk (nothing, for a new cluster). `seed` must not be
+    /// guessable: session passwords come from it.
+    ///
+    /// # Errors
+    /// [`snapshot::SnapshotError`] if the recovered snapshot cannot be read.
+    ///
+    /// # Panics
+    /// If [`Config::validate`] finds fault.
+    pub fn new(
+        config: Config,
+        recovered: Recovered,
+        seed: u64,
+        now: Instant,
+    ) -> Result<Self, snapshot::SnapshotError> {
+        config.validate().expect("the configuration was validated");
+        let mut state = match &recovered.snapshot {
+            Some(image) => snapshot::decode(&image.data)?,
+            None => State::default(),
+        };
+        state.zxid = recovered.snapshot.as_ref().map_or(0, |image| image.index);
+        let mut rng = Rng::new(seed);
+        let run = Run {
+            server: config.id,
+            incarnation: rng.next(),
+        };
+        let quorum = RaftQuorum::new(
+            &QuorumConfig {
+                id: config.id,
+                voters: config.servers.keys().copied().collect(),
+                heartbeat_ticks: ticks(config.heartbeat, config.tick),
+                election_ticks: (
+                    ticks(config.election_min, config.tick),
+                    ticks(config.election_max, config.tick),
+                ),
+                seed: rng.next(),
+                incarnation: run.incarnation,
+                uncommitted_bytes_max: UNCOMMITTED_BYTES_MAX,
+            },
+            recovered,
+        );
+        let snapshot_taken = state.zxid;
+        Ok(Self {
+            run,
+            rng,
+            quorum: Box::new(quorum),
+            state,
+            now,
+            wall_offset_ms: 0,
+            next_tick: now + config.tick,
+            next_touch: now + config.heartbeat,
+            next_container_check: now + config.container_check,
+            led: (0, None),
+            leaderless_since: Some(now),
+            campaign: None,
+            conns: BTreeMap::new(),
+            opening: BTreeSet::new(),
+            here: BTreeMap::new(),
+            watches: Watches::default(),
+            touched: BTreeSet::new(),
+            outbox: BTreeMap::new(),
+            next_out: 0,
+            forward: Vec::new(),
+            barriers: BTreeMap::new(),
+            next_barrier: 0,
+            open_barrier: None,
+            waiting: BTreeSet::new(),
+            deadlines: Deadlines::default(),
+            snapshot_taken,
+            outputs: VecDeque::new(),
+            counters: status::Counters::default(),
+            config,
+        })
+    }
+
+    /// Tells the wall clock, in milliseconds since 1970. Only the times that znodes show come from it.
+    pub fn set_wall_clock(&mut self, now: Instant, wall_ms: i64) {
+        self.advance(now);
+        let now_ms = i64::try_from(now.micros() / 1000).unwrap_or(i64::MAX);
+        self.wall_offset_ms = wall_ms.saturating_sub(now_ms);
+    }
+
+    /// A message has come from a peer. `from` is who the link says it is.
+    pub fn handle_peer(&mut self, now: Instant, from: u64, message: PeerMessage) {
+        self.advance(now);
+        match message {
+            PeerMessage::Raft(message) => {
+                if message.from == from {
+                    self.quorum.step(message);
+                }
+            }
+            PeerMessage::Forward(proposals) => {
+                for proposal in proposals {
+                    self.propose(proposal);
+                }
+            }
+            PeerMessage::Touch(sessions) => {
+                for session in sessions {
+                    self.deadlines.touch(session, now);
+                }
+            }
+        }
+    }
+
+    /// The write of this token, and every one before it, is durable.
+    pub fn handle_persisted(&mut self, now: Instant, token: u64) {
+        self.advance(now);
+        self.quorum.persisted(token);
+    }
+
+    /// The snapshot up to `index` is durable.
+    pub fn handle_saved(&mut self, now: Instant, index: u64) {
+        self.advance(now);
+        self.quorum
+            .compact(index.saturating_sub(self.config.entries_kept));
+    }
+
+    /// What was sent to this peer may have been lost.
+    pub fn handle_unreachable(&mut self, now: Instant, peer: u64) {
+        self.advance(now);
+        self.quorum.unreachable(peer);
+    }
+
+    /// This peer is known to be dead. If it led, the others need not wait for its silence.
+    pub fn handle_peer_died(&mut self, now: Instant, peer: u64) {
+        self.advance(now);
+        if self.quorum.leader() != Some(peer) || self.quorum.role() == Role::Leader {
+            return;
+        }
+        // In turn, so that two do not split the vote. Who lags behind loses, and the next one asks.
+        let survivors = self.config.servers.keys().filter(|id| **id != peer);
+        let rank = survivors.take_while(|id| **id != self.config.id).count();
+        let rank = u32::try_from(rank).expect("a handful of servers");
+        self.campaign = Some((now + CAMPAIGN_STEP * rank, peer));
+        self.campaign_if_due();
+    }
+
+    /// Hands leadership to `to`, or to the server that is furthest along. Does nothing if this
+    /// server does not lead.
+    pub fn handle_transfer(&mut self, now: Instant, to: Option<u64>) {
+        self.advance(now);
+        if let Some(to) = to.or_else(|| self.quorum.best_peer()) {
+            self.quorum.transfer(to);
+        }
+    }
+
+    /// Time has passed. Early, late and repeated calls are harmless.
+    pub fn handle_timeout(&mut self, now: Instant) {
+        self.advance(now);
+        if now < self.next_tick {
+            return;
+        }
+        let late = now.since(self.next_tick);
+        self.quorum.tick();
+        self.next_tick = self.next_tick + self.config.tick;
+        if self.next_tick <= now {
+            // A process that slept does not make up for it: the others' messages of that time may
+            // still wait to be read, and silence must be judged anew.
+            self.quorum.tick();
+            self.next_tick = now + self.config.tick;
+        }
+        if late > self.config.election_min {
+            self.restart_deadlines();
+        }
+        self.campaign_if_due();
+        self.expire_sessions();
+        self.send_touches();
+        self.resend();
+        self.check_handshakes();
+        self.check_containers();
+        if let Some(since) = self.leaderless_since
+            && now.since(since) > self.config.leaderless_max
+        {
+            self.close_all(CloseReason::Leaderless);
+        }
+    }
+
+    /// When [`Core::handle_timeout`] is wanted.
+    #[must_use]
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        Some(self.next_tick)
+    }
+
+    /// The next thing to do; drain to `None` before waiting for more input.
+    pub fn poll_output(&mut self) -> Option<Output> {
+        loop {
+            if let Some(output) = self.outputs.pop_front() {
+                return Some(output);
+            }
+            if let Some(wanted) = self.quorum.poll() {
+                self.on_quorum(wanted);
+            } else if self.check_leader() || self.flush() {
+                // There may be more now.
+            } else if self.quorum.wants_image() {
+                let image = self.image();
+                self.quorum.offer(image);
+            } else {
+                return None;
+            }
+        }
+    }
+
+    /// The replicated state, for tests and status.
+    #[must_use]
+    pub fn state(&self) -> &State {
+        &self.state
+    }
+
+    fn advance(&mut self, now: Instant) {
+        self.now = self.now.max(now);
+    }
+
+    fn on_quorum(&mut self, wanted: QuorumOutput) {
+        match wanted {
+            QuorumOutput::Send(message) => {
+                self.outputs.push_back(Output::Send {
+                    to: message.to,
+                    message: PeerMessage::Raft(message),
+                });
+            }
+            QuorumOutput::Persist { token, write } => {
+                self.outputs.push_back(Output::Persist { token, write });
+            }
+            QuorumOutput::Restore(image) => self.on_restore(&image),
+            QuorumOutput::Apply(entry) => {
+                self.on_apply(entry.index, &entry.data);
+                self.on_applied();
+            }
+            QuorumOutput::Barrier { context, index } => {
+                for conn in self
+                    .barriers
+                    .remove(&context)
+                    .map_or(BTreeSet::new(), |b| b.conns)
+                {
+                    self.on_barrier(conn, context, index);
+                }
+            }
+        }
+    }
+
+    fn on_restore(&mut self, image: &SnapshotImage) {
+        self.state = snapshot::decode(&image.data)
+            .expect("an authenticated peer's snapshot passed its checksum");
+        self.state.zxid = image.index;
+        self.snapshot_taken = image.index;
+        // Watches would miss what was skipped, and the fate of open writes is not known. Clients
+        // come back with their last zxid and are told what they missed.
+        self.close_all(CloseReason::SkippedAhead);
+    }
+
+    fn on_apply(&mut self, index: u64, data: &[u8]) {
+        if data.is_empty() {
+            self.state.skip(index);
+            return;
+        }
+        let entry: Entry =
+            postcard::from_bytes(data).expect("the log's checksums held, and we wrote it");
+        let (outcome, changes) = self.state.apply(index, &entry);
+        for change in &changes {
+            for fired in self.watches.fire(change) {
+                let frame = encode_event(&WatcherEvent::new(fired.kind, fired.path));
+                for conn in fired.conns {
+                    self.outputs.push_back(Output::Notify {
+                        conn,
+                        frame: frame.clone(),
+                    });
+                }
+            }
+        }
+        let ours = entry.proposal.origin == self.run;
+        self.on_outcome(outcome, &entry.proposal.command, ours);
+    }
+
+    /// After each entry: syncs that waited for it, and the snapshot that may be due.
+    fn on_applied(&mut self) {
+        while let Some((index, conn)) = self.waiting.first().copied() {
+            if index > self.state.zxid {
+                break;
+            }
+            self.waiting.pop_first();
+            self.advance_conn(conn);
+        }
+        if self.state.zxid - self.snapshot_taken >= self.config.snapshot_every {
+            let image = self.image();
+            self.snapshot_taken = image.index;
+            self.quorum.offer(image.clone());
+            self.outputs.push_back(Output::SaveSnapshot(image));
+        }
+    }
+
+    fn image(&self) -> SnapshotImage {
+        SnapshotImage {
+            index: self.state.zxid,
+            term: self
+                .quorum
+                .term_at(self.state.zxid)
+                .expect("what was applied last is held"),
+            voters: self.config.servers.keys().copied().collect(),
+            data: snapshot::encode(&self.state),
+        }
+    }
+
+    fn on_outcome(&mut self, outcome: Outcome, command: &crate::txn::Command, ours: bool) {
+        use crate::txn::Command;
+        match outcome {
+            Outcome::Created { session } | Outcome::Attached { session } => {
+                self.start_deadline(session);
+                let request = match command {
+                    Command::Create { request, .. } | Command::Attach { request, .. } => *request,
+                    _ => unreachable!("only these two open sessions"),
+                };
+                let conn = ConnId(request);
+                if let Some(old) = self.here.get(&session).copied()
+                    && !(ours && old == conn)
+                {
+                    self.close(old, CloseReason::Moved);
+                }
+                if ours {
+                    self.on_opened(conn, session);
+                }
+            }
+            Outcome::AttachRefused => {
+                if let (true, Command::Attach { request, .. }) = (ours, command) {
+                    self.on_open_refused(ConnId(*request));
+                }
+            }
+            Outcome::Expired { session } => {
+                if let Some(session) = session {
+                    self.deadlines.end(session);
+                    if let Some(conn) = self.here.get(&session).copied() {
+                        self.close(conn, CloseReason::Expired);
+                    }
+                    self.outputs
+                        .push_back(Output::Event(Event::SessionExpired(session)));
+                }
+            }
+            Outcome::Written(result) => {
+                let Command::Write {
+                    session, number, ..
+                } = command
+                else {
+                    unreachable!("only writes are written");
+                };
+                if !self.state.sessions.contains_key(session) {
+                    self.deadlines.end(*session);
+                }
+                if let (true, Some(conn)) = (ours, self.here.get(session).copied()) {
+                    self.on_written(conn, *number, result);
+                }
+            }
+            Outcome::Void | Outcome::Reaped => {}
+        }
+    }
+
+    /// Notices a change of leader. True if it did something.
+    fn check_leader(&mut self) -> bool {
+        let led = (self.quorum.term(), self.quorum.leader());
+        if led == self.led {
+            return false;
+        }
+        let before = std::mem::replace(&mut self.led, led);
+        if led.1.is_none() {
+            self.leaderless_since.get_or_insert(self.now);
+        } else {
+            self.leaderless_since = None;
+            self.campaign = None;
+        }
+        if before.1 != led.1 || led.1.is_some() {
+            self.outputs.push_back(Output::Event(Event::Leader {
+                leader: led.1,
+                term: led.0,
+            }));
+        }
+        self.deadlines.clear();
+        self.restart_deadlines();
+        if led.1.is_some() {
+            // What was on its way to the old leader may be lost.
+            for outgoing in self.outbox.values_mut() {
+                outgoing.sent = self.now;
+                outgoing.again = RESEND_MIN;
+            }
+            self.forward = self
+                .outbox
+                .values()
+                .map(|out| out.proposal.clone())
+                .collect();
+            for (context, barrier) in &mut self.barriers {
+                if Some(*context) != self.open_barrier {
+                    barrier.asked = self.now;
+                    self.quorum.barrier(*context);
+                }
+            }
+        }
+        true
+    }
+
+    /// Sends what was collected since the last drain. True if there was anything.
+    fn flush(&mut self) -> bool {
+        let mut any = false;
+        if let Some(context) = self.open_barrier.take() {
+            any = true;
+            self.quorum.barrier(context);
+        }
+        if self.forward.is_empty() {
+            return any;
+        }
+        let proposals = std::mem::take(&mut self.forward);
+        match self.quorum.leader() {
+            Some(leader) if leader == self.config.id => {
+                for proposal in proposals {
+                    self.propose(proposal);
+                }
+            }
+            Some(to) => {
+                let message = PeerMessage::Forward(proposals);
+                self.outputs.push_back(Output::Send { to, message });
+            }
+            // They stand in the outbox and go to the next leader.
+            None => {}
+        }
+        true
+    }
+
+    fn resend(&mut self) {
+        let now = self.now;
+        let due = |sent: Instant, again| now.since(sent) >= again;
+        if self
+            .outbox
+            .first_key_value()
+            .is_some_and(|(_, out)| due(out.sent, out.again))
+        {
+            // All of them: writes of one session must not overtake each other.
+            for outgoing in self.outbox.values_mut() {
+                outgoing.sent = now;
+                outgoing.again = (outgoing.again * 2).min(RESEND_MAX);
+            }
+            self.forward = self
+                .outbox
+                .values()
+                .map(|out| out.proposal.clone())
+                .collect();
+        }
+        for (context, barrier) in &mut self.barriers {
+            if due(barrier.asked, BARRIER_AGAIN) {
+                barrier.asked = now;
+                self.quorum.barrier(*context);
+            }
+        }
+    }
+
+    fn campaign_if_due(&mut self) {
+        if let Some((at, dead)) = self.campaign
+            && at <= self.now
+        {
+            self.campaign = None;
+            if self.quorum.leader() == Some(dead) {
+                self.quorum.campaign();
+            }
+        }
+    }
+}

@@ -1,0 +1,894 @@
+//! One client's connection: its handshake, and its requests in their order.
+
+use std::collections::VecDeque;
+use std::net::IpAddr;
+
+use bytes::Bytes;
+
+use super::{Barrier, CloseReason, ConnId, Core, Outgoing, Output, RESEND_MIN};
+use crate::acl;
+use crate::session::{PASSWORD_LEN, Password, SessionId};
+use crate::time::Instant;
+use crate::tree::{Kind, NewZnode};
+use crate::txn::{Command, Done, Op, Proposal, Refused};
+use crate::watch::WatchKind;
+use crate::wire::{
+    ConnectRequest, ConnectResponse, CreateMode, CreateOp, ErrorCode, EventType, Id, MultiOp,
+    MultiResult, Request, RequestHeader, Response, SetWatches, WatcherEvent, WatcherKind,
+    encode_connect_response, encode_error, encode_event, encode_reply, perms, validate_path,
+};
+
+/// Requests of one connection that wait for their answer at most; a client with more is cut off.
+/// (A driver stops reading from it well before.)
+const REQUESTS_PER_CONNECTION_MAX: usize = 4096;
+
+/// Identities that one connection may prove at most.
+const IDENTITIES_MAX: usize = 64;
+
+/// How a write's success is told: operations that do the same differ in their replies.
+#[derive(Debug)]
+enum Shape {
+    Create(CreateOp),
+    /// One for each part; `None` for parts that are not creations.
+    Multi(Vec<Option<CreateOp>>),
+    Stat,
+    Empty,
+}
+
+/// A request that waits its turn.
+#[derive(Debug)]
+enum Pending {
+    /// Waits until it has been applied here.
+    Write {
+        xid: i32,
+        number: u64,
+        shape: Shape,
+        /// Its key in the outbox, once it is on its way; before that, what it is to do.
+        state: Sending,
+    },
+    /// Is answered from the state here, when all before it have been answered.
+    Read { xid: i32, request: Request },
+    /// Waits until all that was committed before it came has been applied here.
+    Sync {
+        xid: i32,
+        path: String,
+        barrier: u64,
+        index: Option<u64>,
+    },
+    /// Is refused, when all before it have been answered.
+    Refuse {
+        xid: i32,
+        code: ErrorCode,
+        close: bool,
+    },
+}
+
+#[derive(Debug)]
+enum Sending {
+    /// Behind a sync: what comes after must not be seen by what came before.
+    Held(Vec<Id>, Op),
+    Sent(u64),
+}
+
+#[derive(Debug)]
+enum Phase {
+    /// Nothing has come yet.
+    New,
+    /// The session is being created or taken over.
+    Opening { request: ConnectRequest, out: u64 },
+    /// In a session.
+    Open { session: SessionId, attached: u64 },
+}
+
+/// A client's connection.
+pub(super) struct Conn {
+    phase: Phase,
+    since: Instant,
+    address: Option<IpAddr>,
+    who: Vec<Id>,
+    queue: VecDeque<Pending>,
+    /// Syncs in the queue, and writes that wait behind them.
+    syncs: usize,
+    held: usize,
+    /// Number of the last write.
+    writes: u64,
+}
+
+impl Conn {
+    pub(super) fn session(&self) -> Option<SessionId> {
+        match self.phase {
+            Phase::Open { session, .. } => Some(session),
+            Phase::New | Phase::Opening { .. } => None,
+        }
+    }
+
+    pub(super) fn address(&self) -> String {
+        self.address
+            .map_or("unknown".to_owned(), |address| address.to_string())
+    }
+}
+
+impl Core {
+    /// A client has connected from `address`.
+    pub fn handle_connect(&mut self, now: Instant, conn: ConnId, address: Option<IpAddr>) {
+        self.advance(now);
+        let mut who = vec![Id::anyone()];
+        who.extend(address.map(|ip| Id {
+            scheme: "ip".into(),
+            id: ip.to_canonical().to_string(),
+        }));
+        let state = Conn {
+            phase: Phase::New,
+            since: now,
+            address,
+            who,
+            queue: VecDeque::new(),
+            syncs: 0,
+            held: 0,
+            writes: 0,
+        };
+        self.conns.insert(conn, state);
+        self.opening.insert(conn);
+    }
+
+    /// A client's connection has ended. Its session goes on until it expires.
+    pub fn handle_disconnect(&mut self, now: Instant, conn: ConnId) {
+        self.advance(now);
+        self.forget(conn);
+    }
+
+    /// A client has sent a frame (without its length). Frames of unknown connections, which the core
+    /// has closed meanwhile, are ignored.
+    pub fn handle_frame(&mut self, now: Instant, conn: ConnId, frame: &[u8]) {
+        self.advance(now);
+        let Some(state) = self.conns.get_mut(&conn) else {
+            return;
+        };
+        self.counters.frames_received += 1;
+        match state.phase {
+            Phase::New => match ConnectRequest::decode(frame) {
+                Ok(request) => self.on_connect_request(conn, request),
+                Err(_) => self.close(conn, CloseReason::Protocol),
+            },
+            // A client that does not wait for the handshake to end does not speak the protocol.
+            Phase::Opening { .. } => self.close(conn, CloseReason::Protocol),
+            Phase::Open { session, .. } => {
+                if state.queue.len() >= REQUESTS_PER_CONNECTION_MAX {
+                    self.close(conn, CloseReason::TooMuch);
+                    return;
+                }
+                self.touch(session);
+                match RequestHeader::split(frame) {
+                    Ok((header, body)) => self.on_request(conn, header, body),
+                    Err(_) => self.close(conn, CloseReason::Protocol),
+                }
+            }
+        }
+    }
+
+    fn on_connect_request(&mut self, conn: ConnId, request: ConnectRequest) {
+        let min = u32::try_from(self.config.session_min.as_millis()).unwrap_or(u32::MAX);
+        let max = u32::try_from(self.config.session_max.as_millis()).unwrap_or(u32::MAX);
+        let timeout_ms = u32::try_from(request.timeout_ms)
+            .unwrap_or(0)
+            .clamp(min, max);
+        let command = if request.session_id == 0 {
+            let mut password: Password = [0; PASSWORD_LEN];
+            for half in password.chunks_mut(8) {
+                half.copy_from_slice(&self.rng.next().to_be_bytes());
+            }
+            Command::Create {
+                request: conn.0,
+                timeout_ms,
+                password,
+            }
+        } else {
+            Command::Attach {
+                request: conn.0,
+                session: SessionId(request.session_id),
+                password: request.password.as_deref().unwrap_or_default().to_vec(),
+                timeout_ms,
+            }
+        };
+        let out = self.submit(command);
+        if let Some(state) = self.conns.get_mut(&conn) {
+            state.phase = Phase::Opening { request, out };
+        }
+    }
+
+    /// Sends a proposal to the leader with the next drain, and again until it comes back.
+    fn submit(&mut self, command: Command) -> u64 {
+        let out = self.next_out;
+        self.next_out += 1;
+        let proposal = Proposal {
+            origin: self.run,
+            command,
+        };
+        self.forward.push(proposal.clone());
+        self.outbox.insert(
+            out,
+            Outgoing {
+                proposal,
+                sent: self.now,
+                again: RESEND_MIN,
+            },
+        );
+        out
+    }
+
+    pub(super) fn on_opened(&mut self, conn: ConnId, session: SessionId) {
+        let zxid = self.state.zxid.cast_signed();
+        let Some(state) = self.conns.get_mut(&conn) else {
+            return;
+        };
+        let Phase::Opening { request, out } = &state.phase else {
+            return;
+        };
+        self.outbox.remove(out);
+        if request.last_zxid_seen > zxid {
+            self.close(conn, CloseReason::FromTheFuture);
+            return;
+        }
+        let record = &self.state.sessions[&session];
+        let response = ConnectResponse {
+            protocol_version: 0,
+            timeout_ms: i32::try_from(record.timeout_ms).unwrap_or(i32::MAX),
+            session_id: session.0,
+            password: Some(Bytes::copy_from_slice(&record.password)),
+            read_only: request.read_only.map(|_| false),
+        };
+        state.phase = Phase::Open {
+            session,
+            attached: record.attached,
+        };
+        state.writes = record.writes;
+        self.opening.remove(&conn);
+        self.here.insert(session, conn);
+        self.touch(session);
+        self.reply(conn, encode_connect_response(&response));
+    }
+
+    pub(super) fn on_open_refused(&mut self, conn: ConnId) {
+        let Some(state) = self.conns.get_mut(&conn) else {
+            return;
+        };
+        let Phase::Opening { request, .. } = &state.phase else {
+            return;
+        };
+        let response = ConnectResponse::expired(request.read_only.map(|_| false));
+        self.reply(conn, encode_connect_response(&response));
+        self.close(conn, CloseReason::Expired);
+    }
+
+    fn on_request(&mut self, conn: ConnId, header: RequestHeader, body: &[u8]) {
+        let RequestHeader { xid, op } = header;
+        let request = match Request::decode(op, body) {
+            Ok(request) => request,
+            Err(error) => {
+                let code = error.code();
+                let close = code == ErrorCode::Unimplemented;
+                self.enqueue(conn, Pending::Refuse { xid, code, close });
+                return;
+            }
+        };
+        match request {
+            // A ping waits for nothing, so that a slow write does not look like a dead server.
+            Request::Ping => {
+                let zxid = self.state.zxid.cast_signed();
+                self.reply(conn, encode_reply(xid, zxid, &Response::Empty));
+            }
+            Request::Auth { scheme, auth, .. } => self.on_auth(conn, xid, &scheme, auth),
+            Request::Sync { path } => {
+                let (barrier, now) = (self.barrier_to_join(), self.now);
+                let entry = self.barriers.entry(barrier);
+                entry
+                    .or_insert(Barrier {
+                        conns: [].into(),
+                        asked: now,
+                    })
+                    .conns
+                    .insert(conn);
+                self.enqueue(
+                    conn,
+                    Pending::Sync {
+                        xid,
+                        path,
+                        barrier,
+                        index: None,
+                    },
+                );
+            }
+            request if request.is_write() => self.on_write_request(conn, xid, request),
+            request => self.enqueue(conn, Pending::Read { xid, request }),
+        }
+    }
+
+    fn on_auth(&mut self, conn: ConnId, xid: i32, scheme: &str, auth: Option<Bytes>) {
+        let Some(state) = self.conns.get_mut(&conn) else {
+            return;
+        };
+        let identity = match scheme {
+            "digest" => acl::digest_identity(auth.as_deref().unwrap_or_default()),
+            // The address is known already, and everybody is somebody.
+            "ip" | "world" => Some(Id::anyone()),
+            _ => None,
+        };
+        let zxid = self.state.zxid.cast_signed();
+        match identity {
+            Some(id) if state.who.contains(&id) || state.who.len() < IDENTITIES_MAX => {
+                if !state.who.contains(&id) {
+                    state.who.push(id);
+                }
+                self.reply(conn, encode_reply(xid, zxid, &Response::Empty));
+            }
+            _ => {
+                self.reply(conn, encode_error(xid, zxid, ErrorCode::AuthFailed));
+                self.close(conn, CloseReason::Auth);
+            }
+        }
+    }
+
+    /// The barrier that is asked for with the next drain.
+    fn barrier_to_join(&mut self) -> u64 {
+        *self.open_barrier.get_or_insert_with(|| {
+            self.next_barrier += 1;
+            self.next_barrier
+        })
+    }
+
+    fn on_write_request(&mut self, conn: ConnId, xid: i32, request: Request) {
+        let Some(state) = self.conns.get_mut(&conn) else {
+            return;
+        };
+        let Phase::Open { session, attached } = state.phase else {
+            return;
+        };
+        match operation(request, session) {
+            Ok((op, shape)) => {
+                state.writes += 1;
+                let number = state.writes;
+                let who = state.who.clone();
+                let sending = if state.syncs > 0 {
+                    state.held += 1;
+                    Sending::Held(who, op)
+                } else {
+                    let write = Command::Write {
+                        session,
+                        attached,
+                        number,
+                        who,
+                        op,
+                    };
+                    Sending::Sent(self.submit(write))
+                };
+                self.enqueue(
+                    conn,
+                    Pending::Write {
+                        xid,
+                        number,
+                        shape,
+                        state: sending,
+                    },
+                );
+            }
+            Err(code) => self.enqueue(
+                conn,
+                Pending::Refuse {
+                    xid,
+                    code,
+                    close: false,
+                },
+            ),
+        }
+    }
+
+    fn enqueue(&mut self, conn: ConnId, pending: Pending) {
+        let Some(state) = self.conns.get_mut(&conn) else {
+            return;
+        };
+        state.syncs += usize::from(matches!(pending, Pending::Sync { .. }));
+        state.queue.push_back(pending);
+        if state.queue.len() == 1 {
+            self.advance_conn(conn);
+        }
+    }
+
+    /// Answers what can be answered, in order, and sends the writes that no longer wait.
+    pub(super) fn advance_conn(&mut self, conn: ConnId) {
+        loop {
+            let applied = self.state.zxid;
+            let Some(state) = self.conns.get_mut(&conn) else {
+                return;
+            };
+            match state.queue.front() {
+                Some(Pending::Read { .. } | Pending::Refuse { .. }) => {}
+                Some(Pending::Sync {
+                    index: Some(index), ..
+                }) if *index <= applied => {}
+                Some(Pending::Write { .. } | Pending::Sync { .. }) | None => break,
+            }
+            match state.queue.pop_front().expect("just seen") {
+                Pending::Read { xid, request } => self.answer_read(conn, xid, &request),
+                Pending::Refuse { xid, code, close } => {
+                    self.reply(conn, encode_error(xid, applied.cast_signed(), code));
+                    if close {
+                        self.close(conn, CloseReason::Protocol);
+                    }
+                }
+                Pending::Sync { xid, path, .. } => {
+                    state.syncs -= 1;
+                    let response = Response::Synced { path };
+                    self.reply(conn, encode_reply(xid, applied.cast_signed(), &response));
+                    self.send_held(conn);
+                }
+                Pending::Write { .. } => unreachable!("not taken from the queue here"),
+            }
+        }
+    }
+
+    /// Sends the writes that stood behind a sync, up to the next sync.
+    fn send_held(&mut self, conn: ConnId) {
+        let Some(state) = self.conns.get_mut(&conn) else {
+            return;
+        };
+        let Phase::Open { session, attached } = state.phase else {
+            return;
+        };
+        if state.held == 0 {
+            return;
+        }
+        let mut queue = std::mem::take(&mut state.queue);
+        let mut sent = 0;
+        for pending in &mut queue {
+            match pending {
+                Pending::Sync { .. } => break,
+                Pending::Write { number, state, .. } => {
+                    if let Sending::Held(who, op) = state {
+                        let (who, op) = (std::mem::take(who), std::mem::replace(op, Op::Close));
+                        let number = *number;
+                        let write = Command::Write {
+                            session,
+                            attached,
+                            number,
+                            who,
+                            op,
+                        };
+                        *state = Sending::Sent(self.submit(write));
+                        sent += 1;
+                    }
+                }
+                Pending::Read { .. } | Pending::Refuse { .. } => {}
+            }
+        }
+        if let Some(state) = self.conns.get_mut(&conn) {
+            state.held -= sent;
+            state.queue = queue;
+        }
+    }
+
+    pub(super) fn on_barrier(&mut self, conn: ConnId, context: u64, barrier_index: u64) {
+        let Some(state) = self.conns.get_mut(&conn) else {
+            return;
+        };
+        for pending in &mut state.queue {
+            if let Pending::Sync { barrier, index, .. } = pending
+                && *barrier == context
+            {
+                *index = Some(barrier_index);
+            }
+        }
+        if barrier_index > self.state.zxid {
+            self.waiting.insert((barrier_index, conn));
+        } else {
+            self.advance_conn(conn);
+        }
+    }
+
+    /// A write of a connection here has been applied: it is the first in the queue, because all
+    /// before it have been answered.
+    pub(super) fn on_written(&mut self, conn: ConnId, number: u64, result: Result<Done, Refused>) {
+        let Some(state) = self.conns.get_mut(&conn) else {
+            return;
+        };
+        let Some(Pending::Write { number: first, .. }) = state.queue.front() else {
+            panic!("write {number} came back and nothing waits for it");
+        };
+        assert_eq!(*first, number, "writes of a connection come back in order");
+        let Some(Pending::Write {
+            xid,
+            shape,
+            state: Sending::Sent(out),
+            ..
+        }) = state.queue.pop_front()
+        else {
+            panic!("write {number} came back and was never sent");
+        };
+        self.outbox.remove(&out);
+        let zxid = self.state.zxid.cast_signed();
+        let closed = matches!(result, Ok(Done::Closed));
+        let frame = match respond(result, &shape) {
+            Ok(response) => encode_reply(xid, zxid, &response),
+            Err(code) => encode_error(xid, zxid, code),
+        };
+        self.reply(conn, frame);
+        if closed {
+            self.close(conn, CloseReason::Goodbye);
+        } else {
+            self.advance_conn(conn);
+        }
+    }
+
+    fn answer_read(&mut self, conn: ConnId, xid: i32, request: &Request) {
+        let zxid = self.state.zxid.cast_signed();
+        let frame = match self.read(conn, request) {
+            Ok(response) => encode_reply(xid, zxid, &response),
+            Err(code) => encode_error(xid, zxid, code),
+        };
+        self.reply(conn, frame);
+    }
+
+    fn read(&mut self, conn: ConnId, request: &Request) -> Result<Response, ErrorCode> {
+        let who = self
+            .conns
+            .get(&conn)
+            .map(|state| state.who.clone())
+            .unwrap_or_default();
+        let tree = &self.state.tree;
+        match request {
+            Request::Exists { path, watch } => {
+                valid(path)?;
+                let stat = tree.znode(path).map(|znode| znode.stat());
+                self.watch(conn, *watch, WatchKind::Data, path);
+                stat.map(Response::Stat).ok_or(ErrorCode::NoNode)
+            }
+            Request::GetData { path, watch } => {
+                valid(path)?;
+                let znode = tree.read(path, perms::READ, &who)?;
+                let response = Response::Data {
+                    data: znode.data.clone(),
+                    stat: znode.stat(),
+                };
+                self.watch(conn, *watch, WatchKind::Data, path);
+                Ok(response)
+            }
+            Request::GetAcl { path } => {
+                valid(path)?;
+                let znode = tree.read(path, perms::READ | perms::ADMIN, &who)?;
+                Ok(Response::Acl {
+                    acl: znode.acl.clone(),
+                    stat: znode.stat(),
+                })
+            }
+            Request::GetChildren { path, watch } | Request::GetChildren2 { path, watch } => {
+                valid(path)?;
+                let znode = tree.read(path, perms::READ, &who)?;
+                let children = znode.children.iter().cloned().collect();
+                let response = match request {
+                    Request::GetChildren { .. } => Response::Children(children),
+                    _ => Response::Children2 {
+                        children,
+                        stat: znode.stat(),
+                    },
+                };
+                self.watch(conn, *watch, WatchKind::Children, path);
+                Ok(response)
+            }
+            Request::SetWatches(watches) => {
+                self.set_watches(conn, watches);
+                Ok(Response::Empty)
+            }
+            Request::RemoveWatches { path, kind } => {
+                valid(path)?;
+                let kinds: &[WatchKind] = match WatcherKind::from_code(*kind)? {
+                    WatcherKind::Children => &[WatchKind::Children],
+                    WatcherKind::Data => &[WatchKind::Data],
+                    WatcherKind::Any => &[WatchKind::Children, WatchKind::Data],
+                };
+                let removed = kinds
+                    .iter()
+                    .filter(|k| self.watches.remove(conn, **k, path))
+                    .count();
+                if removed > 0 {
+                    Ok(Response::Empty)
+                } else {
+                    Err(ErrorCode::NoWatcher)
+                }
+            }
+            // Persistent watches are not kept here.
+            _ => Err(ErrorCode::Unimplemented),
+        }
+    }
+
+    fn watch(&mut self, conn: ConnId, wanted: bool, kind: WatchKind, path: &str) {
+        if wanted && self.conns.contains_key(&conn) && !self.watches.set(conn, kind, path) {
+            self.close(conn, CloseReason::TooMuch);
+        }
+    }
+
+    /// Sets watches again for a client that has come back, and tells it first what they would have
+    /// told while it was away.
+    fn set_watches(&mut self, conn: ConnId, watches: &SetWatches) {
+        let since = u64::try_from(watches.relative_zxid).unwrap_or(0);
+        let lists = [
+            (&watches.data, WatchKind::Data, false),
+            (&watches.exist, WatchKind::Data, true),
+            (&watches.child, WatchKind::Children, false),
+        ];
+        for (paths, kind, waits_for_creation) in lists {
+            for path in paths {
+                let missed = match (self.state.tree.znode(path), waits_for_creation, kind) {
+                    (Some(_), true, _) => Some(EventType::NodeCreated),
+                    (None, true, _) => None,
+                    (None, false, _) => Some(EventType::NodeDeleted),
+                    (Some(znode), false, WatchKind::Data) => {
+                        (znode.mzxid > since).then_some(EventType::NodeDataChanged)
+                    }
+                    (Some(znode), false, WatchKind::Children) => {
+                        (znode.pzxid > since).then_some(EventType::NodeChildrenChanged)
+                    }
+                };
+                match missed {
+                    Some(event) => {
+                        let frame = encode_event(&WatcherEvent::new(event, path.as_str()));
+                        self.outputs.push_back(Output::Notify { conn, frame });
+                    }
+                    None => self.watch(conn, true, kind, path),
+                }
+            }
+        }
+    }
+
+    fn reply(&mut self, conn: ConnId, frame: Bytes) {
+        if self.conns.contains_key(&conn) {
+            self.counters.frames_sent += 1;
+            self.outputs.push_back(Output::Reply { conn, frame });
+        }
+    }
+
+    pub(super) fn close(&mut self, conn: ConnId, reason: CloseReason) {
+        if self.forget(conn) {
+            self.outputs.push_back(Output::Close { conn, reason });
+        }
+    }
+
+    pub(super) fn close_all(&mut self, reason: CloseReason) {
+        let all: Vec<ConnId> = self.conns.keys().copied().collect();
+        for conn in all {
+            self.close(conn, reason);
+        }
+    }
+
+    /// Drops everything that belongs to a connection. True if there was one.
+    fn forget(&mut self, conn: ConnId) -> bool {
+        let Some(state) = self.conns.remove(&conn) else {
+            return false;
+        };
+        self.opening.remove(&conn);
+        self.watches.forget(conn);
+        match state.phase {
+            Phase::New => {}
+            Phase::Opening { out, .. } => {
+                self.outbox.remove(&out);
+            }
+            Phase::Open { session, .. } => {
+                if self.here.get(&session) == Some(&conn) {
+                    self.here.remove(&session);
+                }
+            }
+        }
+        for pending in state.queue {
+            match pending {
+                // It may be applied or not: whoever loses a connection cannot know.
+                Pending::Write {
+                    state: Sending::Sent(out),
+                    ..
+                } => {
+                    self.outbox.remove(&out);
+                }
+                Pending::Sync { barrier, .. } => {
+                    if let Some(entry) = self.barriers.get_mut(&barrier) {
+                        entry.conns.remove(&conn);
+                        if entry.conns.is_empty() && self.open_barrier != Some(barrier) {
+                            self.barriers.remove(&barrier);
+                        }
+                    }
+                }
+                Pending::Write { .. } | Pending::Read { .. } | Pending::Refuse { .. } => {}
+            }
+        }
+        true
+    }
+
+    pub(super) fn check_handshakes(&mut self) {
+        let limit = self.config.handshake_max;
+        let late: Vec<ConnId> = self
+            .opening
+            .iter()
+            .filter(|conn| self.now.since(self.conns[conn].since) > limit)
+            .copied()
+            .collect();
+        for conn in late {
+            self.close(conn, CloseReason::Handshake);
+        }
+    }
+}
+
+fn valid(path: &str) -> Result<(), ErrorCode> {
+    validate_path(path).map_err(|_| ErrorCode::BadArguments)
+}
+
+/// What a client's write does, and how its success is told. What is malformed is refused here, and
+/// never reaches the log.
+fn operation(request: Request, session: SessionId) -> Result<(Op, Shape), ErrorCode> {
+    Ok(match request {
+        Request::Create {
+            op,
+            path,
+            data,
+            acl,
+            flags,
+        } => (
+            creation(op, path, data, acl, flags, session)?,
+            Shape::Create(op),
+        ),
+        Request::Delete { path, version } => {
+            valid(&path)?;
+            (Op::Delete { path, version }, Shape::Empty)
+        }
+        Request::SetData {
+            path,
+            data,
+            version,
+        } => {
+            valid(&path)?;
+            (
+                Op::SetData {
+                    path,
+                    data,
+                    version,
+                },
+                Shape::Stat,
+            )
+        }
+        Request::SetAcl { path, acl, version } => {
+            valid(&path)?;
+            (Op::SetAcl { path, acl, version }, Shape::Stat)
+        }
+        Request::Check { path, version } => {
+            valid(&path)?;
+            (Op::Check { path, version }, Shape::Empty)
+        }
+        Request::Multi(parts) => {
+            let mut ops = Vec::with_capacity(parts.len());
+            let mut shapes = Vec::with_capacity(parts.len());
+            for part in parts {
+                shapes.push(match &part {
+                    MultiOp::Create { op, .. } => Some(*op),
+                    _ => None,
+                });
+                // The others must be told that this one was at fault, so it goes into the log.
+                ops.push(part_operation(part, session).unwrap_or_else(Op::Malformed));
+            }
+            (Op::Multi(ops), Shape::Multi(shapes))
+        }
+        Request::CloseSession => (Op::Close, Shape::Empty),
+        _ => return Err(ErrorCode::Unimplemented),
+    })
+}
+
+fn part_operation(part: MultiOp, session: SessionId) -> Result<Op, ErrorCode> {
+    Ok(match part {
+        MultiOp::Create {
+            op,
+            path,
+            data,
+            acl,
+            flags,
+        } => creation(op, path, data, acl, flags, session)?,
+        MultiOp::Delete { path, version } => {
+            valid(&path)?;
+            Op::Delete { path, version }
+        }
+        MultiOp::SetData {
+            path,
+            data,
+            version,
+        } => {
+            valid(&path)?;
+            Op::SetData {
+                path,
+                data,
+                version,
+            }
+        }
+        MultiOp::Check { path, version } => {
+            valid(&path)?;
+            Op::Check { path, version }
+        }
+    })
+}
+
+fn creation(
+    op: CreateOp,
+    path: String,
+    data: Option<Bytes>,
+    acl: Vec<crate::wire::Acl>,
+    flags: i32,
+    session: SessionId,
+) -> Result<Op, ErrorCode> {
+    let mode = CreateMode::from_flags(flags)?;
+    let kind = match mode {
+        CreateMode::Persistent | CreateMode::PersistentSequential => Kind::Persistent,
+        CreateMode::Ephemeral | CreateMode::EphemeralSequential => Kind::Ephemeral(session),
+        CreateMode::Container => Kind::Container,
+        CreateMode::PersistentWithTtl | CreateMode::PersistentSequentialWithTtl => {
+            return Err(ErrorCode::Unimplemented);
+        }
+    };
+    if op == CreateOp::Container && kind != Kind::Container {
+        return Err(ErrorCode::BadArguments);
+    }
+    if mode.is_sequential() {
+        // The name may be nothing but its number.
+        valid(&format!("{path}1"))?;
+    } else {
+        valid(&path)?;
+    }
+    Ok(Op::Create(NewZnode {
+        path,
+        data,
+        acl,
+        kind,
+        sequential: mode.is_sequential(),
+    }))
+}
+
+/// The reply to a write. A `multi` that failed is a success with bad news in it.
+fn respond(result: Result<Done, Refused>, shape: &Shape) -> Result<Response, ErrorCode> {
+    let done = match (result, shape) {
+        (Ok(done), _) => done,
+        (
+            Err(Refused {
+                code,
+                part: Some(fault),
+            }),
+            Shape::Multi(parts),
+        ) => {
+            let result = |part| match usize::cmp(&part, &fault) {
+                std::cmp::Ordering::Less => None,
+                std::cmp::Ordering::Equal => Some(code),
+                std::cmp::Ordering::Greater => Some(ErrorCode::RuntimeInconsistency),
+            };
+            let results = (0..parts.len()).map(|part| MultiResult::Error(result(part)));
+            return Ok(Response::Multi(results.collect()));
+        }
+        (Err(refused), _) => return Err(refused.code),
+    };
+    Ok(match (done, shape) {
+        (Done::Created(path, stat), Shape::Create(op)) if op.replies_stat() => {
+            Response::Created2 { path, stat }
+        }
+        (Done::Created(path, _), _) => Response::Created { path },
+        (Done::Set(stat), _) => Response::Stat(stat),
+        (Done::Multi(parts), Shape::Multi(shapes)) => Response::Multi(
+            parts
+                .into_iter()
+                .zip(shapes)
+                .map(|(done, shape)| part_result(done, *shape))
+                .collect(),
+        ),
+        (Done::Deleted | Done::Checked | Done::Closed | Done::Multi(_), _) => Response::Empty,
+    })
+}
+
+fn part_result(done: Done, shape: Option<CreateOp>) -> MultiResult {
+    match (done, shape) {
+        (Done::Created(path, stat), Some(op)) if op.replies_stat() => {
+            MultiResult::Created2 { op, path, stat }
+        }
+        (Done::Created(path, _), _) => MultiResult::Created { path },
+        (Done::Set(stat), _) => MultiResult::Set(stat),
+        (Done::Deleted, _) => MultiResult::Deleted,
+        (Done::Checked | Done::Closed | Done::Multi(_), _) => MultiResult::Checked,
+    }
+}

@@ -1,0 +1,130 @@
+//! What the leader does beside consensus: it stamps proposals, ends silent sessions, and clears
+//! containers away. Every server reports its sessions' signs of life to it.
+
+use std::time::Duration;
+
+use super::{Core, Output, PeerMessage, TOUCH_MAX};
+use crate::quorum::Role;
+use crate::session::SessionId;
+use crate::txn::{Command, Entry, Proposal};
+
+/// A proposal to end a session is repeated after this long, should it be lost.
+const EXPIRE_AGAIN: Duration = Duration::from_millis(500);
+
+impl Core {
+    fn leads(&self) -> bool {
+        self.quorum.role() == Role::Leader
+    }
+
+    /// Puts a proposal into the log, if this server leads and there is room; if not, it is dropped,
+    /// and its origin sends it again.
+    pub(super) fn propose(&mut self, proposal: Proposal) {
+        if !self.leads() {
+            return;
+        }
+        match &proposal.command {
+            Command::Attach { session, .. } | Command::Write { session, .. } => {
+                self.deadlines.touch(*session, self.now);
+            }
+            Command::Create { .. } | Command::Expire { .. } | Command::Reap { .. } => {}
+        }
+        let now_ms = i64::try_from(self.now.micros() / 1000).unwrap_or(i64::MAX);
+        let entry = Entry {
+            time_ms: now_ms.saturating_add(self.wall_offset_ms),
+            proposal,
+        };
+        let data = postcard::to_allocvec(&entry).expect("memory takes everything");
+        if !self.quorum.propose(data) {
+            self.counters.proposals_dropped += 1;
+        }
+    }
+
+    pub(super) fn start_deadline(&mut self, session: SessionId) {
+        if self.leads()
+            && let Some(record) = self.state.sessions.get(&session)
+        {
+            let timeout = Duration::from_millis(u64::from(record.timeout_ms));
+            self.deadlines.start(session, timeout, self.now);
+        }
+    }
+
+    /// A new leader, or one that was asleep, knows nothing of who was silent.
+    pub(super) fn restart_deadlines(&mut self) {
+        if self.leads() {
+            let sessions: Vec<SessionId> = self.state.sessions.keys().copied().collect();
+            for session in sessions {
+                self.start_deadline(session);
+            }
+        }
+    }
+
+    pub(super) fn expire_sessions(&mut self) {
+        if !self.leads() {
+            return;
+        }
+        while let Some(session) = self.deadlines.pop_expired(self.now, EXPIRE_AGAIN) {
+            if let Some(record) = self.state.sessions.get(&session) {
+                let attached = record.attached;
+                self.propose(Proposal {
+                    origin: self.run,
+                    command: Command::Expire { session, attached },
+                });
+            }
+        }
+    }
+
+    /// A session of this server was heard from.
+    pub(super) fn touch(&mut self, session: SessionId) {
+        if self.leads() {
+            self.deadlines.touch(session, self.now);
+        } else {
+            self.touched.insert(session);
+        }
+    }
+
+    pub(super) fn send_touches(&mut self) {
+        if self.now < self.next_touch {
+            return;
+        }
+        self.next_touch = self.now + self.config.heartbeat;
+        let Some(leader) = self.quorum.leader() else {
+            return;
+        };
+        let touched: Vec<SessionId> = std::mem::take(&mut self.touched).into_iter().collect();
+        if leader == self.config.id {
+            touched
+                .into_iter()
+                .for_each(|session| self.deadlines.touch(session, self.now));
+            return;
+        }
+        for chunk in touched.chunks(TOUCH_MAX) {
+            let message = PeerMessage::Touch(chunk.to_vec());
+            self.outputs.push_back(Output::Send {
+                to: leader,
+                message,
+            });
+        }
+    }
+
+    pub(super) fn check_containers(&mut self) {
+        if self.now < self.next_container_check {
+            return;
+        }
+        self.next_container_check = self.now + self.config.container_check;
+        if !self.leads() {
+            return;
+        }
+        let idle: Vec<String> = self
+            .state
+            .tree
+            .idle_containers()
+            .map(str::to_owned)
+            .collect();
+        for path in idle {
+            self.propose(Proposal {
+                origin: self.run,
+                command: Command::Reap { path },
+            });
+        }
+    }
+}

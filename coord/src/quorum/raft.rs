@@ -1,0 +1,374 @@
+//! raft-rs as a [`Consensus`].
+
+use std::collections::VecDeque;
+use std::fmt;
+
+use raft::eraftpb as pb;
+use raft::{Config, INVALID_ID, RawNode, SnapshotStatus, StateRole};
+
+use super::log::Log;
+use super::message::{RaftMessage, RaftMessageKind, entry_from_engine, image_from_engine};
+use super::{
+    Consensus, HardState, QuorumConfig, QuorumOutput, Recovered, Role, SnapshotImage, Write,
+};
+use crate::rng::mix;
+
+/// Bytes of entries in one message at most (one entry always fits).
+const MESSAGE_BYTES_MAX: u64 = 1024 * 1024;
+
+/// Messages with entries on their way to one follower at most.
+const IN_FLIGHT_MAX: usize = 256;
+
+/// What waits for one write to be durable.
+struct Pending {
+    /// The engine's number, and our token.
+    number: u64,
+    /// False for a batch that has nothing to write and only keeps its place in the order.
+    written: bool,
+    /// Messages that make promises on the strength of it.
+    messages: Vec<RaftMessage>,
+}
+
+pub(crate) struct RaftQuorum {
+    node: RawNode<Log>,
+    id: u64,
+    seed: u64,
+    incarnation: u64,
+    election_ticks: (usize, usize),
+    pending: VecDeque<Pending>,
+    /// A commit index that was not worth a write of its own.
+    unsaved: Option<HardState>,
+    outputs: VecDeque<QuorumOutput>,
+}
+
+impl RaftQuorum {
+    /// # Panics
+    /// If the configuration contradicts itself; the core has checked it.
+    pub(crate) fn new(config: &QuorumConfig, recovered: Recovered) -> Self {
+        let applied = recovered.snapshot.as_ref().map_or(0, |image| image.index);
+        let log = Log::new(recovered, &config.voters);
+        let (min, max) = config.election_ticks;
+        let engine = Config {
+            id: config.id,
+            election_tick: min,
+            min_election_tick: min,
+            max_election_tick: max,
+            heartbeat_tick: config.heartbeat_ticks,
+            applied,
+            max_size_per_msg: MESSAGE_BYTES_MAX,
+            max_inflight_msgs: IN_FLIGHT_MAX,
+            check_quorum: true,
+            pre_vote: true,
+            batch_append: true,
+            max_uncommitted_size: config.uncommitted_bytes_max.max(MESSAGE_BYTES_MAX),
+            ..Config::default()
+        };
+        let node = RawNode::new(&engine, log, &logger()).expect("the configuration was checked");
+        let mut quorum = Self {
+            node,
+            id: config.id,
+            seed: config.seed,
+            incarnation: config.incarnation,
+            election_ticks: config.election_ticks,
+            pending: VecDeque::new(),
+            unsaved: None,
+            outputs: VecDeque::new(),
+        };
+        quorum.settle();
+        quorum
+    }
+
+    /// The engine draws its election timeout from a global generator; ours takes its place after
+    /// everything that may have drawn.
+    fn settle(&mut self) {
+        let (min, max) = self.election_ticks;
+        let span = (max - min) as u64;
+        let draw = mix(self.seed ^ mix(self.id) ^ mix(self.node.raft.term ^ 0x7465_726d));
+        let ticks = min + usize::try_from(draw % span).expect("less than a usize");
+        self.node.raft.set_randomized_election_timeout(ticks);
+    }
+
+    /// A message that no correct peer sends to us would make the engine panic.
+    fn acceptable(&self, message: &RaftMessage) -> bool {
+        let known = |id| self.node.raft.prs().get(id).is_some();
+        let last = self.node.raft.raft_log.last_index();
+        message.to == self.id
+            && message.from != self.id
+            && known(message.from)
+            // A leader tells a follower to commit only what that follower has acknowledged: so
+            // this one has forgotten its log. It must not take part under its old name.
+            && (message.kind != RaftMessageKind::Heartbeat || message.commit <= last)
+            && (message.kind != RaftMessageKind::ReadIndex || message.entries.len() == 1)
+    }
+
+    /// Turns what the engine has ready into outputs.
+    fn pump(&mut self) {
+        while self.node.has_ready() {
+            let mut ready = self.node.ready();
+            let number = ready.number();
+            let mut promises = Vec::new();
+            let leads = self.node.raft.state == StateRole::Leader;
+            let messages = ready
+                .take_messages()
+                .into_iter()
+                .chain(ready.take_persisted_messages());
+            for message in messages.filter_map(RaftMessage::from_engine) {
+                // Raft thesis §10.2.1: a leader may send entries before its own disk has them. Its
+                // own vote has been durable since before it was asked for by others.
+                if !leads && message.kind.promises() {
+                    promises.push(message);
+                } else {
+                    self.outputs.push_back(QuorumOutput::Send(message));
+                }
+            }
+            if let Some(state) = ready.hs() {
+                let state = HardState {
+                    term: state.term,
+                    vote: state.vote,
+                    commit: state.commit,
+                };
+                self.node.mut_store().set_hard_state(state);
+                self.unsaved = Some(state);
+            }
+            let image = (!ready.snapshot().is_empty()).then(|| image_from_engine(ready.snapshot()));
+            if let Some(image) = &image {
+                self.node.mut_store().restore(image.clone());
+            }
+            let entries = ready.take_entries();
+            self.node.mut_store().append(&entries);
+            if ready.must_sync() {
+                let write = Write {
+                    snapshot: image.clone(),
+                    hard_state: self.unsaved.take(),
+                    entries: entries.iter().map(entry_from_engine).collect(),
+                };
+                self.outputs.push_back(QuorumOutput::Persist {
+                    token: number,
+                    write,
+                });
+            }
+            let written = ready.must_sync();
+            self.pending.push_back(Pending {
+                number,
+                written,
+                messages: promises,
+            });
+            if let Some(image) = image {
+                self.outputs.push_back(QuorumOutput::Restore(image));
+            }
+            for entry in ready.take_committed_entries() {
+                self.outputs
+                    .push_back(QuorumOutput::Apply(entry_from_engine(&entry)));
+            }
+            for read in ready.take_read_states() {
+                if let Some(context) = self.own_context(&read.request_ctx) {
+                    self.outputs.push_back(QuorumOutput::Barrier {
+                        context,
+                        index: read.index,
+                    });
+                }
+            }
+            self.node.advance_append_async(ready);
+            self.node.advance_apply();
+            self.release();
+        }
+        self.settle();
+    }
+
+    /// Lets go what waited for nothing, or for writes that are durable now.
+    fn release(&mut self) {
+        while self.pending.front().is_some_and(|pending| !pending.written) {
+            let pending = self.pending.pop_front().expect("just seen");
+            self.node.on_persist_ready(pending.number);
+            self.outputs
+                .extend(pending.messages.into_iter().map(QuorumOutput::Send));
+        }
+    }
+
+    fn context(&self, context: u64) -> Vec<u8> {
+        [self.id, self.incarnation, context]
+            .iter()
+            .flat_map(|word| word.to_be_bytes())
+            .collect()
+    }
+
+    fn own_context(&self, bytes: &[u8]) -> Option<u64> {
+        let context = u64::from_be_bytes(bytes.get(16..)?.try_into().ok()?);
+        (bytes == self.context(context)).then_some(context)
+    }
+}
+
+impl Consensus for RaftQuorum {
+    fn tick(&mut self) {
+        self.node.tick();
+        self.settle();
+    }
+
+    fn step(&mut self, message: RaftMessage) {
+        if !self.acceptable(&message) {
+            tracing::warn!(from = message.from, kind = ?message.kind, "message not acceptable");
+            return;
+        }
+        let from = message.from;
+        if let Err(error) = self.node.step(message.into_engine()) {
+            tracing::debug!(from, %error, "message not taken");
+        }
+        self.settle();
+    }
+
+    fn propose(&mut self, data: Vec<u8>) -> bool {
+        self.node.raft.state == StateRole::Leader && self.node.propose(Vec::new(), data).is_ok()
+    }
+
+    fn barrier(&mut self, context: u64) {
+        let context = self.context(context);
+        self.node.read_index(context);
+    }
+
+    fn persisted(&mut self, token: u64) {
+        while self
+            .pending
+            .front()
+            .is_some_and(|pending| pending.number <= token)
+        {
+            let pending = self.pending.pop_front().expect("just seen");
+            self.outputs
+                .extend(pending.messages.into_iter().map(QuorumOutput::Send));
+        }
+        self.node.on_persist_ready(token);
+        self.release();
+    }
+
+    fn campaign(&mut self) {
+        if self.node.raft.state == StateRole::Leader {
+            return;
+        }
+        // What a leader sends to hand over: voters then do not insist on the dead leader's lease.
+        let mut message = pb::Message::default();
+        message.set_msg_type(pb::MessageType::MsgTimeoutNow);
+        message.from = self.id;
+        message.to = self.id;
+        message.term = self.node.raft.term;
+        if let Err(error) = self.node.raft.step(message) {
+            tracing::debug!(%error, "no campaign");
+        }
+        self.settle();
+    }
+
+    fn transfer(&mut self, to: u64) {
+        if self.node.raft.state == StateRole::Leader {
+            self.node.transfer_leader(to);
+            self.settle();
+        }
+    }
+
+    fn unreachable(&mut self, peer: u64) {
+        self.node.report_unreachable(peer);
+        self.node.report_snapshot(peer, SnapshotStatus::Failure);
+    }
+
+    fn wants_image(&self) -> bool {
+        self.node.store().wants_image()
+    }
+
+    fn offer(&mut self, image: SnapshotImage) {
+        self.node.mut_store().offer(image);
+    }
+
+    fn compact(&mut self, index: u64) {
+        self.node.mut_store().compact(index);
+    }
+
+    fn poll(&mut self) -> Option<QuorumOutput> {
+        if self.outputs.is_empty() {
+            self.pump();
+        }
+        self.outputs.pop_front()
+    }
+
+    fn role(&self) -> Role {
+        match self.node.raft.state {
+            StateRole::Leader => Role::Leader,
+            StateRole::Follower => Role::Follower,
+            StateRole::Candidate | StateRole::PreCandidate => Role::Candidate,
+        }
+    }
+
+    fn leader(&self) -> Option<u64> {
+        Some(self.node.raft.leader_id).filter(|id| *id != INVALID_ID)
+    }
+
+    fn term(&self) -> u64 {
+        self.node.raft.term
+    }
+
+    fn committed(&self) -> u64 {
+        self.node.raft.raft_log.committed
+    }
+
+    fn term_at(&self, index: u64) -> Option<u64> {
+        self.node.store().term_at(index)
+    }
+
+    fn best_peer(&self) -> Option<u64> {
+        let others = self
+            .node
+            .store()
+            .voters()
+            .iter()
+            .copied()
+            .filter(|id| *id != self.id);
+        let tracker = self.node.raft.prs();
+        others
+            .filter(|id| {
+                tracker
+                    .get(*id)
+                    .is_some_and(|progress| progress.recent_active)
+            })
+            .max_by_key(|id| {
+                (
+                    tracker.get(*id).map_or(0, |progress| progress.matched),
+                    !*id,
+                )
+            })
+    }
+}
+
+/// Hands the engine's own log to `tracing`. Its "info" tells every vote, and is debug to us.
+fn logger() -> slog::Logger {
+    slog::Logger::root(ToTracing, slog::o!())
+}
+
+struct ToTracing;
+
+impl slog::Drain for ToTracing {
+    type Ok = ();
+    type Err = slog::Never;
+
+    fn log(&self, record: &slog::Record<'_>, _: &slog::OwnedKVList) -> Result<(), slog::Never> {
+        struct Fields(String);
+        impl slog::Serializer for Fields {
+            fn emit_arguments(
+                &mut self,
+                key: slog::Key,
+                value: &fmt::Arguments<'_>,
+            ) -> slog::Result {
+                use fmt::Write as _;
+                let _ = write!(self.0, " {key}={value}");
+                Ok(())
+            }
+        }
+        let text = || {
+            use slog::KV as _;
+            let mut fields = Fields(record.msg().to_string());
+            let _ = record.kv().serialize(record, &mut fields);
+            fields.0
+        };
+        match record.level() {
+            slog::Level::Critical | slog::Level::Error => tracing::error!("raft: {}", text()),
+            slog::Level::Warning | slog::Level::Info => tracing::debug!("raft: {}", text()),
+            slog::Level::Debug | slog::Level::Trace => tracing::trace!("raft: {}", text()),
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,184 @@
+//! Sessions: the replicated record of each, and the leader's own table of deadlines.
+//!
+//! A session is created, taken over by another connection, and ended by log entries only. That it
+//! is alive is not logged: every server tells the leader, with each heartbeat, which of its
+//! sessions were heard from, and the leader alone decides that one has been silent for too long.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::time::Instant;
+
+/// A session. Never zero, and never a value that ZooKeeper gives a special meaning as an owner.
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize,
+)]
+pub struct SessionId(pub i64);
+
+impl SessionId {
+    /// The session that the log entry at `zxid` creates.
+    #[must_use]
+    pub fn of_zxid(zxid: u64) -> Self {
+        // The high byte keeps clear of zero and of the marks of containers and TTL nodes.
+        Self(((zxid & 0x00ff_ffff_ffff_ffff) | 0x0100_0000_0000_0000).cast_signed())
+    }
+}
+
+impl fmt::Display for SessionId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "0x{:x}", self.0)
+    }
+}
+
+/// Length of a session's password in bytes.
+pub const PASSWORD_LEN: usize = 16;
+
+/// The secret that lets a client take its session to another connection.
+pub type Password = [u8; PASSWORD_LEN];
+
+/// Compares without telling by its time where two passwords differ.
+#[must_use]
+pub fn same_password(a: &Password, b: &[u8]) -> bool {
+    b.len() == a.len() && a.iter().zip(b).fold(0, |sum, (x, y)| sum | (x ^ y)) == 0
+}
+
+/// One run of one server: a restarted server is another run, and answers for nothing of the last.
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize,
+)]
+pub struct Run {
+    /// The server's raft id.
+    pub server: u64,
+    /// Random, drawn at its start.
+    pub incarnation: u64,
+}
+
+/// What the log knows of a session.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Session {
+    /// Silence after which the leader ends it, milliseconds.
+    pub timeout_ms: u32,
+    /// Its secret.
+    pub password: Password,
+    /// The server whose connection has it.
+    pub owner: Run,
+    /// The owner's name for the connection.
+    pub owner_request: u64,
+    /// zxid of the entry that gave it to this connection. A write that names another comes from a
+    /// connection that lost the session.
+    pub attached: u64,
+    /// Number of the last write of this connection that was applied, from 1. A write is applied
+    /// only if it is the next: so a repeated proposal is applied once, and none overtakes another.
+    pub writes: u64,
+}
+
+/// The leader's deadlines. Not replicated: a new leader starts all anew.
+#[derive(Debug, Default)]
+pub(crate) struct Deadlines {
+    by_session: BTreeMap<SessionId, (Instant, Duration)>,
+    by_time: BTreeSet<(Instant, SessionId)>,
+}
+
+impl Deadlines {
+    /// Begins, or begins anew, the count of a session.
+    pub(crate) fn start(&mut self, session: SessionId, timeout: Duration, now: Instant) {
+        self.put(session, now + timeout, timeout);
+    }
+
+    /// A sign of life. Unknown sessions are ignored: they have ended, or are not yet applied here.
+    pub(crate) fn touch(&mut self, session: SessionId, now: Instant) {
+        if let Some((_, timeout)) = self.by_session.get(&session) {
+            let timeout = *timeout;
+            self.put(session, now + timeout, timeout);
+        }
+    }
+
+    pub(crate) fn end(&mut self, session: SessionId) {
+        if let Some((at, _)) = self.by_session.remove(&session) {
+            self.by_time.remove(&(at, session));
+        }
+    }
+
+    pub(crate) fn clear(&mut self) {
+        self.by_session.clear();
+        self.by_time.clear();
+    }
+
+    /// The next session whose time has run out. It is asked of again after `again`, in case the
+    /// proposal to end it is lost.
+    pub(crate) fn pop_expired(&mut self, now: Instant, again: Duration) -> Option<SessionId> {
+        let (at, session) = *self.by_time.first()?;
+        if at > now {
+            return None;
+        }
+        let timeout = self
+            .by_session
+            .get(&session)
+            .expect("both indexes hold the same")
+            .1;
+        self.put(session, now + again, timeout);
+        Some(session)
+    }
+
+    fn put(&mut self, session: SessionId, at: Instant, timeout: Duration) {
+        if let Some((old, _)) = self.by_session.insert(session, (at, timeout)) {
+            self.by_time.remove(&(old, session));
+        }
+        self.by_time.insert((at, session));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn deadlines_move_with_touches_and_are_asked_again() {
+        let (a, b) = (SessionId(1), SessionId(2));
+        let ms = Instant::from_millis;
+        let again = Duration::from_millis(50);
+        let mut deadlines = Deadlines::default();
+        deadlines.start(a, Duration::from_millis(100), ms(0));
+        deadlines.start(b, Duration::from_millis(30), ms(0));
+        deadlines.touch(b, ms(20));
+        assert_eq!(deadlines.pop_expired(ms(49), again), None);
+        assert_eq!(deadlines.pop_expired(ms(50), again), Some(b));
+        assert_eq!(deadlines.pop_expired(ms(50), again), None);
+        assert_eq!(deadlines.pop_expired(ms(100), again), Some(a));
+        assert_eq!(
+            deadlines.pop_expired(ms(100), again),
+            Some(b),
+            "the first proposal was lost"
+        );
+        deadlines.end(a);
+        deadlines.end(b);
+        deadlines.touch(a, ms(200));
+        assert_eq!(
+            deadlines.pop_expired(ms(900), again),
+            None,
+            "ended sessions do not come back"
+        );
+    }
+
+    #[test]
+    fn session_ids_keep_clear_of_special_owners() {
+        for zxid in [1, u64::MAX, 1 << 63, 0xff << 56] {
+            let id = SessionId::of_zxid(zxid).0;
+            assert!(id > 0 && id >> 56 == 1, "{id:x}");
+        }
+    }
+
+    #[test]
+    fn passwords() {
+        assert!(same_password(&[7; 16], &[7; 16]));
+        assert!(!same_password(&[7; 16], &[7; 15]));
+        assert!(!same_password(&[7; 16], &[8; 16]));
+        assert!(
+            !same_password(&[0; 16], &[]),
+            "an absent password never passes"
+        );
+    }
+}

@@ -1,0 +1,584 @@
+//! The namespace: znodes by path, and the few ways in which they change.
+//!
+//! Everything here is pure and the same on every server. A change either happens whole or is
+//! refused with the code that a client sees; changes of an unfinished `multi` are taken back with
+//! [`Tree::undo`].
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+
+use crate::acl;
+use crate::session::SessionId;
+use crate::wire::{Acl, ErrorCode, Id, Stat, perms};
+
+/// What kind of znode this is, beside its data.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Kind {
+    /// Lives until it is deleted.
+    Persistent,
+    /// Lives as long as this session.
+    Ephemeral(SessionId),
+    /// Deleted by the service some time after its last child has gone.
+    Container,
+}
+
+/// One znode. Its path is its key in the [`Tree`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Znode {
+    /// `None` is null on the wire, which is not the empty string.
+    pub data: Option<Bytes>,
+    /// Who may do what.
+    pub acl: Vec<Acl>,
+    /// Kind.
+    pub kind: Kind,
+    /// zxid of the creation.
+    pub czxid: u64,
+    /// zxid of the last change of the data.
+    pub mzxid: u64,
+    /// zxid of the last creation or deletion of a child.
+    pub pzxid: u64,
+    /// Creation time, milliseconds since 1970.
+    pub ctime: i64,
+    /// Time of the last change of the data, milliseconds since 1970.
+    pub mtime: i64,
+    /// Number of changes of the data.
+    pub version: i32,
+    /// Number of changes of the access list.
+    pub aversion: i32,
+    /// Children ever created. Sequential names count by it; the visible `cversion` counts deletions too.
+    pub created: i32,
+    /// Names of the children.
+    pub children: BTreeSet<String>,
+}
+
+impl Znode {
+    fn new(data: Option<Bytes>, acl: Vec<Acl>, kind: Kind, stamp: Stamp) -> Self {
+        Self {
+            data,
+            acl,
+            kind,
+            czxid: stamp.zxid,
+            mzxid: stamp.zxid,
+            pzxid: stamp.zxid,
+            ctime: stamp.time_ms,
+            mtime: stamp.time_ms,
+            version: 0,
+            aversion: 0,
+            created: 0,
+            children: BTreeSet::new(),
+        }
+    }
+
+    /// The 68 bytes of metadata that clients see.
+    #[must_use]
+    pub fn stat(&self) -> Stat {
+        let children = i32::try_from(self.children.len()).unwrap_or(i32::MAX);
+        Stat {
+            czxid: self.czxid.cast_signed(),
+            mzxid: self.mzxid.cast_signed(),
+            ctime: self.ctime,
+            mtime: self.mtime,
+            version: self.version,
+            // Every child that was created and is not there was deleted once.
+            cversion: self.created.wrapping_mul(2).wrapping_sub(children),
+            aversion: self.aversion,
+            ephemeral_owner: match self.kind {
+                Kind::Persistent => 0,
+                Kind::Ephemeral(session) => session.0,
+                Kind::Container => i64::MIN,
+            },
+            data_length: i32::try_from(self.data.as_ref().map_or(0, Bytes::len))
+                .unwrap_or(i32::MAX),
+            num_children: children,
+            pzxid: self.pzxid.cast_signed(),
+        }
+    }
+}
+
+/// When a change happens: its place in the log and the leader's clock at the proposal.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Stamp {
+    /// Log index.
+    pub zxid: u64,
+    /// Milliseconds since 1970.
+    pub time_ms: i64,
+}
+
+/// What watches are told of.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Change {
+    /// This znode was created.
+    Created(String),
+    /// This znode was deleted.
+    Deleted(String),
+    /// This znode's data was set.
+    Data(String),
+}
+
+/// How to take one change back.
+#[derive(Debug)]
+pub enum Undo {
+    /// Remove what was created; the parent's `created` and `pzxid` were these.
+    Create {
+        /// Path created.
+        path: String,
+        /// Parent's counter before.
+        created: i32,
+        /// Parent's pzxid before.
+        pzxid: u64,
+    },
+    /// Put back what was deleted; the parent's `pzxid` was this.
+    Delete {
+        /// Path deleted.
+        path: String,
+        /// What it was.
+        znode: Box<Znode>,
+        /// Parent's pzxid before.
+        pzxid: u64,
+    },
+    /// Put back the data.
+    Set {
+        /// Path.
+        path: String,
+        /// Data before.
+        data: Option<Bytes>,
+        /// Version before.
+        version: i32,
+        /// mzxid before.
+        mzxid: u64,
+        /// mtime before.
+        mtime: i64,
+    },
+}
+
+/// A new znode, as a client asks for it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NewZnode {
+    /// Path; with `sequential` a prefix of it.
+    pub path: String,
+    /// Data.
+    pub data: Option<Bytes>,
+    /// Access list, not yet normalised.
+    pub acl: Vec<Acl>,
+    /// Kind.
+    pub kind: Kind,
+    /// Append the parent's counter, ten digits.
+    pub sequential: bool,
+}
+
+/// The namespace.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Tree {
+    nodes: BTreeMap<String, Znode>,
+    /// Invariant: holds exactly the paths of the znodes of kind `Ephemeral`.
+    ephemerals: BTreeMap<SessionId, BTreeSet<String>>,
+    /// Invariant: holds exactly the paths of the znodes of kind `Container`.
+    containers: BTreeSet<String>,
+}
+
+impl Default for Tree {
+    /// The tree of a new cluster: the root and `/zookeeper` with its two reserved children.
+    fn default() -> Self {
+        let stamp = Stamp {
+            zxid: 0,
+            time_ms: 0,
+        };
+        let mut tree = Self {
+            nodes: BTreeMap::new(),
+            ephemerals: BTreeMap::new(),
+            containers: BTreeSet::new(),
+        };
+        for path in ["/", "/zookeeper", "/zookeeper/config", "/zookeeper/quota"] {
+            let acl = if path == "/zookeeper/config" {
+                Acl::read_only()
+            } else {
+                Acl::open()
+            };
+            tree.nodes.insert(
+                path.into(),
+                Znode::new(Some(Bytes::new()), acl, Kind::Persistent, stamp),
+            );
+            if let Some((parent, name)) = split(path) {
+                let parent = tree
+                    .nodes
+                    .get_mut(parent)
+                    .expect("parents stand before children");
+                parent.children.insert(name.into());
+                parent.created += 1;
+            }
+        }
+        tree
+    }
+}
+
+/// `/a/b` into `/a` and `b`; `None` for the root.
+fn split(path: &str) -> Option<(&str, &str)> {
+    let (parent, name) = path.rsplit_once('/')?;
+    if name.is_empty() {
+        return None;
+    }
+    Some((if parent.is_empty() { "/" } else { parent }, name))
+}
+
+/// The parent of `path`; `None` for the root.
+#[must_use]
+pub fn parent(path: &str) -> Option<&str> {
+    split(path).map(|(parent, _)| parent)
+}
+
+fn reserved(path: &str) -> bool {
+    matches!(
+        path,
+        "/" | "/zookeeper" | "/zookeeper/config" | "/zookeeper/quota"
+    )
+}
+
+impl Tree {
+    /// The znode at `path`.
+    #[must_use]
+    pub fn znode(&self, path: &str) -> Option<&Znode> {
+        self.nodes.get(path)
+    }
+
+    /// How many znodes there are, the root and the reserved ones included.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.nodes.len()
+    }
+
+    /// Never: the root is always there.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        false
+    }
+
+    /// All znodes in the order of their paths.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &Znode)> {
+        self.nodes
+            .iter()
+            .map(|(path, znode)| (path.as_str(), znode))
+    }
+
+    /// The ephemeral znodes of `session`, in the order of their paths.
+    pub fn ephemerals(&self, session: SessionId) -> impl Iterator<Item = &str> {
+        self.ephemerals
+            .get(&session)
+            .into_iter()
+            .flatten()
+            .map(String::as_str)
+    }
+
+    /// How many ephemeral znodes there are.
+    #[must_use]
+    pub fn ephemeral_count(&self) -> usize {
+        self.ephemerals.values().map(BTreeSet::len).sum()
+    }
+
+    /// Containers that have had children and have none now.
+    pub fn idle_containers(&self) -> impl Iterator<Item = &str> {
+        self.containers.iter().map(String::as_str).filter(|path| {
+            self.nodes
+                .get(*path)
+                .is_some_and(|node| node.created > 0 && node.children.is_empty())
+        })
+    }
+
+    fn existing(&self, path: &str) -> Result<&Znode, ErrorCode> {
+        self.nodes.get(path).ok_or(ErrorCode::NoNode)
+    }
+
+    /// Reads `path` for somebody: there, and `perm` granted.
+    ///
+    /// # Errors
+    /// `NoNode`, `NoAuth`.
+    pub fn read(&self, path: &str, perm: i32, who: &[Id]) -> Result<&Znode, ErrorCode> {
+        let znode = self.existing(path)?;
+        permit(znode, perm, who)?;
+        Ok(znode)
+    }
+
+    /// Creates a znode and answers its final path. The checks come in ZooKeeper's order.
+    ///
+    /// # Errors
+    /// `BadArguments`, `InvalidAcl`, `NoNode` (the parent), `NoAuth`, `NodeExists`,
+    /// `NoChildrenForEphemerals`.
+    pub fn create(
+        &mut self,
+        new: NewZnode,
+        who: &[Id],
+        stamp: Stamp,
+    ) -> Result<(String, Undo), ErrorCode> {
+        let NewZnode {
+            mut path,
+            data,
+            acl,
+            kind,
+            sequential,
+        } = new;
+        // A sequential name may be nothing but its number.
+        let parent_path = match path.rsplit_once('/') {
+            Some(("", _)) => "/".to_owned(),
+            Some((parent, _)) => parent.to_owned(),
+            None => return Err(ErrorCode::BadArguments),
+        };
+        let acl = acl::normalise(acl, who).ok_or(ErrorCode::InvalidAcl)?;
+        let parent = self.nodes.get_mut(&parent_path).ok_or(ErrorCode::NoNode)?;
+        permit(parent, perms::CREATE, who)?;
+        if sequential {
+            path.push_str(&format!("{:010}", parent.created));
+        }
+        let name = match split(&path) {
+            Some((_, name)) => name.to_owned(),
+            None if path == "/" => return Err(ErrorCode::NodeExists),
+            None => return Err(ErrorCode::BadArguments),
+        };
+        if parent.children.contains(&name) {
+            return Err(ErrorCode::NodeExists);
+        }
+        if matches!(parent.kind, Kind::Ephemeral(_)) {
+            return Err(ErrorCode::NoChildrenForEphemerals);
+        }
+        let undo = Undo::Create {
+            path: path.clone(),
+            created: parent.created,
+            pzxid: parent.pzxid,
+        };
+        parent.children.insert(name);
+        parent.created = parent.created.wrapping_add(1);
+        parent.pzxid = stamp.zxid;
+        self.index(&path, kind);
+        self.nodes
+            .insert(path.clone(), Znode::new(data, acl, kind, stamp));
+        Ok((path, undo))
+    }
+
+    /// Deletes a znode.
+    ///
+    /// # Errors
+    /// `BadArguments` (root and reserved paths), `NoNode`, `NoAuth`, `BadVersion`, `NotEmpty`.
+    pub fn delete(
+        &mut self,
+        path: &str,
+        version: i32,
+        who: &[Id],
+        stamp: Stamp,
+    ) -> Result<Undo, ErrorCode> {
+        if reserved(path) {
+            return Err(ErrorCode::BadArguments);
+        }
+        let parent = parent(path).ok_or(ErrorCode::BadArguments)?;
+        let parent = self.existing(parent)?;
+        let znode = self.existing(path)?;
+        permit(parent, perms::DELETE, who)?;
+        check_version(version, znode.version)?;
+        if !znode.children.is_empty() {
+            return Err(ErrorCode::NotEmpty);
+        }
+        Ok(self.remove(path, stamp.zxid))
+    }
+
+    /// Takes away a childless znode that exists and is not the root.
+    pub(crate) fn remove(&mut self, path: &str, zxid: u64) -> Undo {
+        let znode = self.nodes.remove(path).expect("the caller looked it up");
+        assert!(znode.children.is_empty(), "a znode with children cannot go");
+        let (parent, name) = split(path).expect("the root is never removed");
+        let parent = self.nodes.get_mut(parent).expect("a znode's parent exists");
+        parent.children.remove(name);
+        let pzxid = std::mem::replace(&mut parent.pzxid, zxid);
+        self.unindex(path, znode.kind);
+        Undo::Delete {
+            path: path.to_owned(),
+            znode: Box::new(znode),
+            pzxid,
+        }
+    }
+
+    /// Sets a znode's data.
+    ///
+    /// # Errors
+    /// `NoNode`, `NoAuth`, `BadVersion`.
+    pub fn set_data(
+        &mut self,
+        path: &str,
+        data: Option<Bytes>,
+        version: i32,
+        who: &[Id],
+        stamp: Stamp,
+    ) -> Result<(Stat, Undo), ErrorCode> {
+        let znode = self.nodes.get_mut(path).ok_or(ErrorCode::NoNode)?;
+        permit(znode, perms::WRITE, who)?;
+        check_version(version, znode.version)?;
+        let undo = Undo::Set {
+            path: path.to_owned(),
+            data: std::mem::replace(&mut znode.data, data),
+            version: znode.version,
+            mzxid: znode.mzxid,
+            mtime: znode.mtime,
+        };
+        znode.version = znode.version.wrapping_add(1);
+        znode.mzxid = stamp.zxid;
+        znode.mtime = stamp.time_ms;
+        Ok((znode.stat(), undo))
+    }
+
+    /// Sets a znode's access list. (No part of a `multi`, so it needs no undo.)
+    ///
+    /// # Errors
+    /// `InvalidAcl`, `NoNode`, `NoAuth`, `BadVersion`.
+    pub fn set_acl(
+        &mut self,
+        path: &str,
+        acl: Vec<Acl>,
+        version: i32,
+        who: &[Id],
+    ) -> Result<Stat, ErrorCode> {
+        let acl = acl::normalise(acl, who).ok_or(ErrorCode::InvalidAcl)?;
+        let znode = self.nodes.get_mut(path).ok_or(ErrorCode::NoNode)?;
+        permit(znode, perms::ADMIN, who)?;
+        check_version(version, znode.aversion)?;
+        znode.acl = acl;
+        znode.aversion = znode.aversion.wrapping_add(1);
+        Ok(znode.stat())
+    }
+
+    /// Is the znode there, at that version?
+    ///
+    /// # Errors
+    /// `NoNode`, `NoAuth`, `BadVersion`.
+    pub fn check(&self, path: &str, version: i32, who: &[Id]) -> Result<(), ErrorCode> {
+        check_version(version, self.read(path, perms::READ, who)?.version)
+    }
+
+    /// Takes one change back. Changes are taken back in the reverse of their order.
+    pub fn undo(&mut self, undo: Undo) {
+        match undo {
+            Undo::Create {
+                path,
+                created,
+                pzxid,
+            } => {
+                self.remove(&path, pzxid);
+                let parent = parent(&path).expect("what was created is not the root");
+                self.nodes
+                    .get_mut(parent)
+                    .expect("a znode's parent exists")
+                    .created = created;
+            }
+            Undo::Delete { path, znode, pzxid } => {
+                let (parent, name) = split(&path).expect("what was deleted is not the root");
+                let parent = self.nodes.get_mut(parent).expect("a znode's parent exists");
+                parent.children.insert(name.to_owned());
+                parent.pzxid = pzxid;
+                self.index(&path, znode.kind);
+                self.nodes.insert(path, *znode);
+            }
+            Undo::Set {
+                path,
+                data,
+                version,
+                mzxid,
+                mtime,
+            } => {
+                let znode = self.nodes.get_mut(&path).expect("what was set exists");
+                znode.data = data;
+                znode.version = version;
+                znode.mzxid = mzxid;
+                znode.mtime = mtime;
+            }
+        }
+    }
+
+    fn index(&mut self, path: &str, kind: Kind) {
+        match kind {
+            Kind::Persistent => {}
+            Kind::Ephemeral(session) => {
+                self.ephemerals
+                    .entry(session)
+                    .or_default()
+                    .insert(path.to_owned());
+            }
+            Kind::Container => {
+                self.containers.insert(path.to_owned());
+            }
+        }
+    }
+
+    fn unindex(&mut self, path: &str, kind: Kind) {
+        match kind {
+            Kind::Persistent => {}
+            Kind::Ephemeral(session) => {
+                if let Some(paths) = self.ephemerals.get_mut(&session) {
+                    paths.remove(path);
+                    if paths.is_empty() {
+                        self.ephemerals.remove(&session);
+                    }
+                }
+            }
+            Kind::Container => {
+                self.containers.remove(path);
+            }
+        }
+    }
+
+    /// Checks what must hold after every change.
+    ///
+    /// # Panics
+    /// If it does not.
+    pub fn check_invariants(&self) {
+        let mut ephemerals: BTreeMap<SessionId, BTreeSet<String>> = BTreeMap::new();
+        let mut containers = BTreeSet::new();
+        for (path, znode) in &self.nodes {
+            if let Some((parent, name)) = split(path) {
+                let parent = self.nodes.get(parent).expect("a znode's parent exists");
+                assert!(
+                    parent.children.contains(name),
+                    "{path} is not among its parent's children"
+                );
+                assert!(
+                    !matches!(parent.kind, Kind::Ephemeral(_)),
+                    "{path} under an ephemeral"
+                );
+            }
+            for name in &znode.children {
+                let child = if path == "/" {
+                    format!("/{name}")
+                } else {
+                    format!("{path}/{name}")
+                };
+                assert!(
+                    self.nodes.contains_key(&child),
+                    "{child} is a child that does not exist"
+                );
+            }
+            match znode.kind {
+                Kind::Persistent => {}
+                Kind::Ephemeral(session) => {
+                    ephemerals.entry(session).or_default().insert(path.clone());
+                }
+                Kind::Container => {
+                    containers.insert(path.clone());
+                }
+            }
+        }
+        assert_eq!(self.ephemerals, ephemerals, "index of ephemerals");
+        assert_eq!(self.containers, containers, "index of containers");
+    }
+}
+
+fn permit(znode: &Znode, perm: i32, who: &[Id]) -> Result<(), ErrorCode> {
+    if acl::allows(&znode.acl, perm, who) {
+        Ok(())
+    } else {
+        Err(ErrorCode::NoAuth)
+    }
+}
+
+fn check_version(expected: i32, actual: i32) -> Result<(), ErrorCode> {
+    if expected == -1 || expected == actual {
+        Ok(())
+    } else {
+        Err(ErrorCode::BadVersion)
+    }
+}
