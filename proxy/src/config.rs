@@ -8,6 +8,8 @@
 
 mod document;
 mod read;
+mod section;
+mod service;
 mod value;
 
 use std::collections::BTreeMap;
@@ -17,6 +19,9 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::Serialize;
+
+#[cfg(test)]
+mod tests;
 
 pub use document::{Complaint, ConfigErrors, Problem};
 

@@ -2,6 +2,7 @@
 //!
 //! Exit codes: 0 done, 1 failed, 64 wrong usage or configuration.
 
+pub mod bench;
 pub mod check;
 pub mod coord;
 pub mod keygen;
@@ -50,6 +51,8 @@ enum Command {
     Check(check::CheckArgs),
     Keygen(keygen::KeygenArgs),
     Status(status::StatusArgs),
+    Bench(bench::BenchArgs),
+    BenchServer(bench::server::BenchServerArgs),
 }
 
 /// Runs the program with `args`, the program's own name first.
@@ -78,6 +81,8 @@ pub(crate) fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Check(args) => check::run(&args),
         Command::Keygen(args) => keygen::run(&args),
         Command::Status(args) => status::run(&args),
+        Command::Bench(args) => bench::run(&args),
+        Command::BenchServer(args) => bench::server::run(&args),
     };
     match result {
         Ok(code) => code,

@@ -189,7 +189,18 @@ impl<'t> Document<'t> {
         show_value: bool,
         complaint: Complaint,
     ) {
-        let value = show_value.then(|| shorten(self.text.get(span.clone()).unwrap_or_default()));
+        self.problem_at(key, span, show_value.then_some(span), complaint);
+    }
+
+    /// Complains about `key` at `span`, with the value that stands at `value`.
+    pub(super) fn problem_at(
+        &self,
+        key: &str,
+        span: &Range<usize>,
+        value: Option<&Range<usize>>,
+        complaint: Complaint,
+    ) {
+        let value = value.map(|span| shorten(self.text.get(span.clone()).unwrap_or_default()));
         let place = Some(self.place(span));
         let problem = Problem {
             place,

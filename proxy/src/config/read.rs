@@ -1,253 +1,36 @@
 //! Sections: walks the parsed file, collects every problem, and holds the parts against each other.
 
-use std::cell::RefCell;
 use std::collections::BTreeMap;
-use std::net::{IpAddr, SocketAddr};
-use std::ops::Range;
+use std::net::SocketAddr;
 use std::path::Path;
 use std::time::Duration;
 
 use humantime_serde::re::humantime::format_duration;
 use toml::Spanned;
-use toml::de::{DeTable, DeValue};
+use toml::de::DeTable;
 
 use super::document::{Complaint, ConfigErrors, Document};
+use super::section::{Found, Section};
+use super::service::{self, ServiceSection};
 use super::value;
 use super::{
-    AddressMode, AdminConfig, Config, CoordConfig, CoordinatorConfig, Divergence, EmbeddedCoord,
-    GroupConfig, HistoryConfig, Key, NodeConfig, Ordering, Resilience, ServiceConfig,
+    AdminConfig, Config, CoordConfig, CoordinatorConfig, EmbeddedCoord, GroupConfig, Key,
+    NodeConfig, Resilience,
 };
-
-/// Services of one node; each costs sockets and a share of the one data-plane thread.
-const SERVICES_MAX: usize = 64;
-/// Replicas of one group, and servers of one ensemble.
-const MEMBERS_MAX: usize = 15;
-/// Ports of one service.
-const PORTS_MAX: usize = 1024;
 
 const MILLISECOND: Duration = Duration::from_millis(1);
 const MINUTE: Duration = Duration::from_secs(60);
-
-/// A value and where it stands, for complaints that arise later.
-#[derive(Debug, Clone)]
-struct Found<T> {
-    value: T,
-    key: String,
-    span: Range<usize>,
-}
-
-/// One table of the file. Remembers which keys were asked for: the others are unknown.
-struct Section<'d, 't> {
-    document: &'d Document<'t>,
-    /// With a dot behind it, as in `group.`; empty for the file itself.
-    prefix: String,
-    span: Range<usize>,
-    table: &'d DeTable<'d>,
-    asked: RefCell<Vec<&'static str>>,
-}
-
-impl<'d, 't> Section<'d, 't> {
-    fn new(
-        document: &'d Document<'t>,
-        path: &str,
-        span: Range<usize>,
-        table: &'d DeTable<'d>,
-    ) -> Self {
-        let prefix = if path.is_empty() {
-            String::new()
-        } else {
-            format!("{path}.")
-        };
-        Self {
-            document,
-            prefix,
-            span,
-            table,
-            asked: RefCell::default(),
-        }
-    }
-
-    fn key(&self, key: &str) -> String {
-        format!("{}{key}", self.prefix)
-    }
-
-    fn get(&self, key: &'static str) -> Option<&'d Spanned<DeValue<'d>>> {
-        self.asked.borrow_mut().push(key);
-        self.table.get(key)
-    }
-
-    fn missing(&self, key: &str, expected: impl Into<String>) {
-        self.document.problem(
-            &self.key(key),
-            &self.span,
-            false,
-            Complaint::new("missing", expected),
-        );
-    }
-
-    /// The value of `key`, if it is there and right.
-    fn optional<T>(
-        &self,
-        key: &'static str,
-        parse: impl FnOnce(&DeValue<'_>) -> Result<T, Complaint>,
-    ) -> Option<Found<T>> {
-        let found = self.get(key)?;
-        match parse(found.get_ref()) {
-            Ok(value) => Some(Found {
-                value,
-                key: self.key(key),
-                span: found.span(),
-            }),
-            Err(complaint) => {
-                self.document
-                    .problem(&self.key(key), &found.span(), true, complaint);
-                None
-            }
-        }
-    }
-
-    /// The value of `key`, which must be there.
-    fn required<T>(
-        &self,
-        key: &'static str,
-        expected: &str,
-        parse: impl FnOnce(&DeValue<'_>) -> Result<T, Complaint>,
-    ) -> Option<Found<T>> {
-        if self.table.get(key).is_none() {
-            self.asked.borrow_mut().push(key);
-            self.missing(key, expected);
-            return None;
-        }
-        self.optional(key, parse)
-    }
-
-    /// The table under `key`, written as a section or in braces.
-    fn section(&self, key: &'static str, expected: &str) -> Option<Self> {
-        let found = self.get(key)?;
-        let DeValue::Table(table) = found.get_ref() else {
-            let complaint = value::wrong_type(found.get_ref(), expected);
-            self.document
-                .problem(&self.key(key), &found.span(), true, complaint);
-            return None;
-        };
-        Some(Section::new(
-            self.document,
-            &self.key(key),
-            found.span(),
-            table,
-        ))
-    }
-
-    /// A whole section that must be in the file.
-    fn required_section(&self, key: &'static str, expected: &str) -> Option<Self> {
-        if self.table.get(key).is_none() {
-            self.asked.borrow_mut().push(key);
-            let end = self.document.text().trim_end().len();
-            let complaint = Complaint::new("missing: the file ends here without it", expected);
-            self.document.problem(key, &(end..end), false, complaint);
-            return None;
-        }
-        self.section(key, expected)
-    }
-
-    /// `{ name = "IP:PORT", ... }`
-    fn addresses(&self, key: &'static str) -> Option<Found<BTreeMap<String, Found<SocketAddr>>>> {
-        const EXPECTED: &str = "a table of names and addresses, as in { r1 = \"10.98.0.11:7400\" }";
-        let found = self.get(key);
-        let Some(found) = found else {
-            self.missing(key, EXPECTED);
-            return None;
-        };
-        let key = self.key(key);
-        let DeValue::Table(table) = found.get_ref() else {
-            let complaint = value::wrong_type(found.get_ref(), EXPECTED);
-            self.document.problem(&key, &found.span(), true, complaint);
-            return None;
-        };
-        if table.is_empty() || table.len() > MEMBERS_MAX {
-            let complaint = Complaint::new(
-                format!("{} entries", table.len()),
-                format!("1 to {MEMBERS_MAX} entries, this node's among them"),
-            );
-            self.document.problem(&key, &found.span(), true, complaint);
-        }
-        let mut addresses: BTreeMap<String, Found<SocketAddr>> = BTreeMap::new();
-        let mut all_good = true;
-        for (name, address) in table.iter() {
-            let path = format!("{key}.{}", name.get_ref());
-            if let Err(complaint) = value::check_name(name.get_ref()) {
-                self.document.problem(&path, &name.span(), false, complaint);
-            }
-            match value::socket_address(address.get_ref()) {
-                Ok(value) => {
-                    let found = Found {
-                        value,
-                        key: path,
-                        span: address.span(),
-                    };
-                    addresses.insert(name.get_ref().to_string(), found);
-                }
-                Err(complaint) => {
-                    self.document
-                        .problem(&path, &address.span(), true, complaint);
-                    all_good = false;
-                }
-            }
-        }
-        all_good.then(|| Found {
-            value: addresses,
-            key,
-            span: found.span(),
-        })
-    }
-
-    /// A key of the design that this version cannot honour yet: refused, never ignored.
-    fn not_yet(&self, key: &'static str, help: &str) {
-        if let Some(found) = self.get(key) {
-            let complaint =
-                value::unavailable("not available yet in this version", "the key left out")
-                    .help(help);
-            self.document
-                .problem(&self.key(key), &found.span(), true, complaint);
-        }
-    }
-
-    /// Complains about every key that nobody asked for.
-    fn finish(self) {
-        let asked = self.asked.into_inner();
-        for (key, _) in self.table.iter() {
-            let name = key.get_ref().as_ref();
-            if asked.contains(&name) {
-                continue;
-            }
-            let place = match self.prefix.strip_suffix('.') {
-                None => "in the file".to_owned(),
-                Some(path) => format!("in {path}"),
-            };
-            let complaint = Complaint::new(
-                "unknown key",
-                format!("{place} one of: {}", asked.join(", ")),
-            );
-            let complaint = match value::suggestion(name, &asked) {
-                Some(known) => complaint.help(format!("did you mean {known}?")),
-                None => complaint,
-            };
-            self.document.problem(
-                &format!("{}{name}", self.prefix),
-                &key.span(),
-                false,
-                complaint,
-            );
-        }
-    }
-}
 
 /// Parses the text; what is not TOML becomes problems of the document.
 fn parse<'t>(document: &Document<'t>) -> Spanned<DeTable<'t>> {
     let (table, errors) = DeTable::parse_recoverable(document.text());
     for error in errors {
         let span = error.span().unwrap_or(0..0);
-        document.problem("", &span, false, Complaint::new(error.message(), "TOML"));
+        let (wrong, expected) = match error.message().split_once(", expected ") {
+            Some((wrong, expected)) => (wrong, expected),
+            None => (error.message(), "each key once, in valid TOML"),
+        };
+        document.problem("", &span, false, Complaint::new(wrong, expected));
     }
     table
 }
@@ -264,7 +47,7 @@ pub(super) fn node(file: &Path, text: &str) -> Result<Config, ConfigErrors> {
     let coord = coord_section(&root, node.as_ref());
     let group = group_section(&root, node.as_ref());
     let admin = admin_section(&root);
-    let services = service_sections(&root);
+    let services = service::sections(&root);
     root.finish();
     check_addresses(
         &document,
@@ -602,278 +385,6 @@ fn admin_section(root: &Section<'_, '_>) -> Found<SocketAddr> {
     listen.unwrap_or(default)
 }
 
-struct ServiceSection {
-    config: ServiceConfig,
-    name: Found<String>,
-    vip: Found<(IpAddr, u8)>,
-    interface: Found<String>,
-    ports: Vec<Found<u16>>,
-}
-
-fn service_sections(root: &Section<'_, '_>) -> Vec<ServiceSection> {
-    const EXPECTED: &str =
-        "at least one section [[service]] with name, vip, ports, interface and upstream";
-    let document = root.document;
-    let Some(found) = root.get("service") else {
-        let end = document.text().trim_end().len();
-        document.problem(
-            "service",
-            &(end..end),
-            false,
-            Complaint::new("missing: the file ends here without it", EXPECTED),
-        );
-        return Vec::new();
-    };
-    let DeValue::Array(array) = found.get_ref() else {
-        let complaint = value::wrong_type(found.get_ref(), EXPECTED);
-        let complaint = match found.get_ref() {
-            DeValue::Table(_) => complaint.help("write it with two brackets: [[service]]"),
-            _ => complaint,
-        };
-        document.problem("service", &found.span(), true, complaint);
-        return Vec::new();
-    };
-    if array.is_empty() || array.len() > SERVICES_MAX {
-        let complaint = Complaint::new(
-            format!("{} services", array.len()),
-            format!("1 to {SERVICES_MAX} services"),
-        );
-        document.problem("service", &found.span(), false, complaint);
-    }
-    let mut services = Vec::new();
-    for (index, element) in array.iter().enumerate() {
-        let path = format!("service[{index}]");
-        let DeValue::Table(table) = element.get_ref() else {
-            let complaint = value::wrong_type(element.get_ref(), EXPECTED);
-            document.problem(&path, &element.span(), true, complaint);
-            continue;
-        };
-        let section = Section::new(document, &path, element.span(), table);
-        services.extend(service_section(section));
-    }
-    check_services(document, &services);
-    services
-}
-
-fn service_section(section: Section<'_, '_>) -> Option<ServiceSection> {
-    let document = section.document;
-    let name = section.required("name", "the service's name, as in \"web\"", value::name);
-    let vip = section.required(
-        "vip",
-        "the virtual IP with its prefix, as in \"10.98.0.100/24\"",
-        value::vip,
-    );
-    let ports = ports(&section);
-    let interface = section.required(
-        "interface",
-        "the network interface of the VIP, as in \"eth0\"",
-        value::interface,
-    );
-    let upstream = section.required(
-        "upstream",
-        "where the server listens, as in \"127.0.0.1:7000\"",
-        value::upstream,
-    );
-    let address = section.optional("address", value::address_mode);
-    let ordering = section.optional("ordering", value::ordering);
-    let close_wait = section.optional(
-        "close_wait",
-        value::duration(Duration::from_millis(10), Duration::from_secs(60)),
-    );
-    let divergence = section.optional("divergence", value::divergence);
-    let history = history(&section);
-    section.not_yet(
-        "command",
-        "start the server yourself (systemd, a container) and name its address in upstream",
-    );
-    for key in ["checkpoint", "restore"] {
-        section.not_yet(
-            key,
-            "a replica that joins is brought up by replaying each connection's input",
-        );
-    }
-    section.not_yet(
-        "health",
-        "a server that does not accept is seen when a connection is opened to it",
-    );
-    for key in ["on_promote", "on_demote"] {
-        section.not_yet(
-            key,
-            "the address moves by gratuitous ARP or neighbour advertisement alone",
-        );
-    }
-    section.finish();
-    let (name, vip, interface, ports) = (name?, vip?, interface?, ports?);
-    if let Some(Found {
-        value: super::Upstream::Tcp(upstream),
-        key,
-        span,
-    }) = &upstream
-        && upstream.ip() == vip.value.0
-    {
-        let complaint = Complaint::new(
-            "the server cannot listen on the VIP itself, which no kernel owns",
-            "an address of this host, as in \"127.0.0.1:7000\"",
-        );
-        document.problem(key, span, true, complaint);
-    }
-    let config = ServiceConfig {
-        name: name.value.clone(),
-        vip: vip.value.0,
-        prefix: vip.value.1,
-        ports: ports.iter().map(|port| port.value).collect(),
-        interface: interface.value.clone(),
-        upstream: upstream?.value,
-        address: address.map_or(AddressMode::Garp, |found| found.value),
-        ordering: ordering.map_or(Ordering::Connection, |found| found.value),
-        close_wait: close_wait.map_or(Duration::from_secs(1), |found| found.value),
-        divergence: divergence.map_or(Divergence::Evict, |found| found.value),
-        history,
-    };
-    Some(ServiceSection {
-        config,
-        name,
-        vip,
-        interface,
-        ports,
-    })
-}
-
-fn ports(section: &Section<'_, '_>) -> Option<Vec<Found<u16>>> {
-    const EXPECTED: &str = "a list of ports, as in [80, 443]";
-    let Some(found) = section.get("ports") else {
-        section.missing("ports", EXPECTED);
-        return None;
-    };
-    let key = section.key("ports");
-    let DeValue::Array(array) = found.get_ref() else {
-        let complaint = value::wrong_type(found.get_ref(), EXPECTED);
-        section
-            .document
-            .problem(&key, &found.span(), true, complaint);
-        return None;
-    };
-    if array.is_empty() || array.len() > PORTS_MAX {
-        let complaint = Complaint::new(
-            format!("{} ports", array.len()),
-            format!("1 to {PORTS_MAX} ports"),
-        );
-        section
-            .document
-            .problem(&key, &found.span(), true, complaint);
-        return None;
-    }
-    let mut ports = Vec::new();
-    for element in array.iter() {
-        match value::port(element.get_ref()) {
-            Ok(value) => ports.push(Found {
-                value,
-                key: key.clone(),
-                span: element.span(),
-            }),
-            Err(complaint) => section
-                .document
-                .problem(&key, &element.span(), true, complaint),
-        }
-    }
-    Some(ports)
-}
-
-fn history(section: &Section<'_, '_>) -> HistoryConfig {
-    let default = HistoryConfig {
-        memory_bytes_max: 256 << 20,
-        disk_bytes_max: 4 << 30,
-    };
-    let Some(inner) = section.section("history", "{ memory = \"256MiB\", disk = \"4GiB\" }") else {
-        return default;
-    };
-    let memory = inner.optional("memory", value::size);
-    let disk = inner.optional("disk", value::size);
-    if let Some(Found {
-        value: ..1_048_576,
-        key,
-        span,
-    }) = &memory
-    {
-        let complaint = Complaint::new(
-            "too small to bring any replica up by replay",
-            "\"1MiB\" or more",
-        );
-        inner.document.problem(key, span, true, complaint);
-    }
-    inner.finish();
-    HistoryConfig {
-        memory_bytes_max: memory.map_or(default.memory_bytes_max, |found| found.value),
-        disk_bytes_max: disk.map_or(default.disk_bytes_max, |found| found.value),
-    }
-}
-
-/// Services of one VIP are one group with one leader: they must agree. Names and ports are distinct.
-fn check_services(document: &Document<'_>, services: &[ServiceSection]) {
-    let mut names: BTreeMap<&str, usize> = BTreeMap::new();
-    let mut ports: BTreeMap<(IpAddr, u16), &str> = BTreeMap::new();
-    let mut firsts: BTreeMap<IpAddr, &ServiceSection> = BTreeMap::new();
-    for (index, service) in services.iter().enumerate() {
-        let name = service.config.name.as_str();
-        if let Some(other) = names.insert(name, index) {
-            let complaint = Complaint::new(
-                format!("service[{other}] has this name already"),
-                "a name that no other service has",
-            );
-            document.problem(&service.name.key, &service.name.span, true, complaint);
-        }
-        for port in &service.ports {
-            if let Some(owner) = ports.insert((service.config.vip, port.value), name) {
-                let complaint = Complaint::new(
-                    format!(
-                        "port {} of {} is taken by service \"{owner}\"",
-                        port.value, service.config.vip
-                    ),
-                    "each port of a VIP once",
-                );
-                document.problem(&port.key, &port.span, true, complaint);
-            }
-        }
-        let Some(first) = firsts.get(&service.config.vip) else {
-            firsts.insert(service.config.vip, service);
-            continue;
-        };
-        let other = &first.config.name;
-        if service.config.interface != first.config.interface {
-            let complaint = Complaint::new(
-                format!(
-                    "service \"{other}\" has the same VIP on \"{}\"",
-                    first.config.interface
-                ),
-                format!(
-                    "\"{}\": services of one VIP share its interface",
-                    first.config.interface
-                ),
-            );
-            document.problem(
-                &service.interface.key,
-                &service.interface.span,
-                true,
-                complaint,
-            );
-        }
-        if service.config.prefix != first.config.prefix {
-            let complaint = Complaint::new(
-                format!(
-                    "service \"{other}\" has the same VIP with /{}",
-                    first.config.prefix
-                ),
-                format!(
-                    "\"{}/{}\": services of one VIP share its prefix",
-                    first.config.vip, first.config.prefix
-                ),
-            );
-            document.problem(&service.vip.key, &service.vip.span, true, complaint);
-        }
-        // `address` and `ordering` must agree too; each has one available value in this version.
-    }
-}
-
 /// This node must be among `listed`.
 fn check_listed(
     document: &Document<'_>,
@@ -948,27 +459,19 @@ fn check_addresses(
             document.problem(&found.key, &found.span, true, complaint);
         }
     }
-    let hosts = coord
-        .iter()
-        .flat_map(|coord| coord.peers.values())
-        .chain(coord.and_then(|coord| coord.client.as_ref()));
-    let hosts = hosts
-        .chain(group.iter().flat_map(|group| group.members.values()))
-        .chain([admin]);
-    for host in hosts {
-        if let Some(service) = services
+    let peers = coord.iter().flat_map(|coord| coord.peers.values());
+    let members = group.iter().flat_map(|group| group.members.values());
+    let hosts: Vec<&Found<SocketAddr>> = bound.into_iter().chain(peers).chain(members).collect();
+    for service in services {
+        if let Some(host) = hosts
             .iter()
-            .find(|service| service.config.vip == host.value.ip())
+            .find(|host| host.value.ip() == service.config.vip)
         {
             let complaint = Complaint::new(
-                format!(
-                    "{} is the VIP of service \"{}\"",
-                    host.value.ip(),
-                    service.config.name
-                ),
-                "an address that stays with its host",
+                format!("{} has this address", host.key),
+                "an address that belongs to no host: it moves between them",
             );
-            document.problem(&host.key, &host.span, true, complaint);
+            document.problem(&service.vip.key, &service.vip.span, true, complaint);
         }
     }
 }

@@ -32,7 +32,7 @@ pub(super) fn wrong_type(value: &DeValue<'_>, expected: &str) -> Complaint {
     } else {
         "a"
     };
-    Complaint::new(format!("{article} {kind}"), expected)
+    Complaint::new(format!("{article} {kind} is of the wrong type"), expected)
 }
 
 /// Whether `text` can name a node or a service.

@@ -1,0 +1,301 @@
+//! `[[service]]`: each alone, then held against each other.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::time::Duration;
+
+use toml::de::DeValue;
+
+use super::document::{Complaint, Document};
+use super::section::{Found, Section};
+use super::value;
+use super::{AddressMode, Divergence, HistoryConfig, Ordering, ServiceConfig, Upstream};
+
+/// Services of one node; each costs sockets and a share of the one data-plane thread.
+const SERVICES_MAX: usize = 64;
+/// Ports of one service.
+const PORTS_MAX: usize = 1024;
+
+pub(super) struct ServiceSection {
+    pub(super) config: ServiceConfig,
+    name: Found<String>,
+    pub(super) vip: Found<(IpAddr, u8)>,
+    interface: Found<String>,
+    ports: Vec<Found<u16>>,
+}
+
+pub(super) fn sections(root: &Section<'_, '_>) -> Vec<ServiceSection> {
+    const EXPECTED: &str =
+        "at least one section [[service]] with name, vip, ports, interface and upstream";
+    let document = root.document;
+    let Some(found) = root.get("service") else {
+        let end = document.text().trim_end().len();
+        document.problem(
+            "service",
+            &(end..end),
+            false,
+            Complaint::new("missing: the file ends here without it", EXPECTED),
+        );
+        return Vec::new();
+    };
+    let DeValue::Array(array) = found.get_ref() else {
+        let complaint = value::wrong_type(found.get_ref(), EXPECTED);
+        let complaint = match found.get_ref() {
+            DeValue::Table(_) => complaint.help("write it with two brackets: [[service]]"),
+            _ => complaint,
+        };
+        document.problem("service", &found.span(), true, complaint);
+        return Vec::new();
+    };
+    if array.is_empty() || array.len() > SERVICES_MAX {
+        let complaint = Complaint::new(
+            format!("{} services", array.len()),
+            format!("1 to {SERVICES_MAX} services"),
+        );
+        document.problem("service", &found.span(), false, complaint);
+    }
+    let mut services = Vec::new();
+    for (index, element) in array.iter().enumerate() {
+        let path = format!("service[{index}]");
+        let DeValue::Table(table) = element.get_ref() else {
+            let complaint = value::wrong_type(element.get_ref(), EXPECTED);
+            document.problem(&path, &element.span(), true, complaint);
+            continue;
+        };
+        let section = Section::new(document, &path, element.span(), table);
+        services.extend(service_section(section));
+    }
+    check_services(document, &services);
+    services
+}
+
+fn service_section(section: Section<'_, '_>) -> Option<ServiceSection> {
+    let document = section.document;
+    let name = section.required("name", "the service's name, as in \"web\"", value::name);
+    let vip = section.required(
+        "vip",
+        "the virtual IP with its prefix, as in \"10.98.0.100/24\"",
+        value::vip,
+    );
+    let ports = ports(&section);
+    let interface = section.required(
+        "interface",
+        "the network interface of the VIP, as in \"eth0\"",
+        value::interface,
+    );
+    let upstream = section.required(
+        "upstream",
+        "where the server listens, as in \"127.0.0.1:7000\"",
+        value::upstream,
+    );
+    let address = section.optional("address", value::address_mode);
+    let ordering = section.optional("ordering", value::ordering);
+    let close_wait = section.optional(
+        "close_wait",
+        value::duration(Duration::from_millis(10), Duration::from_secs(60)),
+    );
+    let divergence = section.optional("divergence", value::divergence);
+    if let Some(found) = &close_wait {
+        let sentence = "close_wait has no effect yet: a close is not held against other replicas";
+        document.warn(&found.span, sentence);
+    }
+    if let Some(found) = &divergence {
+        let sentence = "divergence has no effect yet: the servers' answers are not compared";
+        document.warn(&found.span, sentence);
+    }
+    let history = history(&section);
+    section.not_yet(
+        "command",
+        "start the server yourself (systemd, a container) and name its address in upstream",
+    );
+    for key in ["checkpoint", "restore"] {
+        section.not_yet(
+            key,
+            "a replica that joins is brought up by replaying each connection's input",
+        );
+    }
+    section.not_yet(
+        "health",
+        "a server that does not accept is seen when a connection is opened to it",
+    );
+    for key in ["on_promote", "on_demote"] {
+        section.not_yet(
+            key,
+            "the address moves by gratuitous ARP or neighbour advertisement alone",
+        );
+    }
+    section.finish();
+    let (name, vip, interface, ports) = (name?, vip?, interface?, ports?);
+    if let Some(Found {
+        value: Upstream::Tcp(upstream),
+        key,
+        span,
+    }) = &upstream
+        && upstream.ip() == vip.value.0
+    {
+        let complaint = Complaint::new(
+            "the server cannot listen on the VIP itself, which no kernel owns",
+            "an address of this host, as in \"127.0.0.1:7000\"",
+        );
+        document.problem(key, span, true, complaint);
+    }
+    let config = ServiceConfig {
+        name: name.value.clone(),
+        vip: vip.value.0,
+        prefix: vip.value.1,
+        ports: ports.iter().map(|port| port.value).collect(),
+        interface: interface.value.clone(),
+        upstream: upstream?.value,
+        address: address.map_or(AddressMode::Garp, |found| found.value),
+        ordering: ordering.map_or(Ordering::Connection, |found| found.value),
+        close_wait: close_wait.map_or(Duration::from_secs(1), |found| found.value),
+        divergence: divergence.map_or(Divergence::Evict, |found| found.value),
+        history,
+    };
+    Some(ServiceSection {
+        config,
+        name,
+        vip,
+        interface,
+        ports,
+    })
+}
+
+fn ports(section: &Section<'_, '_>) -> Option<Vec<Found<u16>>> {
+    const EXPECTED: &str = "a list of ports, as in [80, 443]";
+    let Some(found) = section.get("ports") else {
+        section.missing("ports", EXPECTED);
+        return None;
+    };
+    let key = section.key("ports");
+    let DeValue::Array(array) = found.get_ref() else {
+        let complaint = value::wrong_type(found.get_ref(), EXPECTED);
+        section
+            .document
+            .problem(&key, &found.span(), true, complaint);
+        return None;
+    };
+    if array.is_empty() || array.len() > PORTS_MAX {
+        let complaint = Complaint::new(
+            format!("{} ports", array.len()),
+            format!("1 to {PORTS_MAX} ports"),
+        );
+        section
+            .document
+            .problem(&key, &found.span(), true, complaint);
+        return None;
+    }
+    let mut ports = Vec::new();
+    for element in array.iter() {
+        match value::port(element.get_ref()) {
+            Ok(value) => ports.push(Found {
+                value,
+                key: key.clone(),
+                span: element.span(),
+            }),
+            Err(complaint) => section
+                .document
+                .problem(&key, &element.span(), true, complaint),
+        }
+    }
+    Some(ports)
+}
+
+fn history(section: &Section<'_, '_>) -> HistoryConfig {
+    let default = HistoryConfig {
+        memory_bytes_max: 256 << 20,
+        disk_bytes_max: 4 << 30,
+    };
+    let Some(inner) = section.section("history", "{ memory = \"256MiB\", disk = \"4GiB\" }") else {
+        return default;
+    };
+    let memory = inner.optional("memory", value::size);
+    let disk = inner.optional("disk", value::size);
+    if let Some(Found {
+        value: ..1_048_576,
+        key,
+        span,
+    }) = &memory
+    {
+        let complaint = Complaint::new(
+            "too small to bring any replica up by replay",
+            "\"1MiB\" or more",
+        );
+        inner.document.problem(key, span, true, complaint);
+    }
+    if let Some(found) = &disk {
+        let sentence = "history.disk has no effect yet: input is kept in memory alone";
+        inner.document.warn(&found.span, sentence);
+    }
+    inner.finish();
+    HistoryConfig {
+        memory_bytes_max: memory.map_or(default.memory_bytes_max, |found| found.value),
+        disk_bytes_max: disk.map_or(default.disk_bytes_max, |found| found.value),
+    }
+}
+
+/// Services of one VIP are one group with one leader: they must agree. Names and ports are distinct.
+fn check_services(document: &Document<'_>, services: &[ServiceSection]) {
+    let mut names: BTreeMap<&str, usize> = BTreeMap::new();
+    let mut ports: BTreeMap<(IpAddr, u16), &str> = BTreeMap::new();
+    let mut firsts: BTreeMap<IpAddr, &ServiceSection> = BTreeMap::new();
+    for (index, service) in services.iter().enumerate() {
+        let name = service.config.name.as_str();
+        if let Some(other) = names.insert(name, index) {
+            let complaint = Complaint::new(
+                format!("service[{other}] has this name already"),
+                "a name that no other service has",
+            );
+            document.problem(&service.name.key, &service.name.span, true, complaint);
+        }
+        for port in &service.ports {
+            if let Some(owner) = ports.insert((service.config.vip, port.value), name) {
+                let complaint = Complaint::new(
+                    format!(
+                        "port {} of {} is taken by service \"{owner}\"",
+                        port.value, service.config.vip
+                    ),
+                    "each port of a VIP once",
+                );
+                document.problem(&port.key, &port.span, true, complaint);
+            }
+        }
+        let Some(first) = firsts.get(&service.config.vip) else {
+            firsts.insert(service.config.vip, service);
+            continue;
+        };
+        let other = &first.config.name;
+        if service.config.interface != first.config.interface {
+            let complaint = Complaint::new(
+                format!(
+                    "service \"{other}\" has the same VIP on \"{}\"",
+                    first.config.interface
+                ),
+                format!(
+                    "\"{}\": services of one VIP share its interface",
+                    first.config.interface
+                ),
+            );
+            document.problem(
+                &service.interface.key,
+                &service.interface.span,
+                true,
+                complaint,
+            );
+        }
+        if service.config.prefix != first.config.prefix {
+            let complaint = Complaint::new(
+                format!(
+                    "service \"{other}\" has the same VIP with /{}",
+                    first.config.prefix
+                ),
+                format!(
+                    "\"{}/{}\": services of one VIP share its prefix",
+                    first.config.vip, first.config.prefix
+                ),
+            );
+            document.problem(&service.vip.key, &service.vip.span, true, complaint);
+        }
+        // `address` and `ordering` must agree too; each has one available value in this version.
+    }
+}
