@@ -1,3 +1,6 @@
 //! Whole-system tests: their network of hosts, oracles and invariants.
 
+pub mod client;
 pub mod netns;
+pub mod pattern;
+pub mod server;
