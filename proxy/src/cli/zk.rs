@@ -1,0 +1,455 @@
+//! `unbroken zk`: the coordinator's znodes, or any ZooKeeper's, by hand.
+
+use std::fmt;
+use std::io::{self, IsTerminal as _, Read as _, Write};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use clap::{Args, Subcommand};
+use serde_json::{Value, json};
+use unbroken_coord::client::{Client, ClientError, ConnectOptions, SessionState, WatchEvent};
+use unbroken_coord::wire::{Acl, CreateMode, ErrorCode, REQUEST_BYTES_MAX, Stat, parent};
+
+use super::EXIT_USAGE;
+
+/// Reads and changes the coordinator's znodes, or those of any ZooKeeper ensemble
+///
+/// A read asks the server for all that was committed before (sync), so that it is never stale on
+/// our own coordinator.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    unbroken zk ls /\n  \
+    unbroken zk --server 10.98.0.11:2181,10.98.0.12:2181 get /unbroken\n  \
+    unbroken zk create --parents /app/config 'answer=42'\n  \
+    unbroken zk --json stat /app/config\n  \
+    unbroken zk watch /app/config --count 1\n\
+    \n\
+    Exit codes: 0 done, 1 failed (no such znode, wrong version, no server), 64 wrong usage.")]
+pub struct ZkArgs {
+    /// Servers, the preferred one first, and an optional chroot
+    #[arg(
+        long,
+        global = true,
+        value_name = "HOST:PORT,..[/CHROOT]",
+        default_value = "127.0.0.1:2181"
+    )]
+    server: ConnectOptions,
+    /// Print JSON, one object a line
+    #[arg(long, global = true)]
+    json: bool,
+    /// Give up after so many seconds without an answer
+    #[arg(long, global = true, value_name = "SECONDS", default_value = "10", value_parser = seconds)]
+    timeout: Duration,
+    #[command(subcommand)]
+    command: ZkCommand,
+}
+
+#[derive(Debug, Subcommand)]
+enum ZkCommand {
+    /// Lists the children of a znode, sorted
+    #[command(after_help = "Example:\n  unbroken zk ls /")]
+    Ls {
+        /// The znode
+        path: String,
+    },
+    /// Prints the data of a znode, as it is
+    #[command(after_help = "Example:\n  unbroken zk get /app/config > config")]
+    Get {
+        /// The znode
+        path: String,
+    },
+    /// Sets the data of a znode
+    #[command(after_help = "Examples:\n  \
+        unbroken zk set /app/config 'answer=43' --version 7\n  \
+        unbroken zk set /app/config - < config")]
+    Set {
+        /// The znode
+        path: String,
+        /// The new data; - takes it from standard input
+        data: String,
+        /// Only if the znode has this version
+        #[arg(long, value_name = "N", default_value_t = -1, hide_default_value = true)]
+        version: i32,
+    },
+    /// Creates a znode and prints its path
+    #[command(after_help = "Examples:\n  \
+        unbroken zk create --parents /app/config 'answer=42'\n  \
+        unbroken zk create --sequential /app/job- < /dev/null -\n  \
+        unbroken zk create --ephemeral /app/here        until interrupted")]
+    Create {
+        /// The znode
+        path: String,
+        /// Its data; - takes it from standard input
+        #[arg(default_value = "", hide_default_value = true)]
+        data: String,
+        /// Delete it when this command ends, which it does when interrupted
+        #[arg(long, short, conflicts_with = "container")]
+        ephemeral: bool,
+        /// Append a counter to the name
+        #[arg(long, short, conflicts_with = "container")]
+        sequential: bool,
+        /// Delete it some time after its last child
+        #[arg(long)]
+        container: bool,
+        /// Create what is missing above it, too
+        #[arg(long, short)]
+        parents: bool,
+    },
+    /// Deletes a znode
+    #[command(after_help = "Example:\n  unbroken zk delete --recursive /app")]
+    Delete {
+        /// The znode
+        path: String,
+        /// Only if the znode has this version
+        #[arg(long, value_name = "N", default_value_t = -1, hide_default_value = true)]
+        version: i32,
+        /// Delete everything below it first
+        #[arg(long, short, conflicts_with = "version")]
+        recursive: bool,
+    },
+    /// Prints the metadata of a znode
+    #[command(after_help = "Example:\n  unbroken zk --json stat /app/config")]
+    Stat {
+        /// The znode
+        path: String,
+    },
+    /// Prints a line whenever a znode is created, changed or deleted
+    ///
+    /// Of several changes in quick succession some may be told as one.
+    #[command(after_help = "Examples:\n  \
+        unbroken zk watch /app/config\n  \
+        unbroken zk watch --children /app --count 1")]
+    Watch {
+        /// The znode
+        path: String,
+        /// Watch its children come and go instead; it must exist
+        #[arg(long)]
+        children: bool,
+        /// End after so many events
+        #[arg(long, value_name = "N")]
+        count: Option<u64>,
+    },
+}
+
+/// What went wrong, and where.
+#[derive(Debug)]
+struct Failure {
+    subject: String,
+    error: ClientError,
+}
+
+impl std::error::Error for Failure {}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.subject, self.error)
+    }
+}
+
+/// Says what an error is about.
+fn at(subject: &str) -> impl FnOnce(ClientError) -> Failure + use<> {
+    let subject = subject.to_owned();
+    move |error| Failure { subject, error }
+}
+
+fn seconds(text: &str) -> Result<Duration, String> {
+    let seconds: f64 = text.parse().map_err(|_| "not a number".to_owned())?;
+    Duration::try_from_secs_f64(seconds).map_err(|error| error.to_string())
+}
+
+pub(super) fn run(args: &ZkArgs) -> anyhow::Result<ExitCode> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    let result = runtime.block_on(connect_and_execute(args, &mut io::stdout().lock()));
+    let Err(error) = result else {
+        return Ok(ExitCode::SUCCESS);
+    };
+    match error.downcast_ref::<Failure>() {
+        Some(failure) if matches!(failure.error, ClientError::BadPath(_)) => {
+            eprintln!("unbroken: error: {failure}");
+            Ok(ExitCode::from(EXIT_USAGE))
+        }
+        _ => match error.downcast_ref::<io::Error>() {
+            // As any filter does when its reader has gone, `unbroken zk ls / | head -1`.
+            Some(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(ExitCode::SUCCESS),
+            _ => Err(error),
+        },
+    }
+}
+
+async fn connect_and_execute(args: &ZkArgs, out: &mut impl Write) -> anyhow::Result<()> {
+    let options = args.server.clone().request_timeout(Some(args.timeout));
+    let servers = options.hosts.join(",");
+    let client = Client::connect(options).await.map_err(at(&servers))?;
+    let result = execute(&client, &args.command, args.json, out).await;
+    // An ephemeral znode must not outlive the command by a session timeout. What went wrong
+    // before weighs more than a session that cannot be closed.
+    let closed = client.close().await;
+    result?;
+    closed.map_err(at(&servers))?;
+    Ok(())
+}
+
+async fn execute(
+    client: &Client,
+    command: &ZkCommand,
+    json: bool,
+    out: &mut impl Write,
+) -> anyhow::Result<()> {
+    match command {
+        ZkCommand::Ls { path } => {
+            client.sync(path).await.map_err(at(path))?;
+            let mut children = client.children(path).await.map_err(at(path))?;
+            children.sort_unstable();
+            if json {
+                writeln!(out, "{}", json!({ "path": path, "children": children }))?;
+            } else {
+                for child in children {
+                    writeln!(out, "{child}")?;
+                }
+            }
+        }
+        ZkCommand::Get { path } => {
+            let (data, stat) = client.sync_and_get(path).await.map_err(at(path))?;
+            if json {
+                let mut line = json!({ "path": path, "stat": stat });
+                match std::str::from_utf8(&data) {
+                    Ok(text) => line["data"] = text.into(),
+                    Err(_) => line["data_hex"] = hex(&data).into(),
+                }
+                writeln!(out, "{line}")?;
+            } else {
+                out.write_all(&data)?;
+                if io::stdout().is_terminal() && !data.ends_with(b"\n") {
+                    writeln!(out)?;
+                }
+            }
+        }
+        ZkCommand::Set {
+            path,
+            data,
+            version,
+        } => {
+            let stat = client
+                .set(path, input(data)?, *version)
+                .await
+                .map_err(at(path))?;
+            if json {
+                writeln!(out, "{}", json!({ "path": path, "stat": stat }))?;
+            }
+        }
+        ZkCommand::Create {
+            path,
+            data,
+            ephemeral,
+            sequential,
+            container,
+            parents,
+        } => {
+            let mode = match (*container, *ephemeral, *sequential) {
+                (true, _, _) => CreateMode::Container,
+                (false, false, false) => CreateMode::Persistent,
+                (false, true, false) => CreateMode::Ephemeral,
+                (false, false, true) => CreateMode::PersistentSequential,
+                (false, true, true) => CreateMode::EphemeralSequential,
+            };
+            if *parents {
+                create_parents(client, path).await?;
+            }
+            let data = input(data)?;
+            let created = match client.create(path, data, mode, Acl::open()).await {
+                Err(ClientError::Zk(ErrorCode::NoNode)) => {
+                    let above = parent(path).map_or("/", |(above, _)| above);
+                    return Err(at(path)(ClientError::Zk(ErrorCode::NoNode)))
+                        .with_context(|| format!("its parent {above} is missing (--parents?)"));
+                }
+                created => created.map_err(at(path))?,
+            };
+            if json {
+                writeln!(out, "{}", json!({ "path": created }))?;
+            } else {
+                writeln!(out, "{created}")?;
+            }
+            out.flush()?;
+            if *ephemeral {
+                hold(client).await?;
+            }
+        }
+        ZkCommand::Delete {
+            path,
+            version,
+            recursive,
+        } => {
+            if *recursive {
+                delete_below(client, path).await?;
+            }
+            client.delete(path, *version).await.map_err(at(path))?;
+            if json {
+                writeln!(out, "{}", json!({ "path": path }))?;
+            }
+        }
+        ZkCommand::Stat { path } => {
+            client.sync(path).await.map_err(at(path))?;
+            let missing = ClientError::Zk(ErrorCode::NoNode);
+            let stat = client
+                .exists(path)
+                .await
+                .and_then(|stat| stat.ok_or(missing));
+            let stat = stat.map_err(at(path))?;
+            if json {
+                writeln!(out, "{}", json!({ "path": path, "stat": stat }))?;
+            } else {
+                write_stat(&stat, out)?;
+            }
+        }
+        ZkCommand::Watch {
+            path,
+            children,
+            count,
+        } => {
+            let mut left = count.unwrap_or(u64::MAX);
+            while left > 0 {
+                let watch = if *children {
+                    client
+                        .children_and_watch(path)
+                        .await
+                        .map(|(_, _, watch)| watch)
+                } else {
+                    client.exists_and_watch(path).await.map(|(_, watch)| watch)
+                };
+                let watch = watch.map_err(at(path))?;
+                let event = tokio::select! {
+                    event = watch => event.map_err(at(path))?,
+                    interrupted = tokio::signal::ctrl_c() => {
+                        interrupted?;
+                        return Ok(());
+                    }
+                };
+                write_event(&event, json, out)?;
+                out.flush()?;
+                left -= 1;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Waits until the user interrupts, or the session is gone.
+async fn hold(client: &Client) -> anyhow::Result<()> {
+    let mut state = client.state();
+    tokio::select! {
+        interrupted = tokio::signal::ctrl_c() => interrupted?,
+        ended = state.wait_for(|state| *state == SessionState::Expired) => {
+            drop(ended);
+            return Err(at("session")(ClientError::SessionExpired).into());
+        }
+    }
+    Ok(())
+}
+
+async fn create_parents(client: &Client, path: &str) -> Result<(), Failure> {
+    let mut missing = Vec::new();
+    let mut below = path;
+    while let Some((above, _)) = parent(below).filter(|(above, _)| *above != "/") {
+        missing.push(above);
+        below = above;
+    }
+    for above in missing.into_iter().rev() {
+        match client
+            .create(above, "", CreateMode::Persistent, Acl::open())
+            .await
+        {
+            Ok(_) | Err(ClientError::Zk(ErrorCode::NodeExists)) => {}
+            Err(error) => return Err(at(above)(error)),
+        }
+    }
+    Ok(())
+}
+
+/// Deletes everything below a znode, deepest first.
+async fn delete_below(client: &Client, path: &str) -> Result<(), Failure> {
+    let mut order = vec![path.to_owned()];
+    let mut next = 0;
+    while let Some(above) = order.get(next).cloned() {
+        let slash = if above == "/" { "" } else { "/" };
+        match client.children(&above).await {
+            Ok(names) => order.extend(names.iter().map(|name| format!("{above}{slash}{name}"))),
+            // Somebody else was faster; except for the one we were asked for.
+            Err(ClientError::Zk(ErrorCode::NoNode)) if next > 0 => {}
+            Err(error) => return Err(at(&above)(error)),
+        }
+        next += 1;
+    }
+    for below in order[1..].iter().rev() {
+        match client.delete(below, -1).await {
+            Ok(()) | Err(ClientError::Zk(ErrorCode::NoNode)) => {}
+            Err(error) => return Err(at(below)(error)),
+        }
+    }
+    Ok(())
+}
+
+/// The data of the command line, or of standard input.
+fn input(data: &str) -> anyhow::Result<Vec<u8>> {
+    if data != "-" {
+        return Ok(data.as_bytes().to_vec());
+    }
+    let mut bytes = Vec::new();
+    // One byte more than fits, so that too much is noticed without reading it all.
+    let limit = u64::try_from(REQUEST_BYTES_MAX)? + 1;
+    io::stdin()
+        .lock()
+        .take(limit)
+        .read_to_end(&mut bytes)
+        .context("standard input")?;
+    Ok(bytes)
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn write_stat(stat: &Stat, out: &mut impl Write) -> io::Result<()> {
+    let Stat {
+        czxid,
+        mzxid,
+        ctime,
+        mtime,
+        version,
+        cversion,
+        aversion,
+        ..
+    } = stat;
+    writeln!(
+        out,
+        "czxid {czxid}\nmzxid {mzxid}\nctime {ctime}\nmtime {mtime}"
+    )?;
+    writeln!(
+        out,
+        "version {version}\ncversion {cversion}\naversion {aversion}"
+    )?;
+    let Stat {
+        ephemeral_owner,
+        data_length,
+        num_children,
+        pzxid,
+        ..
+    } = stat;
+    writeln!(
+        out,
+        "ephemeral_owner {ephemeral_owner:#x}\ndata_length {data_length}"
+    )?;
+    writeln!(out, "num_children {num_children}\npzxid {pzxid}")
+}
+
+fn write_event(event: &WatchEvent, json: bool, out: &mut impl Write) -> io::Result<()> {
+    let WatchEvent { event, path } = event;
+    if json {
+        let line: Value = json!({ "event": event, "path": path });
+        writeln!(out, "{line}")
+    } else {
+        writeln!(out, "{event:?} {path}")
+    }
+}
