@@ -39,7 +39,7 @@ pub(super) fn run(args: &CheckArgs) -> anyhow::Result<ExitCode> {
 
 fn coordinator_summary(config: &CoordinatorConfig) -> String {
     format!(
-        "  node {}, key {}\n  coordinator for clients on {}, {} servers\n  admin page on {}",
+        "  node {}, key {}\n  coordinator for clients on {}, ensemble of {}\n  admin page on {}",
         config.node.name,
         config.node.key.fingerprint(),
         config.coord.client,
@@ -57,7 +57,7 @@ fn node_summary(config: &Config) -> String {
     lines.push(match &config.coord {
         CoordConfig::Embedded(coord) => {
             format!(
-                "  coordinator embedded, for clients on {}, {} servers",
+                "  coordinator embedded, for clients on {}, ensemble of {}",
                 coord.client,
                 coord.peers.len()
             )
@@ -77,7 +77,7 @@ fn node_summary(config: &Config) -> String {
         Resilience::Backups(_) => "a number",
     };
     lines.push(format!(
-        "  group of {members}, each event held by {} backups before its effects leave ({resilience})",
+        "  group of {members}, events held by {} of the backups before their effects leave ({resilience})",
         config.group.resilience.k(members)
     ));
     lines.push(format!("  admin page on {}", config.admin.listen));

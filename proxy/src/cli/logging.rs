@@ -7,13 +7,14 @@ use clap::{Args, ValueEnum};
 use tracing_subscriber::EnvFilter;
 
 #[derive(Debug, Args)]
+#[command(next_help_heading = "Logging")]
 pub(super) struct LoggingArgs {
-    /// What is logged: error, warn, info, debug, trace, or a filter as in "info,unbroken_group=debug".
-    /// [default: RUST_LOG, else info for node and coord, warn for the other commands]
-    #[arg(long = "log", value_name = "LEVEL", global = true)]
+    /// What is logged: error, warn, info, debug, trace, or a filter as in
+    /// "info,unbroken_group=debug" [default: RUST_LOG, else info for node and coord, else warn]
+    #[arg(long = "log", value_name = "LEVEL", global = true, display_order = 100)]
     level: Option<String>,
     /// How logs are written to standard error
-    #[arg(long, value_name = "FORMAT", global = true, value_enum, default_value_t = LogFormat::Text)]
+    #[arg(long, value_name = "FORMAT", global = true, value_enum, default_value_t = LogFormat::Text, display_order = 101)]
     log_format: LogFormat,
 }
 

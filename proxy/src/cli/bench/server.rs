@@ -34,6 +34,7 @@ const BUFFER_BYTES: usize = 256 << 10;
 pub(in crate::cli) fn run(args: &BenchServerArgs) -> anyhow::Result<ExitCode> {
     let listener = TcpListener::bind(args.listen)
         .with_context(|| format!("listening on --listen {}", args.listen))?;
+    println!("listening on {}", listener.local_addr()?);
     serve(&listener)?;
     Ok(ExitCode::SUCCESS)
 }
