@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::{Args, Subcommand};
-use serde_json::{Value, json};
+use serde_json::json;
 use unbroken_coord::client::{Client, ClientError, ConnectOptions, SessionState, WatchEvent};
 use unbroken_coord::wire::{Acl, CreateMode, ErrorCode, REQUEST_BYTES_MAX, Stat, parent};
 
@@ -262,8 +262,7 @@ async fn execute(
             let created = match client.create(path, data, mode, Acl::open()).await {
                 Err(ClientError::Zk(ErrorCode::NoNode)) => {
                     let above = parent(path).map_or("/", |(above, _)| above);
-                    return Err(at(path)(ClientError::Zk(ErrorCode::NoNode)))
-                        .with_context(|| format!("its parent {above} is missing (--parents?)"));
+                    anyhow::bail!("{path}: its parent {above} does not exist (try --parents)");
                 }
                 created => created.map_err(at(path))?,
             };
@@ -447,8 +446,7 @@ fn write_stat(stat: &Stat, out: &mut impl Write) -> io::Result<()> {
 fn write_event(event: &WatchEvent, json: bool, out: &mut impl Write) -> io::Result<()> {
     let WatchEvent { event, path } = event;
     if json {
-        let line: Value = json!({ "event": event, "path": path });
-        writeln!(out, "{line}")
+        writeln!(out, "{}", json!({ "event": event, "path": path }))
     } else {
         writeln!(out, "{event:?} {path}")
     }
