@@ -32,8 +32,8 @@ mod tests;
 
 pub use error::{DecodeError, ErrorCode, FrameError};
 pub use frame::{
-    encode_connect_request, encode_connect_response, encode_error, encode_event, encode_reply,
-    encode_request, split_frame,
+    Split, encode_connect_request, encode_connect_response, encode_error, encode_event,
+    encode_reply, encode_request, split_frame,
 };
 pub use jute::{Reader, Writer};
 pub use multi::{MultiOp, MultiResult};

@@ -244,7 +244,7 @@ impl Connection {
 
     /// Carries requests and answers until the connection ends.
     async fn serve(&mut self, wire: &mut Wire) -> End {
-        for watches in self.watches.to_set(self.session.last_zxid) {
+        for watches in self.watches.set_again(self.session.last_zxid) {
             wire.out.extend_from_slice(&encode_request(
                 xid::SET_WATCHES,
                 &Request::SetWatches(watches),

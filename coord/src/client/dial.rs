@@ -23,23 +23,20 @@ pub(super) async fn dial(
             let host = hosts[index].clone();
             attempts.spawn(async move { (index, timeout(limit, connect(&host)).await) });
         }
-        loop {
-            tokio::select! {
-                attempt = attempts.join_next() => match attempt {
-                    Some(Ok((index, Ok(Ok(stream))))) => return Some((index, stream)),
-                    Some(Ok((index, failed))) => {
-                        let reason = match failed {
-                            Ok(result) => result.err(),
-                            Err(_) => Some(io::ErrorKind::TimedOut.into()),
-                        };
-                        tracing::debug!(host = %hosts[index], ?reason, "server not reached");
-                        break;
-                    }
-                    Some(Err(_)) => break,
-                    None => return None,
-                },
-                () = sleep(stagger), if order.len() > 0 => break,
-            }
+        tokio::select! {
+            attempt = attempts.join_next() => match attempt {
+                None => return None,
+                Some(Ok((index, Ok(Ok(stream))))) => return Some((index, stream)),
+                Some(Ok((index, failed))) => {
+                    let reason = match failed {
+                        Ok(result) => result.err(),
+                        Err(_) => Some(io::ErrorKind::TimedOut.into()),
+                    };
+                    tracing::debug!(host = %hosts[index], ?reason, "server not reached");
+                }
+                Some(Err(panicked)) => tracing::error!(%panicked, "attempt to connect"),
+            },
+            () = sleep(stagger), if order.len() > 0 => {}
         }
     }
 }

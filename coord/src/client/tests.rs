@@ -491,8 +491,8 @@ async fn a_chroot_is_invisible() {
             client.create("/q-", "", mode, Acl::open()).await.unwrap(),
             "/q-1"
         );
-        client.get_and_watch("/").await.unwrap().2
+        client.get_and_watch("/").await
     };
-    let (watch, ()) = tokio::join!(calls, script);
-    assert_eq!(watch.await.unwrap().path, "/");
+    let (watched, ()) = tokio::join!(calls, script);
+    assert_eq!(watched.unwrap().2.await.unwrap().path, "/");
 }

@@ -99,7 +99,7 @@ impl Watches {
     }
 
     /// The watches to set again on a new connection, in requests of bounded size.
-    pub(super) fn to_set(&mut self, relative_zxid: i64) -> Vec<SetWatches> {
+    pub(super) fn set_again(&mut self, relative_zxid: i64) -> Vec<SetWatches> {
         self.0.retain(|_, watchers| {
             watchers.retain(|watcher| !watcher.is_closed());
             !watchers.is_empty()
@@ -191,7 +191,7 @@ mod tests {
                 kept.push(future);
             }
         }
-        let requests = watches.to_set(9);
+        let requests = watches.set_again(9);
         assert_eq!(
             requests.iter().map(|r| r.data.len()).sum::<usize>(),
             kept.len()

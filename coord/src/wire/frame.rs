@@ -7,6 +7,9 @@ use super::{
     Response, Stat, WatcherEvent, Writer, xid,
 };
 
+/// A frame without its length, and the bytes after it.
+pub type Split<'a> = (&'a [u8], &'a [u8]);
+
 /// Splits the first whole frame (without its length) off `bytes`; `None` while more must arrive.
 ///
 /// A length is judged as soon as its 4 bytes are there, so that nothing waits for, or makes room
@@ -14,7 +17,7 @@ use super::{
 ///
 /// # Errors
 /// [`FrameError`] for a length that is negative or above `limit_bytes`.
-pub fn split_frame(bytes: &[u8], limit_bytes: usize) -> Result<Option<(&[u8], &[u8])>, FrameError> {
+pub fn split_frame(bytes: &[u8], limit_bytes: usize) -> Result<Option<Split<'_>>, FrameError> {
     let Some((prefix, rest)) = bytes.split_first_chunk() else {
         return Ok(None);
     };
