@@ -10,6 +10,7 @@ mod logging;
 pub mod node;
 mod shutdown;
 pub mod status;
+pub mod zk;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -26,7 +27,6 @@ pub const EXIT_USAGE: u8 = 64;
 #[command(
     name = "unbroken",
     version,
-    propagate_version = true,
     subcommand_required = true
 )]
 #[command(
@@ -51,6 +51,7 @@ enum Command {
     Check(check::CheckArgs),
     Keygen(keygen::KeygenArgs),
     Status(status::StatusArgs),
+    Zk(zk::ZkArgs),
     Bench(bench::BenchArgs),
     BenchServer(bench::server::BenchServerArgs),
 }
@@ -81,6 +82,7 @@ pub(crate) fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Check(args) => check::run(&args),
         Command::Keygen(args) => keygen::run(&args),
         Command::Status(args) => status::run(&args),
+        Command::Zk(args) => zk::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::BenchServer(args) => bench::server::run(&args),
     };
