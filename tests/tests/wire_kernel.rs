@@ -425,6 +425,12 @@ fn only_the_owner_under_its_lease_emits() {
             claims == 2
         });
         assert_eq!(witness.counters().frames_in, 2);
+        assert_eq!(wire.counters().receive_calls, 0);
+        assert_eq!(
+            wire.receive(BootTime::now(), |_| ()).unwrap(),
+            0,
+            "it hears its own words"
+        );
     });
 }
 

@@ -57,6 +57,9 @@ const SWITCH: &str = "sw";
 /// How long killed processes may take to be gone: the kernel frees a large process slowly.
 const KILL_WAIT: Duration = Duration::from_secs(10);
 
+/// How long the links may take to come up; some milliseconds are usual.
+const CONNECT_WAIT: Duration = Duration::from_secs(10);
+
 /// Why there is no network of hosts.
 #[derive(Debug, Error)]
 #[non_exhaustive]
@@ -304,7 +307,40 @@ fn build(prefix: &str, names: &[String], namespaces: &[String]) -> Result<Built,
             host.address6(),
         ))?;
     }
+    wait_until_connected(&switch, &hosts)?;
     Ok((switch, hosts))
+}
+
+/// Waits until frames pass: the kernel notices a carrier only after a moment, and drops what is sent
+/// before without a word.
+fn wait_until_connected(switch: &Host, hosts: &BTreeMap<String, Host>) -> Result<(), LabError> {
+    let shows = |host: &Host, program: &str, arguments: &[&str], text: &str| {
+        let mut command = Command::new(program);
+        command.args(arguments);
+        let output = host.output(command).map(|o| o.stdout).unwrap_or_default();
+        String::from_utf8_lossy(&output).matches(text).count()
+    };
+    wait_until("a link between all hosts", CONNECT_WAIT, || {
+        shows(
+            switch,
+            "bridge",
+            &["-o", "link", "show"],
+            "state forwarding",
+        ) == hosts.len()
+            && shows(
+                switch,
+                "ip",
+                &["-o", "link", "show", "dev", "br0"],
+                "state UP",
+            ) == 1
+            && hosts
+                .values()
+                .all(|h| shows(h, "ip", &["-o", "link", "show", "dev", "eth0"], "state UP") == 1)
+    })
+    .map_err(|timeout| LabError::Os {
+        action: "connect the hosts".to_owned(),
+        source: io::Error::new(io::ErrorKind::TimedOut, timeout),
+    })
 }
 
 /// 10 as 0x10, so that `fd98::10` belongs to `10.98.0.10` for the reader too.
