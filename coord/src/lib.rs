@@ -3,6 +3,7 @@
 pub mod acl;
 pub mod client;
 pub mod core;
+pub mod driver;
 pub mod quorum;
 mod rng;
 pub mod session;

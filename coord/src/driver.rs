@@ -1,0 +1,321 @@
+//! A server with its sockets, disk and clock around the [`Core`].
+//!
+//! One thread runs the core; one writes the log, one snapshots; the sockets are tasks of the tokio
+//! runtime that [`start`] was called in. No answer to a heartbeat ever waits for the disk.
+
+mod clients;
+mod disk;
+mod engine;
+mod peers;
+mod wal;
+
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeMap;
+use std::io;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use thiserror::Error;
+use tokio::net::TcpListener;
+use tokio::sync::{mpsc, watch};
+
+use self::engine::{Clock, Engine, Input, InputSender, while_alive};
+use self::peers::Peers;
+use crate::core::{Config, ConfigError, Core};
+use crate::snapshot::SnapshotError;
+
+pub use self::disk::DiskError;
+pub use crate::core::Status;
+pub use crate::quorum::Role;
+
+/// What a server needs to know.
+#[derive(Debug, Clone)]
+pub struct ServerConfig {
+    /// Its name, one of `peers`.
+    pub name: String,
+    /// Where clients connect.
+    pub client_listen: SocketAddr,
+    /// Every server of the cluster, this one too: name and where it listens for the others. The same
+    /// everywhere, and not changed later.
+    pub peers: BTreeMap<String, SocketAddr>,
+    /// Where it keeps its log. Nobody else may use it.
+    pub data_dir: PathBuf,
+    /// The cluster's key: who has it is a server.
+    pub key: [u8; 32],
+    /// Resolution of the timers. 5 ms.
+    pub tick: Duration,
+    /// Time between a leader's heartbeats. 10 ms.
+    pub heartbeat: Duration,
+    /// Shortest silence after which a server campaigns. 50 ms.
+    pub election_min: Duration,
+    /// Bound of the longest. 150 ms.
+    pub election_max: Duration,
+    /// Shortest session timeout granted. 30 ms.
+    pub session_min: Duration,
+    /// Longest session timeout granted. 60 s.
+    pub session_max: Duration,
+    /// Log entries between two snapshots. 20,000.
+    pub snapshot_every: u64,
+}
+
+impl ServerConfig {
+    /// A configuration with the defaults, which stand at the fields.
+    #[must_use]
+    pub fn new(
+        name: &str,
+        client_listen: SocketAddr,
+        peers: BTreeMap<String, SocketAddr>,
+        data_dir: PathBuf,
+        key: [u8; 32],
+    ) -> Self {
+        let defaults = Config::new(0, BTreeMap::new());
+        Self {
+            name: name.to_owned(),
+            client_listen,
+            peers,
+            data_dir,
+            key,
+            tick: defaults.tick,
+            heartbeat: defaults.heartbeat,
+            election_min: defaults.election_min,
+            election_max: defaults.election_max,
+            session_min: defaults.session_min,
+            session_max: defaults.session_max,
+            snapshot_every: defaults.snapshot_every,
+        }
+    }
+}
+
+/// Why a server cannot start.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum StartError {
+    /// The server's name is not among its peers.
+    #[error("server {0:?} is not one of its own peers")]
+    NotAPeer(String),
+    /// The timers contradict each other.
+    #[error("{0}")]
+    Config(#[from] ConfigError),
+    /// An address cannot be listened on.
+    #[error("cannot listen for {whom} on {address}: {source}")]
+    Listen {
+        /// For whom.
+        whom: &'static str,
+        /// Where.
+        address: SocketAddr,
+        /// Why not.
+        source: io::Error,
+    },
+    /// The data directory cannot be used.
+    #[error("{0}")]
+    Disk(#[from] DiskError),
+    /// The snapshot in the data directory cannot be read.
+    #[error("the snapshot in the data directory: {0}")]
+    Snapshot(#[from] SnapshotError),
+    /// A thread cannot be started, or the system has no randomness.
+    #[error("{0}")]
+    System(io::Error),
+}
+
+/// Why a server has stopped by itself.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum ServerError {
+    /// What it acknowledges would not be durable: it must not go on.
+    #[error("the disk failed: {0}")]
+    Disk(io::Error),
+    /// A defect: its core has stopped.
+    #[error("the coordinator's core has stopped unexpectedly")]
+    Stopped,
+}
+
+/// A running server. Dropping it stops it as a crash would; [`Server::shutdown`] says goodbye.
+#[derive(Debug)]
+pub struct Server {
+    engine: InputSender,
+    ids: BTreeMap<String, u64>,
+    status: watch::Receiver<Status>,
+    failed: watch::Receiver<Option<std::sync::Arc<ServerError>>>,
+    client_address: SocketAddr,
+}
+
+/// Starts a server in the current tokio runtime.
+///
+/// # Errors
+/// [`StartError`]. Nothing is left running then.
+pub async fn start(config: ServerConfig) -> Result<Server, StartError> {
+    let Some(peer_listen) = config.peers.get(&config.name).copied() else {
+        return Err(StartError::NotAPeer(config.name));
+    };
+    // Every server counts alike.
+    let ids: BTreeMap<String, u64> = config.peers.keys().cloned().zip(1..).collect();
+    let names: BTreeMap<u64, String> = ids.iter().map(|(name, id)| (*id, name.clone())).collect();
+    let core_config = Config {
+        tick: config.tick,
+        heartbeat: config.heartbeat,
+        election_min: config.election_min,
+        election_max: config.election_max,
+        session_min: config.session_min,
+        session_max: config.session_max,
+        snapshot_every: config.snapshot_every,
+        ..Config::new(ids[&config.name], names.clone())
+    };
+    core_config.validate()?;
+    let client_listener = listen("clients", config.client_listen).await?;
+    let peer_listener = listen("peers", peer_listen).await?;
+    let client_address = client_listener.local_addr().map_err(StartError::System)?;
+
+    let log_id = random()?;
+    let opened = disk::open(&config.data_dir, &config.name, &names, log_id)?;
+    let clock = Clock::start();
+    let (engine, inputs) = engine::inputs();
+    let core = Core::new(
+        core_config,
+        opened.recovered.clone(),
+        random()?,
+        clock.now(),
+    )?;
+    let disk = opened.start(&engine).map_err(StartError::System)?;
+
+    let addresses = config
+        .peers
+        .iter()
+        .map(|(name, address)| (ids[name], *address))
+        .collect();
+    let peers = Peers::new(
+        &config.name,
+        ids.clone(),
+        addresses,
+        &config.key,
+        engine.clone(),
+    );
+    let (alive_sender, alive) = watch::channel(());
+    let accept = clients::accept(client_listener, engine.clone(), alive.clone());
+    tokio::spawn(while_alive(alive.clone(), accept));
+    let accept = peers.clone().accept(peer_listener, alive.clone());
+    tokio::spawn(while_alive(alive.clone(), accept));
+    let mut queues = BTreeMap::new();
+    for peer in ids.values().filter(|id| **id != ids[&config.name]) {
+        let (queue, messages) = mpsc::channel(peers::QUEUE_MAX);
+        queues.insert(*peer, queue);
+        tokio::spawn(while_alive(
+            alive.clone(),
+            peers.clone().dial(*peer, messages),
+        ));
+    }
+    let (status_sender, status) = watch::channel(core.status());
+    let (failed_sender, failed) = watch::channel(None);
+    let engine_thread = Engine {
+        core,
+        clock,
+        inputs,
+        disk,
+        peers: queues,
+        names,
+        _alive: alive_sender,
+        status: status_sender,
+    };
+    let run = move || {
+        if let Err(error) = engine_thread.run() {
+            tracing::error!(%error, "coordinator stopped");
+            failed_sender.send_replace(Some(std::sync::Arc::new(error)));
+        }
+    };
+    // The tasks end with the engine, so with an error here, too.
+    std::thread::Builder::new()
+        .name("coord".into())
+        .spawn(run)
+        .map_err(StartError::System)?;
+    Ok(Server {
+        engine,
+        ids,
+        status,
+        failed,
+        client_address,
+    })
+}
+
+impl Server {
+    /// Its state, at most some 20 ms old.
+    #[must_use]
+    pub fn status(&self) -> Status {
+        self.status.borrow().clone()
+    }
+
+    /// Its state whenever it changes.
+    #[must_use]
+    pub fn watch_status(&self) -> watch::Receiver<Status> {
+        self.status.clone()
+    }
+
+    /// Where clients connect: the port that was found, if port 0 was asked for.
+    #[must_use]
+    pub fn client_address(&self) -> SocketAddr {
+        self.client_address
+    }
+
+    /// Hands leadership to the named server, or to the one that is furthest along. Does nothing if
+    /// this server does not lead, or the name is unknown. [`Server::watch_status`] shows when it
+    /// has happened.
+    pub fn transfer_leadership(&self, to: Option<&str>) {
+        let id = to.map(|name| self.ids.get(name).copied());
+        if id != Some(None) {
+            self.engine.try_send(Input::Transfer(id.flatten()));
+        }
+    }
+
+    /// Tells that the process of a peer is dead beyond doubt: if it led, this server and the other
+    /// elect a new leader at once.
+    pub fn peer_died(&self, name: &str) {
+        if let Some(id) = self.ids.get(name) {
+            self.engine.try_send(Input::PeerDied(*id));
+        }
+    }
+
+    /// Waits until the server has stopped by itself, and tells why. Never returns while it works.
+    pub async fn failed(&self) -> std::sync::Arc<ServerError> {
+        let mut failed = self.failed.clone();
+        match failed.wait_for(Option::is_some).await {
+            Ok(error) => error.clone().expect("waited for"),
+            Err(_) => std::sync::Arc::new(ServerError::Stopped),
+        }
+    }
+
+    /// Hands leadership over if it has it, stops, and waits until nothing of it is left.
+    pub async fn shutdown(mut self) {
+        if self.status().role == Role::Leader {
+            self.transfer_leadership(None);
+            let mut status = self.watch_status();
+            let handed_over = status.wait_for(|status| status.role != Role::Leader);
+            let _ = tokio::time::timeout(Duration::from_millis(500), handed_over).await;
+        }
+        self.engine.send(Input::Stop).await;
+        // The status ends with the thread, after the disk has been closed.
+        while self.status.changed().await.is_ok() {}
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.engine.send_blocking(Input::Stop);
+    }
+}
+
+async fn listen(whom: &'static str, address: SocketAddr) -> Result<TcpListener, StartError> {
+    TcpListener::bind(address)
+        .await
+        .map_err(|source| StartError::Listen {
+            whom,
+            address,
+            source,
+        })
+}
+
+fn random() -> Result<u64, StartError> {
+    let mut bytes = [0; 8];
+    getrandom::fill(&mut bytes).map_err(|error| StartError::System(io::Error::other(error)))?;
+    Ok(u64::from_le_bytes(bytes))
+}
