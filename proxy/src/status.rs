@@ -7,6 +7,7 @@ use std::net::IpAddr;
 use std::sync::{Arc, PoisonError, RwLock};
 
 use serde::{Deserialize, Serialize};
+use unbroken_coord::driver;
 
 /// A node as a whole.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -42,6 +43,21 @@ pub struct CoordinatorStatus {
     pub zxid: i64,
     /// Sessions of the ensemble.
     pub sessions: u64,
+}
+
+impl From<&driver::Status> for CoordinatorStatus {
+    fn from(status: &driver::Status) -> Self {
+        Self {
+            role: match status.role {
+                driver::Role::Leader => CoordinatorRole::Leader,
+                driver::Role::Follower => CoordinatorRole::Follower,
+                driver::Role::Candidate => CoordinatorRole::Candidate,
+            },
+            leader: status.leader.clone(),
+            zxid: i64::try_from(status.zxid).unwrap_or(i64::MAX),
+            sessions: status.sessions as u64,
+        }
+    }
 }
 
 /// What a coordinator server is in its ensemble.

@@ -1,5 +1,7 @@
 //! The program as scripts see it: exit codes, and what goes to which stream.
 
+#![expect(clippy::unwrap_used, reason = "a test")]
+
 use std::io::{BufRead as _, BufReader};
 use std::net::TcpListener;
 use std::path::PathBuf;
@@ -223,4 +225,67 @@ fn the_benchmark_runs_against_its_server() {
     let json: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(json["figures"].as_array().unwrap().len(), 8);
     assert_eq!(json["targets"]["through"], address);
+}
+
+/// A loopback address of this process's own, so that fixed ports collide with nobody's.
+fn own_address() -> String {
+    let [_, high, low, _] = (std::process::id() << 8).to_be_bytes();
+    format!("127.{}.{high}.{low}", 64 + (std::process::id() >> 16) % 64)
+}
+
+#[test]
+fn a_coordinator_alone_serves_and_stops_gracefully() {
+    let folder = Folder::new("coord");
+    folder.file("group.key", [b'k'; 32]);
+    let ip = own_address();
+    let clients = format!("{ip}:2181");
+    let config = folder.file(
+        "coord.toml",
+        format!(
+            "[node]\nname = \"c1\"\ndata_dir = \"data\"\nkey_file = \"group.key\"\n\
+             [coord]\nclient = \"{clients}\"\npeers = {{ c1 = \"{ip}:2888\" }}\n\
+             [admin]\nlisten = \"{ip}:9600\"\n"
+        ),
+    );
+    let mut server = Command::new(env!("CARGO_BIN_EXE_unbroken"))
+        .args(["coord", "-c", &config, "--log-format", "json"])
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut log = BufReader::new(server.stderr.take().unwrap()).lines();
+    let mut wait_for = |message: &str| {
+        let found = log.by_ref().find(|line| {
+            let line: serde_json::Value = serde_json::from_str(line.as_ref().unwrap()).unwrap();
+            line["fields"]["message"] == message
+        });
+        assert!(found.is_some(), "the log ended without \"{message}\"");
+    };
+    wait_for("coordinator started");
+
+    let zk = |args: &[&str]| unbroken(&[&["zk", "--server", &clients], args].concat());
+    let output = zk(&["create", "/greeting", "hello"]);
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    let output = unbroken(&["status", "--json", "--admin", &format!("{ip}:9600")]);
+    let status: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(
+        (&status["node"], &status["coordinator"]["role"]),
+        (&"c1".into(), &"leader".into())
+    );
+
+    // A second one finds the port occupied at once, and says which.
+    let second = unbroken(&["coord", "-c", &config]);
+    assert_eq!(second.status.code(), Some(1));
+    let expected = format!("listening on admin.listen = \"{ip}:9600\"");
+    assert!(
+        text(&second.stderr).contains(&expected),
+        "{}",
+        text(&second.stderr)
+    );
+
+    let killed = Command::new("kill")
+        .args(["-TERM", &server.id().to_string()])
+        .status();
+    assert!(killed.unwrap().success());
+    wait_for("stopped");
+    assert_eq!(server.wait().unwrap().code(), Some(0));
 }

@@ -113,6 +113,11 @@ fn complaints(status: &Status) -> Vec<String> {
         };
         complaints.push(format!("{}: {wrong}", service.name));
     }
+    let coordinator = &status.coordinator;
+    // Connections outlive a coordinator that is away; a coordinator that runs alone has nothing else.
+    if status.services.is_empty() && coordinator.leader.is_none() {
+        complaints.push("coordinator: no leader is known".to_owned());
+    }
     complaints
 }
 
@@ -139,6 +144,13 @@ mod tests {
         assert_eq!(complaints(&status), ["web: in no view"]);
         status.stopping = true;
         assert_eq!(complaints(&status), ["stopping", "web: in no view"]);
+        status.services.clear();
+        assert_eq!(
+            complaints(&status),
+            ["stopping", "coordinator: no leader is known"]
+        );
+        status.coordinator.leader = Some("r1".to_owned());
+        assert_eq!(complaints(&status), ["stopping"]);
     }
 
     #[test]

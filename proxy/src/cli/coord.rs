@@ -2,13 +2,22 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use clap::Args;
 use tracing::{info, warn};
+use unbroken_coord::driver::{self, ServerConfig};
 
 use super::shutdown;
+use crate::admin::{self, Admin};
 use crate::config::CoordinatorConfig;
+use crate::metrics::NodeMetrics;
+use crate::status::{Board, CoordinatorStatus};
+
+/// The uptime on the status page is at most this old.
+const UPTIME_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Runs a coordinator server alone, without a group member or a proxy
 ///
@@ -38,9 +47,44 @@ pub(super) fn run(args: &CoordArgs) -> anyhow::Result<ExitCode> {
 }
 
 async fn serve(config: CoordinatorConfig) -> anyhow::Result<()> {
-    let _shutdown = shutdown::on_signal()?;
-    anyhow::bail!(
-        "coordinator {}: the server is not part of this build yet",
-        config.node.name
-    )
+    let mut shutdown = shutdown::on_signal()?;
+    // First of all: a page that cannot be served must not cost the ensemble a server later.
+    let listener = admin::bind(config.admin.listen).await?;
+    let board = Board::new(&config.node.name, Vec::new());
+    let metrics = Arc::new(NodeMetrics::new(&config.node.name));
+    let server = driver::start(ServerConfig::new(
+        &config.node.name,
+        config.coord.client,
+        config.coord.peers,
+        config.node.data_dir,
+        *config.node.key.bytes(),
+    ))
+    .await
+    .context("starting the coordinator")?;
+    info!(name = %config.node.name, clients = %server.client_address(), "coordinator started");
+
+    let started = Instant::now();
+    let page = Admin {
+        board: board.clone(),
+        metrics,
+    };
+    let mut admin = std::pin::pin!(admin::serve(listener, page, shutdown.clone()));
+    let mut status = server.watch_status();
+    let result = loop {
+        let seen = CoordinatorStatus::from(&*status.borrow_and_update());
+        board.update(|status| {
+            status.coordinator = seen;
+            status.uptime_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
+        });
+        tokio::select! {
+            error = server.failed() => break Err(anyhow::Error::new(error).context("the coordinator stopped")),
+            result = &mut admin => break result,
+            _ = shutdown.wait_for(|stop| *stop) => break Ok(()),
+            _ = status.changed() => {}
+            () = tokio::time::sleep(UPTIME_INTERVAL) => {}
+        }
+    };
+    board.update(|status| status.stopping = true);
+    server.shutdown().await;
+    result
 }
