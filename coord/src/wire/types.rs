@@ -231,12 +231,12 @@ impl AddWatchMode {
     /// The mode of a request's field.
     ///
     /// # Errors
-    /// [`ErrorCode::BadArguments`] where it means none.
+    /// [`ErrorCode::MarshallingError`] where it means none, as ZooKeeper answers.
     pub const fn from_code(code: i32) -> Result<Self, ErrorCode> {
         match code {
             0 => Ok(Self::Persistent),
             1 => Ok(Self::PersistentRecursive),
-            _ => Err(ErrorCode::BadArguments),
+            _ => Err(ErrorCode::MarshallingError),
         }
     }
 
