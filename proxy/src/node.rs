@@ -1,14 +1,223 @@
-//! The node: puts the parts together.
+//! The node: puts the parts together and carries the control plane.
+//!
+//! ```text
+//!   coordinator server (embedded)      admin page
+//!            ^                              ^
+//!   coordinator client <- registry task     | Board
+//!            ^ Request | Answer             |
+//!  ==========|=========v====================|==== two channels and a waker
+//!            data plane: one thread, one event loop
+//! ```
 
-use tokio::sync::watch;
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Duration;
 
-use crate::config::Config;
+use anyhow::Context as _;
+use tokio::sync::{mpsc, watch};
+use tracing::{debug, error, info, warn};
+use unbroken_coord::client::{Client, ConnectOptions, SessionState};
+use unbroken_coord::driver as coord;
+
+use crate::admin::{self, Admin};
+use crate::config::{Config, CoordConfig, ServiceConfig};
+use crate::dataplane::{self, Dataplane, Input, Note};
+use crate::metrics::NodeMetrics;
+use crate::registry;
+use crate::status::{Board, CoordinatorRole, CoordinatorStatus, Role, ServiceStatus};
+
+/// How often the coordinator's state is looked at.
+const LOOK_EVERY: Duration = Duration::from_millis(50);
+/// How long a stopping data plane may take to hand over and leave.
+const STOP_MAX: Duration = Duration::from_secs(5);
+/// The session of the node's own coordinator client. Nothing hangs on it: views are agreed by
+/// compare-and-set, and a session's expiry removes nobody.
+const SESSION: Duration = Duration::from_secs(4);
 
 /// Runs a node until `shutdown` turns true.
 ///
 /// # Errors
-/// The node cannot start, or fails.
-pub async fn run(config: Config, shutdown: watch::Receiver<bool>) -> anyhow::Result<()> {
-    drop(shutdown);
-    anyhow::bail!("node {}: the data plane is not part of this build yet", config.node.name)
+/// The node cannot start, or one of its parts failed.
+pub async fn run(config: Config, mut shutdown: watch::Receiver<bool>) -> anyhow::Result<()> {
+    let metrics = Arc::new(NodeMetrics::new(&config.node.name));
+    let services = config.services.iter();
+    let starting = services.map(|s| ServiceStatus::starting(&s.name, s.vip, &s.ports)).collect();
+    let board = Board::new(&config.node.name, starting);
+
+    // Whatever cannot be had is found before anything is started.
+    let listener = admin::bind(config.admin.listen).await?;
+    let (requests, request_queue) = mpsc::unbounded_channel();
+    let (notes, mut note_queue) = mpsc::unbounded_channel();
+    let (dataplane, handle) =
+        Dataplane::open(&config, board.clone(), &metrics, requests, notes)?;
+
+    let coordinator = Coordinator::start(&config).await?;
+    let admin = Admin { board: board.clone(), metrics };
+    let (stop_admin, admin_stopped) = watch::channel(false);
+    let page = tokio::spawn(admin::serve(listener, admin, admin_stopped));
+    let answers = handle.clone();
+    tokio::spawn(registry::serve(
+        coordinator.client.clone(),
+        request_queue,
+        move |request, answer| {
+            answers.send(Input::Registry(request, answer));
+        },
+    ));
+
+    let (ended_sender, mut ended) = tokio::sync::oneshot::channel();
+    std::thread::Builder::new()
+        .name("dataplane".into())
+        .spawn(move || {
+            // The receiver is gone only when the process ends.
+            let _ = ended_sender.send(dataplane.run());
+        })
+        .context("starting the data plane's thread")?;
+
+    let mut look = tokio::time::interval(LOOK_EVERY);
+    let outcome = loop {
+        tokio::select! {
+            _ = shutdown.wait_for(|stop| *stop) => break Ok(()),
+            result = &mut ended => break match result {
+                Ok(Ok(())) => Err(anyhow::anyhow!("the data plane ended by itself")),
+                Ok(Err(error)) => Err(error.context("the data plane failed")),
+                Err(_) => Err(anyhow::anyhow!("the data plane's thread panicked")),
+            },
+            failure = coordinator.failed() => break Err(anyhow::anyhow!("coordinator: {failure}")),
+            Some(note) = note_queue.recv() => match note {
+                Note::PeerDied(name) => coordinator.peer_died(&name),
+                Note::Leading => coordinator.keep_off(&board),
+            },
+            _ = look.tick() => {
+                coordinator.keep_off(&board);
+                let status = coordinator.status();
+                board.update(|s| s.coordinator = status);
+            }
+        }
+    };
+
+    board.update(|status| status.stopping = true);
+    if outcome.is_ok() {
+        handle.send(Input::Stop);
+        match tokio::time::timeout(STOP_MAX, &mut ended).await {
+            Ok(_) => debug!("the data plane has left its groups"),
+            Err(_) => warn!("the data plane did not leave its groups in time"),
+        }
+    }
+    stop_admin.send_replace(true);
+    if let Err(error) = page.await {
+        error!(%error, "the admin page");
+    }
+    coordinator.shutdown().await;
+    outcome
+}
+
+/// The coordinator as this node has it: a server of its own, or somebody's ensemble.
+struct Coordinator {
+    server: Option<coord::Server>,
+    client: Client,
+}
+
+impl Coordinator {
+    async fn start(config: &Config) -> anyhow::Result<Self> {
+        let (server, options) = match &config.coord {
+            CoordConfig::Embedded(embedded) => {
+                let server = coord::start(coord::ServerConfig::new(
+                    &config.node.name,
+                    embedded.client,
+                    embedded.peers.clone(),
+                    config.node.data_dir.join("coord"),
+                    *config.node.key.bytes(),
+                ))
+                .await
+                .context("starting the coordinator")?;
+                info!(client = %server.client_address(), "coordinator started");
+                (Some(server), ConnectOptions::new([embedded.client.to_string()]))
+            }
+            CoordConfig::External(external) => {
+                let mut options = ConnectOptions::new(external.servers.clone());
+                options.chroot.clone_from(&external.chroot);
+                (None, options)
+            }
+        };
+        let options =
+            options.session_timeout(SESSION).renew_session(true).request_timeout(None);
+        Ok(Self { server, client: Client::start(options) })
+    }
+
+    async fn failed(&self) -> String {
+        match &self.server {
+            Some(server) => server.failed().await.to_string(),
+            None => std::future::pending().await,
+        }
+    }
+
+    fn peer_died(&self, name: &str) {
+        if let Some(server) = &self.server {
+            server.peer_died(name);
+        }
+    }
+
+    /// Quorum leadership is kept off the node that leads a VIP, so that one kill never costs both.
+    fn keep_off(&self, board: &Board) {
+        let Some(server) = &self.server else { return };
+        let status = server.status();
+        let leads_vip = board.read().services.iter().any(|s| s.role == Role::Leader);
+        if leads_vip && status.role == coord::Role::Leader {
+            debug!("moving quorum leadership to another node");
+            server.transfer_leadership(None);
+        }
+    }
+
+    fn status(&self) -> CoordinatorStatus {
+        match &self.server {
+            Some(server) => {
+                let status = server.status();
+                CoordinatorStatus {
+                    role: match status.role {
+                        coord::Role::Leader => CoordinatorRole::Leader,
+                        coord::Role::Follower => CoordinatorRole::Follower,
+                        coord::Role::Candidate => CoordinatorRole::Candidate,
+                    },
+                    leader: status.leader,
+                    zxid: i64::try_from(status.zxid).unwrap_or(i64::MAX),
+                    sessions: status.sessions as u64,
+                }
+            }
+            None => {
+                let connected =
+                    matches!(*self.client.state().borrow(), SessionState::Connected { .. });
+                let role = if connected {
+                    CoordinatorRole::External
+                } else {
+                    CoordinatorRole::Unavailable
+                };
+                CoordinatorStatus { role, ..CoordinatorStatus::default() }
+            }
+        }
+    }
+
+    async fn shutdown(self) {
+        // Best effort: the session would expire by itself.
+        let _ = tokio::time::timeout(Duration::from_millis(500), self.client.close()).await;
+        if let Some(server) = self.server {
+            server.shutdown().await;
+        }
+    }
+}
+
+/// The services of each VIP, as the data plane groups them.
+pub(crate) fn targets(services: &[&ServiceConfig]) -> BTreeMap<u16, dataplane::Target> {
+    let mut targets = BTreeMap::new();
+    for service in services {
+        for port in &service.ports {
+            targets.insert(*port, dataplane::Target::from(&service.upstream));
+        }
+    }
+    targets
+}
+
+/// The znode of a VIP's group.
+pub(crate) fn znode(vip: IpAddr) -> String {
+    format!("{}/{vip}", registry::GROUPS)
 }

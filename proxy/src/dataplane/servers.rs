@@ -44,6 +44,7 @@ const READ_BYTES: usize = 128 * 1024;
 
 #[derive(Debug)]
 struct Server {
+    port: u16,
     target: Target,
     opened: EventNo,
     input: Input,
@@ -161,6 +162,7 @@ impl Servers {
         };
         self.history_bytes += input.cost_bytes();
         let server = Server {
+            port,
             target,
             opened: number,
             fin_number: input.finished().then_some(number),
@@ -417,14 +419,14 @@ impl Servers {
     }
 
     /// The inputs as a checkpoint carries them: headers, then the bytes in the same order.
-    pub(crate) fn inputs(&self, port_of: impl Fn(ConnId) -> u16) -> (Vec<InputHeader>, Vec<Bytes>) {
+    pub(crate) fn inputs(&self) -> (Vec<InputHeader>, Vec<Bytes>) {
         let mut headers = Vec::with_capacity(self.servers.len());
         let mut segments = Vec::new();
         for conn in self.connections() {
-            let input = &self.servers[&conn].input;
+            let Server { port, input, .. } = &self.servers[&conn];
             headers.push(InputHeader {
                 conn: conn.0,
-                port: port_of(conn),
+                port: *port,
                 base: input.base(),
                 end: input.end(),
                 finished: input.finished(),
@@ -440,9 +442,10 @@ impl Servers {
         now: Micros,
         header: &InputHeader,
         bytes: Bytes,
-        number: EventNo,
         reg: &Registry,
     ) {
+        // All of it lies before the cut, so it is stable: the number of its `Open` serves as tag.
+        let number = EventNo(header.conn);
         let mut input = Input::starting_at(header.base);
         let mut offset = header.base;
         let mut rest = bytes;

@@ -1,0 +1,362 @@
+//! The data plane: one thread that owns the packet sockets, the connections, the upstream sockets
+//! and the group's datagram socket, so that no input crosses a thread between network and server.
+
+mod checkpoint;
+mod context;
+mod input;
+mod plane;
+mod report;
+mod role;
+mod servers;
+mod upstream;
+
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use mio::event::Event as Readiness;
+use mio::{Events, Interest, Poll, Token, Waker};
+use ring::hkdf;
+use tokio::sync::mpsc::UnboundedSender;
+use tracing::info;
+use unbroken_group as group;
+use unbroken_group::driver::udp::Driver;
+use unbroken_tcpstate as tcp;
+
+use self::context::{Context, group_id};
+use self::plane::{Plane, PlaneConfig, group_time};
+use self::report::Reporter;
+use self::servers::Servers;
+use crate::clock::Micros;
+use crate::config::{Config, GroupConfig, Resilience, Upstream, VipConfig};
+use crate::metrics::NodeMetrics;
+use crate::registry::{Answer, Node, Operation, Request};
+use crate::status::Board;
+use crate::wire::Wire;
+
+pub(crate) use self::upstream::Target;
+
+impl From<&Upstream> for Target {
+    fn from(upstream: &Upstream) -> Self {
+        match upstream {
+            Upstream::Tcp(address) => Self::Tcp(*address),
+            Upstream::Unix(path) => Self::Unix(path.clone()),
+        }
+    }
+}
+
+/// What the control plane tells the data plane.
+#[derive(Debug)]
+pub(crate) enum Input {
+    /// The coordinator answered.
+    Registry(Request, Answer),
+    /// Hand over, leave every group, and end.
+    Stop,
+}
+
+/// What the data plane tells the control plane, apart from requests.
+#[derive(Debug)]
+pub(crate) enum Note {
+    /// The process of this member is dead beyond doubt.
+    PeerDied(String),
+    /// This node leads a VIP.
+    Leading,
+}
+
+/// The control plane's end of the data plane's queue.
+#[derive(Debug, Clone)]
+pub(crate) struct Handle {
+    inputs: Sender<Input>,
+    waker: Arc<Waker>,
+}
+
+impl Handle {
+    /// Sends an input and wakes the loop. Without effect once the data plane has ended.
+    pub(crate) fn send(&self, input: Input) {
+        if self.inputs.send(input).is_ok()
+            && let Err(error) = self.waker.wake()
+        {
+            tracing::error!(%error, "waking the data plane");
+        }
+    }
+}
+
+// Tokens below 256 are the loop's own; those of upstream connections are larger (`Servers`).
+const WAKER: Token = Token(0);
+const WIRES: usize = 1;
+const WIRES_MAX: usize = 63;
+const DRIVER: usize = 64;
+const OWN_TOKENS_END: usize = 256;
+
+/// Longest sleep: the status is never older.
+const SLEEP_MAX: Duration = Duration::from_millis(100);
+
+/// The data plane's thread, before it runs.
+pub(crate) struct Dataplane {
+    poll: Poll,
+    driver: Driver,
+    planes: Vec<Plane>,
+    inputs: Receiver<Input>,
+    requests: UnboundedSender<Request>,
+    notes: UnboundedSender<Note>,
+    reporter: Reporter,
+    want_writable: Vec<usize>,
+    stopping: bool,
+}
+
+impl Dataplane {
+    /// Opens every socket of the data plane.
+    ///
+    /// # Errors
+    /// A VIP cannot be served on its interface, or the group's address is occupied.
+    pub(crate) fn open(
+        config: &Config,
+        board: Board,
+        metrics: &NodeMetrics,
+        requests: UnboundedSender<Request>,
+        notes: UnboundedSender<Note>,
+    ) -> anyhow::Result<(Self, Handle)> {
+        let poll = Poll::new().context("creating the event loop")?;
+        let waker = Arc::new(Waker::new(poll.registry(), WAKER)?);
+        let now = Micros::now();
+        let mut driver = open_driver(config, now)?;
+        driver
+            .register(poll.registry(), DRIVER)
+            .context("registering the group's sockets")?;
+        let vips = config.vips();
+        anyhow::ensure!(vips.len() <= WIRES_MAX, "more than {WIRES_MAX} VIPs");
+        let mut planes = Vec::with_capacity(vips.len());
+        for (index, vip) in vips.iter().enumerate() {
+            let mut wire = Wire::open(vip.interface, vip.vip)?;
+            poll.registry()
+                .register(&mut wire, Token(WIRES + index), Interest::READABLE)
+                .with_context(|| format!("registering the packet socket of {}", vip.vip))?;
+            let plane = open_plane(config, index, vip, wire, now);
+            driver.add_group(group_id(index), plane.group.me().clone());
+            planes.push(plane);
+        }
+        let (sender, inputs) = channel();
+        let reporter = Reporter::new(config, board, metrics);
+        let handle = Handle { inputs: sender, waker };
+        let dataplane = Self {
+            poll,
+            driver,
+            planes,
+            inputs,
+            requests,
+            notes,
+            reporter,
+            want_writable: Vec::new(),
+            stopping: false,
+        };
+        Ok((dataplane, handle))
+    }
+
+    /// Runs until it was told to stop and has left every group.
+    ///
+    /// # Errors
+    /// The event loop failed.
+    pub(crate) fn run(mut self) -> anyhow::Result<()> {
+        let mut events = Events::with_capacity(1024);
+        self.each_plane(Micros::now(), Plane::join);
+        loop {
+            let timeout = self.sleep(Micros::now());
+            match self.poll.poll(&mut events, Some(timeout)) {
+                Ok(()) => {}
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+                Err(e) => return Err(e).context("waiting for events"),
+            }
+            let now = Micros::now();
+            for event in &events {
+                self.handle_readiness(event);
+            }
+            // Sockets are drained before any timer is judged.
+            self.receive_datagrams(now);
+            self.receive_inputs(now);
+            self.each_plane(now, Plane::turn);
+            self.driver.flush();
+            self.arm_writable();
+            self.reporter.report(now, &mut self.planes, &self.notes);
+            if self.stopping && self.planes.iter().all(|p| p.stopped) {
+                info!("left every group");
+                return Ok(());
+            }
+        }
+    }
+
+    fn sleep(&self, now: Micros) -> Duration {
+        if self.planes.iter().any(Plane::has_work) {
+            return Duration::ZERO;
+        }
+        let planes = self.planes.iter().filter_map(Plane::poll_timeout);
+        let driver = self.driver.poll_timeout().map(|t| Micros(t.micros()));
+        let next = planes.chain(driver).min();
+        next.map_or(SLEEP_MAX, |at| at.since(now).min(SLEEP_MAX))
+    }
+
+    fn handle_readiness(&mut self, event: &Readiness) {
+        let token = event.token();
+        match token.0 {
+            0 => {}
+            t if t < DRIVER => {
+                let plane = &mut self.planes[t - WIRES];
+                plane.handle_wire_readable();
+            }
+            t if t < OWN_TOKENS_END => {
+                self.driver.handle_ready(token, event.is_readable(), event.is_writable());
+            }
+            _ => {
+                if let Some((plane, conn)) = Servers::conn_of(token)
+                    && let Some(plane) = self.planes.get_mut(plane)
+                {
+                    let readable = event.is_readable() || event.is_read_closed();
+                    let writable = event.is_writable() || event.is_write_closed();
+                    plane.handle_server_ready(conn, readable || event.is_error(), writable);
+                }
+            }
+        }
+    }
+
+    /// Lends the thread's parts to each plane in turn.
+    fn each_plane(&mut self, now: Micros, f: impl Fn(&mut Plane, Micros, &mut Context<'_>)) {
+        let mut cx = Context {
+            registry: self.poll.registry(),
+            driver: &mut self.driver,
+            requests: &self.requests,
+            notes: &self.notes,
+            want_writable: &mut self.want_writable,
+        };
+        for plane in &mut self.planes {
+            f(plane, now, &mut cx);
+        }
+    }
+
+    fn plane(&mut self, index: usize, f: impl FnOnce(&mut Plane, &mut Context<'_>)) {
+        let Some(plane) = self.planes.get_mut(index) else { return };
+        let mut cx = Context {
+            registry: self.poll.registry(),
+            driver: &mut self.driver,
+            requests: &self.requests,
+            notes: &self.notes,
+            want_writable: &mut self.want_writable,
+        };
+        f(plane, &mut cx);
+    }
+
+    fn receive_datagrams(&mut self, now: Micros) {
+        let mut received = Vec::new();
+        self.driver.receive(group_time(now), &mut received);
+        for input in received {
+            todo_driver_input(self, now, input);
+        }
+    }
+
+    fn receive_inputs(&mut self, now: Micros) {
+        while let Ok(input) = self.inputs.try_recv() {
+            match input {
+                Input::Registry(request, answer) => {
+                    let reply = reply(&request, answer);
+                    let life = request.life;
+                    self.plane(request.plane, |p, cx| p.handle_registry(now, life, reply, cx));
+                }
+                Input::Stop => {
+                    self.stopping = true;
+                    self.each_plane(now, Plane::stop);
+                }
+            }
+        }
+    }
+
+    /// Asks to be woken when a wire that was full takes more, and only then: a packet socket
+    /// becomes writable with nearly every frame that has left.
+    fn arm_writable(&mut self) {
+        for index in self.want_writable.drain(..) {
+            let interest = Interest::READABLE | Interest::WRITABLE;
+            let wire = &mut self.planes[index].wire;
+            if let Err(error) = self.poll.registry().reregister(wire, Token(WIRES + index), interest)
+            {
+                tracing::error!(%error, "waiting for the wire");
+            }
+        }
+    }
+}
+
+fn reply(request: &Request, answer: Answer) -> group::RegistryReply {
+    use group::{CasResult, ReadResult, RegistryReply};
+    let read = |answer| match answer {
+        Answer::Value(value, version) => ReadResult::Value { value, version },
+        Answer::Absent => ReadResult::Absent,
+        Answer::Written(_) | Answer::BadVersion | Answer::Unknown => ReadResult::Unknown,
+    };
+    let written = |answer| match answer {
+        Answer::Written(version) => CasResult::Written { version },
+        Answer::BadVersion => CasResult::BadVersion,
+        Answer::Value(..) | Answer::Absent | Answer::Unknown => CasResult::Unknown,
+    };
+    match (&request.operation, request.node) {
+        (Operation::Read, Node::View) => RegistryReply::View(read(answer)),
+        (Operation::Read, Node::Lease) => RegistryReply::Lease(read(answer)),
+        (Operation::CompareAndSet { .. }, _) => RegistryReply::Cas(written(answer)),
+        (Operation::RenewLease { .. }, _) => RegistryReply::Renew(written(answer)),
+    }
+}
+
+fn open_plane(
+    config: &Config,
+    index: usize,
+    vip: &VipConfig<'_>,
+    wire: Wire,
+    now: Micros,
+) -> Plane {
+    let targets = crate::node::targets(&vip.services);
+    let mut tcp_config = tcp::Config::new(vip.vip, targets.keys().copied());
+    tcp_config.mtu = usize::from(wire.mtu());
+    tcp_config.segmentation_offload = true;
+    tcp_config.checksum_offload = true;
+    let history = vip.services.iter().map(|s| s.history.memory_bytes_max).sum();
+    let servers = Servers::new(index, targets, history);
+    let plane = PlaneConfig {
+        index,
+        vip: vip.vip,
+        znode: crate::node::znode(vip.vip).into(),
+        tcp: tcp_config,
+        secrets: secrets(config, vip),
+        group: group_template(config, index),
+    };
+    Plane::new(plane, wire, servers, now)
+}
+
+fn group_template(config: &Config, index: usize) -> plane::GroupTemplate {
+    let name = config.node.name.clone();
+    let GroupConfig { members, resilience, heartbeat, lease, suspect_after } = config.group.clone();
+    Box::new(move || {
+        let me = group::MemberId::new(name.clone(), random());
+        let names = members.keys().cloned().collect();
+        let mut group = group::Config::new(group_id(index), me, names, random());
+        group.resilience = match resilience {
+            Resilience::Majority => group::Resilience::Majority,
+            Resilience::All => group::Resilience::All,
+            Resilience::Backups(k) => {
+                group::Resilience::Count(u8::try_from(k).unwrap_or(u8::MAX))
+            }
+        };
+        group.heartbeat = heartbeat;
+        group.lease = lease;
+        group.suspect_after = suspect_after;
+        group
+    })
+}
+
+fn random() -> u128 {
+    let mut bytes = [0; 16];
+    getrandom::fill(&mut bytes).expect("the system has randomness");
+    u128::from_le_bytes(bytes)
+}
+
+/// A seed for a core.
+fn seed() -> u64 {
+    (random() >> 64) as u64
+}

@@ -1,0 +1,610 @@
+//! One VIP on this node: its group, its wire, its role, and the local servers behind it.
+//!
+//! A plane executes what the cores ask for, in order, and makes no protocol decision of its own.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use mio::Registry;
+use tracing::{debug, error, info, warn};
+use unbroken_group as group;
+use unbroken_group::{Command, Installed, Output as GroupOutput, RegistryReply};
+use unbroken_tcpstate as tcp;
+use unbroken_tcpstate::{ConnId, Event, EventNo, Output as TcpOutput, Replica, Stack};
+
+use super::checkpoint;
+use super::context::Context;
+use super::role::{Keeper, Role};
+use super::servers::Servers;
+use crate::clock::Micros;
+use crate::registry::{Node, Operation, Request};
+use crate::wire::{BootTime, Flushed, Frame, Kind, OutPacket, RECEIVE_BATCH, Wire};
+
+/// What does not change in a plane's life.
+pub(crate) struct PlaneConfig {
+    pub(crate) index: usize,
+    pub(crate) vip: IpAddr,
+    /// The group's znode.
+    pub(crate) znode: Arc<str>,
+    pub(crate) tcp: tcp::Config,
+    pub(crate) secrets: tcp::Secrets,
+    /// The group core's configuration, without an incarnation.
+    pub(crate) group: GroupTemplate,
+}
+
+/// Makes a group configuration for each life of this member.
+pub(crate) type GroupTemplate = Box<dyn Fn() -> group::Config + Send>;
+
+/// At most this many batches of frames a turn: whoever answers heartbeats works in short slices.
+const BATCHES_PER_TURN: usize = 2;
+/// How often progress is reported to the group.
+const PROGRESS_EVERY: Duration = Duration::from_millis(10);
+/// A server that is further behind than this cannot take over without being waited for.
+pub(crate) const BEHIND_BYTES_MAX: u64 = 4 << 20;
+
+/// One VIP.
+pub(crate) struct Plane {
+    pub(crate) config: PlaneConfig,
+    pub(crate) group: group::Core,
+    pub(crate) wire: Wire,
+    pub(crate) role: Role,
+    pub(crate) servers: Servers,
+    /// Promised to leave the view: nothing is issued, fed or released.
+    pub(crate) wedged: bool,
+    /// Which life of the group core this is.
+    pub(crate) life: u64,
+    pub(crate) takeovers: u64,
+    pub(crate) opened: u64,
+    pub(crate) client_bytes_in: u64,
+    pub(crate) last_event: u64,
+    /// The view changed, or the role: the status is written at once.
+    pub(crate) changed: bool,
+    pub(crate) stopped: bool,
+    stopping: bool,
+    wire_readable: bool,
+    progress_at: Micros,
+    recycled: Vec<Vec<u8>>,
+    stable: EventNo,
+    /// What of it the stack has been told.
+    stable_told: EventNo,
+}
+
+impl Plane {
+    pub(crate) fn new(config: PlaneConfig, wire: Wire, servers: Servers, now: Micros) -> Self {
+        let group = group::Core::new((config.group)(), super::seed(), group_time(now));
+        Self {
+            config,
+            group,
+            wire,
+            role: Role::Outside,
+            servers,
+            wedged: false,
+            life: 0,
+            takeovers: 0,
+            opened: 0,
+            client_bytes_in: 0,
+            last_event: 0,
+            changed: true,
+            stopped: false,
+            stopping: false,
+            wire_readable: true,
+            progress_at: now,
+            recycled: Vec::new(),
+            stable: EventNo(0),
+            stable_told: EventNo(0),
+        }
+    }
+
+    /// Takes part in the group.
+    pub(crate) fn join(&mut self, now: Micros, cx: &mut Context<'_>) {
+        self.command(now, Command::Join);
+        self.settle(now, cx);
+    }
+
+    /// Leaves for good; a leader hands over first.
+    pub(crate) fn stop(&mut self, now: Micros, cx: &mut Context<'_>) {
+        self.stopping = true;
+        self.command(now, Command::Leave);
+        self.settle(now, cx);
+    }
+
+    fn command(&mut self, now: Micros, command: Command) {
+        if let Err(error) = self.group.handle_command(group_time(now), command) {
+            debug!(vip = %self.config.vip, %error, "the group refused");
+        }
+    }
+
+    /// A datagram of the group arrived.
+    pub(crate) fn handle_datagram(
+        &mut self,
+        now: Micros,
+        from: &group::MemberId,
+        body: Bytes,
+        cx: &mut Context<'_>,
+    ) {
+        self.group.handle_datagram(group_time(now), from, body);
+        self.settle(now, cx);
+    }
+
+    /// A peer's control connection came or went.
+    pub(crate) fn handle_control(
+        &mut self,
+        now: Micros,
+        peer: &str,
+        event: group::ControlEvent,
+        cx: &mut Context<'_>,
+    ) {
+        self.group.handle_control(group_time(now), peer, event);
+        self.settle(now, cx);
+    }
+
+    /// The coordinator answered.
+    pub(crate) fn handle_registry(
+        &mut self,
+        now: Micros,
+        life: u64,
+        reply: RegistryReply,
+        cx: &mut Context<'_>,
+    ) {
+        if life == self.life {
+            self.group.handle_registry(group_time(now), reply);
+            self.settle(now, cx);
+        }
+    }
+
+    /// The packet socket has something.
+    pub(crate) fn handle_wire_readable(&mut self) {
+        self.wire_readable = true;
+    }
+
+    /// A connection to the local server became ready.
+    pub(crate) fn handle_server_ready(&mut self, conn: ConnId, readable: bool, writable: bool) {
+        self.servers.handle_ready(conn, readable, writable);
+    }
+
+    /// One slice of work: frames in, timers, servers, frames out.
+    pub(crate) fn turn(&mut self, now: Micros, cx: &mut Context<'_>) {
+        self.receive_frames(now, cx);
+        if self.group.poll_timeout().is_some_and(|at| at <= group_time(now)) {
+            self.group.handle_timeout(group_time(now));
+            self.settle(now, cx);
+        }
+        if !self.wedged {
+            if let Role::Leader(stack) = &mut self.role
+                && stack.poll_timeout().is_some_and(|at| at <= tcp_time(now))
+            {
+                stack.handle_timeout(tcp_time(now));
+            }
+            self.servers.handle_timeout(now, cx.registry);
+            self.servers.pump(now, &mut Keeper { role: &mut self.role, now });
+            self.settle(now, cx);
+        }
+        self.report_progress(now);
+        self.wire.handle_timeout(BootTime::from_micros(now.0));
+        self.flush(now, cx);
+    }
+
+    /// Whether another turn is wanted at once.
+    pub(crate) fn has_work(&self) -> bool {
+        (!self.wedged && self.servers.has_work()) || (self.wire_readable && self.may_receive())
+    }
+
+    /// When the next turn is wanted at the latest.
+    pub(crate) fn poll_timeout(&self) -> Option<Micros> {
+        let group = self.group.poll_timeout().map(|t| Micros(t.micros()));
+        let wire = self.wire.poll_timeout().map(|t| Micros(t.micros()));
+        let (stack, servers) = match &self.role {
+            Role::Leader(stack) if !self.wedged => {
+                (stack.poll_timeout().map(|t| Micros(t.micros())), self.servers.poll_timeout())
+            }
+            Role::Backup(_) if !self.wedged => (None, self.servers.poll_timeout()),
+            _ => (None, None),
+        };
+        [group, wire, stack, servers].into_iter().flatten().min()
+    }
+
+    /// A leader takes no input while it leaves a view, or while too much of it is unstable: what
+    /// waits in the packet socket pushes back on the clients by itself.
+    fn may_receive(&self) -> bool {
+        match self.role {
+            Role::Leader(_) => !self.wedged && self.group.window_open(),
+            Role::Outside | Role::Joining(_) | Role::Backup(_) => true,
+        }
+    }
+
+    fn receive_frames(&mut self, now: Micros, cx: &mut Context<'_>) {
+        for _ in 0..BATCHES_PER_TURN {
+            if !self.wire_readable || !self.may_receive() {
+                return;
+            }
+            let stack = match &mut self.role {
+                Role::Leader(stack) => Some(stack),
+                // Frames that reach a backup are not its own to answer.
+                Role::Outside | Role::Joining(_) | Role::Backup(_) => None,
+            };
+            let mut stack = stack;
+            let vip = self.config.vip;
+            let received = self.wire.receive(BootTime::from_micros(now.0), |frame| {
+                let Some(stack) = stack.as_mut() else { return };
+                handle_frame(stack, now, vip, &frame);
+            });
+            match received {
+                Ok(n) => self.wire_readable = n == RECEIVE_BATCH,
+                Err(error) => {
+                    warn!(%vip, %error, "receiving frames");
+                    self.wire_readable = false;
+                }
+            }
+            self.settle(now, cx);
+        }
+    }
+
+    /// Executes everything the cores ask for until neither asks for more.
+    fn settle(&mut self, now: Micros, cx: &mut Context<'_>) {
+        loop {
+            let group = self.drain_group(now, cx);
+            if self.stable > self.stable_told
+                && !self.wedged
+                && let Role::Leader(stack) = &mut self.role
+            {
+                self.stable_told = self.stable;
+                stack.handle_stable(tcp_time(now), self.stable);
+            }
+            let stack = self.drain_stack(now, cx);
+            if !group && !stack {
+                return;
+            }
+        }
+    }
+
+    fn drain_stack(&mut self, now: Micros, cx: &mut Context<'_>) -> bool {
+        let mut any = false;
+        // A wedged leader issues no event and releases nothing; its stack is not touched either.
+        while !self.wedged
+            && let Role::Leader(stack) = &mut self.role
+            && let Some(output) = stack.poll_output()
+        {
+            any = true;
+            match output {
+                TcpOutput::Transmit(packet) => self.wire.send(OutPacket {
+                    buf: packet.buf,
+                    next_hop: packet.next_hop.0,
+                    gso: packet.gso,
+                    partial_checksum: packet.partial_checksum,
+                }),
+                TcpOutput::Replicate { number, event } => self.issue(now, number, &event, cx),
+                TcpOutput::Room(conn) => self.servers.wake(conn),
+                TcpOutput::Notice(notice) => debug!(vip = %self.config.vip, ?notice, "tcp"),
+            }
+        }
+        any
+    }
+
+    /// Leader: multicasts an event and gives it to the local server, without waiting.
+    fn issue(&mut self, now: Micros, number: EventNo, event: &Event, cx: &mut Context<'_>) {
+        let mut payload = Vec::with_capacity(64);
+        event.encode(&mut payload);
+        // Output, or the wire's ACK, waits for these; the others only keep records fresh.
+        let urgent = match event {
+            Event::Open { .. }
+            | Event::Data { .. }
+            | Event::PeerFin { .. }
+            | Event::LocalFin { .. }
+            | Event::Reset { .. } => true,
+            Event::HalfOpen { .. } | Event::Acked { .. } | Event::Closed { .. } => false,
+        };
+        self.group.multicast(group_time(now), number.0, payload.into(), urgent);
+        self.note(number, event);
+        self.servers.apply(now, number, event, cx.registry);
+    }
+
+    fn note(&mut self, number: EventNo, event: &Event) {
+        self.last_event = number.0;
+        match event {
+            Event::Open { .. } => self.opened += 1,
+            Event::Data { bytes, .. } => self.client_bytes_in += bytes.len() as u64,
+            _ => {}
+        }
+    }
+
+    fn drain_group(&mut self, now: Micros, cx: &mut Context<'_>) -> bool {
+        let mut any = false;
+        while let Some(output) = self.group.poll_output() {
+            any = true;
+            match output {
+                GroupOutput::Send { to, bodies } => cx.send(self.config.index, &to, &bodies),
+                GroupOutput::Deliver { number, payload } => {
+                    self.deliver(now, EventNo(number), &payload, cx);
+                }
+                // Told to the stack once the group has nothing more to say: what it would issue in
+                // answer must neither follow a wedge nor get into a checkpoint at the cut.
+                GroupOutput::Stable { number } => self.stable = EventNo(number),
+                GroupOutput::Wedged => self.wedge(),
+                GroupOutput::Install(installed) => self.install(now, &installed, cx),
+                GroupOutput::Outside => self.outside(now, cx),
+                GroupOutput::Instance(instance) => cx.set_instance(self.config.index, instance),
+                GroupOutput::ReadView => self.ask(cx, Node::View, Operation::Read),
+                GroupOutput::CompareAndSet { expected_version, value } => self.ask(
+                    cx,
+                    Node::View,
+                    Operation::CompareAndSet { expected: expected_version, value },
+                ),
+                GroupOutput::ReadLease => self.ask(cx, Node::Lease, Operation::Read),
+                GroupOutput::RenewLease { view_version, value } => {
+                    self.ask(cx, Node::Lease, Operation::RenewLease { view_version, value });
+                }
+                GroupOutput::CheckpointWanted { joiner, .. } => self.give_checkpoint(now, joiner),
+                GroupOutput::CheckpointChunk { bytes, total, .. } => {
+                    if let Role::Joining(image) = &mut self.role {
+                        if image.is_empty() {
+                            image.reserve(usize::try_from(total).unwrap_or(0));
+                        }
+                        image.extend_from_slice(&bytes);
+                    }
+                }
+                GroupOutput::CheckpointDone => self.restore(now, cx),
+                GroupOutput::Unicast { from, .. } => {
+                    debug!(vip = %self.config.vip, %from, "a unicast message of no known kind");
+                }
+                GroupOutput::Notice(notice) => cx.notice(self.config.vip, notice),
+            }
+        }
+        any
+    }
+
+    fn ask(&self, cx: &Context<'_>, node: Node, operation: Operation) {
+        cx.ask(Request {
+            plane: self.config.index,
+            life: self.life,
+            group: Arc::clone(&self.config.znode),
+            node,
+            operation,
+        });
+    }
+
+    fn deliver(&mut self, now: Micros, number: EventNo, payload: &Bytes, cx: &mut Context<'_>) {
+        let event = match Event::decode(payload) {
+            Ok(event) => event,
+            Err(error) => {
+                // The leader speaks another version, or the log is damaged: what this replica
+                // would hold from here on is not what the others hold.
+                error!(vip = %self.config.vip, %error, "cannot read an event; joining anew");
+                self.command(now, Command::Leave);
+                return;
+            }
+        };
+        let Role::Backup(replica) = &mut self.role else { return };
+        replica.apply(tcp_time(now), number, &event);
+        self.note(number, &event);
+        self.servers.apply(now, number, &event, cx.registry);
+        if let Event::Acked { conn, .. } = event {
+            // Retained output was let go: the server may be read again.
+            self.servers.wake(conn);
+        }
+    }
+
+    fn wedge(&mut self) {
+        self.wedged = true;
+        self.changed = true;
+        self.wire.fence_mut().close();
+        debug!(vip = %self.config.vip, "wedged");
+    }
+
+    fn install(&mut self, now: Micros, installed: &Installed, cx: &mut Context<'_>) {
+        let view = &installed.view;
+        self.wedged = false;
+        self.changed = true;
+        info!(
+            vip = %self.config.vip, view_id = view.id.0, leader = %view.leader(), role = ?installed.role,
+            full = view.full.len(), joining = view.joining.len(), cut = installed.cut,
+            k = view.k, "view installed"
+        );
+        let old = std::mem::take(&mut self.role);
+        self.role = match (installed.role, old) {
+            (group::Role::Leader, Role::Leader(stack)) if installed.survivor => Role::Leader(stack),
+            (group::Role::Leader, Role::Backup(replica)) if installed.survivor => {
+                self.role = self.take_over(now, installed, *replica);
+                return;
+            }
+            (group::Role::Leader, old) => {
+                drop(old);
+                self.servers.clear();
+                self.role = self.found(now, installed);
+                return;
+            }
+            (group::Role::Backup, Role::Backup(replica)) if installed.survivor => {
+                Role::Backup(replica)
+            }
+            (group::Role::Joining, Role::Joining(image)) => Role::Joining(image),
+            // Its checkpoint is restored already; it waits to be made full.
+            (group::Role::Joining, Role::Backup(replica)) => Role::Backup(replica),
+            (group::Role::Joining, old) => {
+                drop(old);
+                self.servers.clear();
+                Role::Joining(BytesMut::new())
+            }
+            // A backup of a first view knows that no connection lives.
+            (group::Role::Backup, Role::Outside | Role::Joining(_)) => {
+                self.servers.clear();
+                Role::Backup(Box::new(Replica::new(self.config.tcp.clone())))
+            }
+            // A leader that is led now: its stack cannot become a record, so it joins anew (R3).
+            (group::Role::Backup, Role::Leader(_) | Role::Backup(_)) => {
+                info!(vip = %self.config.vip, "no longer the leader: joining anew");
+                self.wire.set_owner(BootTime::from_micros(now.0), false);
+                self.renew(now, cx);
+                return;
+            }
+        };
+        if !matches!(self.role, Role::Leader(_)) {
+            self.wire.set_owner(BootTime::from_micros(now.0), false);
+        }
+    }
+
+    /// The first leader of a generation: no connection lives.
+    fn found(&mut self, now: Micros, installed: &Installed) -> Role {
+        let clock = tcp::ServiceClock { at: tcp_time(now), value_us: installed.clock_us };
+        let stack = Stack::new(
+            self.config.tcp.clone(),
+            self.config.secrets.clone(),
+            tcp_time(now),
+            clock,
+            EventNo(installed.cut).next(),
+        );
+        self.stable_told = EventNo(0);
+        self.claim(now);
+        Role::Leader(Box::new(stack))
+    }
+
+    /// A backup becomes the leader: every connection is rebuilt from its record.
+    fn take_over(&mut self, now: Micros, installed: &Installed, replica: Replica) -> Role {
+        let clock = tcp::ServiceClock { at: tcp_time(now), value_us: installed.clock_us };
+        let mut stack = Stack::take_over(
+            self.config.tcp.clone(),
+            self.config.secrets.clone(),
+            tcp_time(now),
+            clock,
+            EventNo(installed.cut).next(),
+            replica,
+        );
+        self.takeovers += 1;
+        for conn in self.servers.connections() {
+            if self.servers.serves(conn) {
+                stack.handle_consumed(tcp_time(now), conn, self.servers.taken(conn));
+            } else {
+                // Nobody here can answer it: told plainly rather than left hanging.
+                warn!(conn = conn.0, "no server for this connection here: reset");
+                stack.handle_server_reset(tcp_time(now), conn);
+            }
+            self.servers.wake(conn);
+        }
+        info!(vip = %self.config.vip, connections = stack.connections(), "took over");
+        self.stable_told = EventNo(0);
+        self.claim(now);
+        Role::Leader(Box::new(stack))
+    }
+
+    /// Claims the address; frames from before are stale.
+    fn claim(&mut self, now: Micros) {
+        let at = BootTime::from_micros(now.0);
+        self.wire.discard_input();
+        self.wire.set_owner(at, true);
+        self.wire.handle_timeout(at);
+        self.wire_readable = true;
+    }
+
+    fn give_checkpoint(&mut self, now: Micros, joiner: group::MemberId) {
+        let Role::Leader(stack) = &self.role else { return };
+        let image = stack.snapshot(tcp_time(now));
+        let inputs = self.servers.inputs();
+        let segments = checkpoint::encode(image, inputs);
+        let bytes: usize = segments.iter().map(Bytes::len).sum();
+        info!(vip = %self.config.vip, %joiner, bytes, "checkpoint given");
+        self.command(now, Command::Checkpoint { joiner, segments });
+    }
+
+    fn restore(&mut self, now: Micros, cx: &mut Context<'_>) {
+        let Role::Joining(image) = &mut self.role else { return };
+        let image = std::mem::take(image).freeze();
+        let bytes = image.len();
+        let checkpoint = match checkpoint::decode(image) {
+            Ok(checkpoint) => checkpoint,
+            Err(error) => {
+                error!(vip = %self.config.vip, %error, "unusable checkpoint; joining anew");
+                self.command(now, Command::Leave);
+                return;
+            }
+        };
+        let replica = Replica::restore(self.config.tcp.clone(), checkpoint.tcp);
+        self.servers.clear();
+        let connections = checkpoint.inputs.len();
+        for (header, bytes) in checkpoint.inputs {
+            self.servers.restore(now, &header, bytes, cx.registry);
+        }
+        self.role = Role::Backup(Box::new(replica));
+        self.changed = true;
+        info!(vip = %self.config.vip, bytes, connections, "checkpoint restored, replaying");
+        self.command(now, Command::ReadyToBeFull);
+    }
+
+    /// This incarnation is out of the group.
+    fn outside(&mut self, now: Micros, cx: &mut Context<'_>) {
+        self.wire.set_owner(BootTime::from_micros(now.0), false);
+        self.changed = true;
+        if self.stopping {
+            self.servers.clear();
+            self.role = Role::Outside;
+            self.stopped = true;
+        } else {
+            info!(vip = %self.config.vip, "out of the view: joining anew");
+            self.renew(now, cx);
+        }
+    }
+
+    /// A new life in the group: every upstream connection is closed first (R3).
+    fn renew(&mut self, now: Micros, cx: &mut Context<'_>) {
+        self.servers.clear();
+        self.role = Role::Outside;
+        self.wedged = false;
+        self.changed = true;
+        self.life += 1;
+        let config = (self.config.group)();
+        cx.renew(self.config.index, config.me.clone());
+        self.group = group::Core::new(config, super::seed(), group_time(now));
+        self.command(now, Command::Join);
+    }
+
+    fn report_progress(&mut self, now: Micros) {
+        if now < self.progress_at {
+            return;
+        }
+        self.progress_at = now + PROGRESS_EVERY;
+        let (behind_bytes, lost) = self.servers.lag();
+        let unfit = lost > 0 || behind_bytes > BEHIND_BYTES_MAX;
+        self.group.set_progress(group::Lag { behind_bytes, unfit });
+    }
+
+    fn flush(&mut self, now: Micros, cx: &mut Context<'_>) {
+        let lease = if self.wedged { None } else { self.group.lease_until() };
+        if let (Role::Leader(_), Some(until)) = (&self.role, lease) {
+            self.wire.fence_mut().open_until(BootTime::from_micros(until.micros()));
+        }
+        match self.wire.flush(&mut self.recycled) {
+            Ok(Flushed::All | Flushed::Fenced) => {}
+            Ok(Flushed::Blocked) => cx.want_writable(self.config.index, now),
+            Err(error) => warn!(vip = %self.config.vip, %error, "sending frames"),
+        }
+        if let Role::Leader(stack) = &mut self.role {
+            for buf in self.recycled.drain(..) {
+                stack.recycle(buf);
+            }
+        } else {
+            self.recycled.clear();
+        }
+    }
+}
+
+fn handle_frame(stack: &mut Stack, now: Micros, vip: IpAddr, frame: &Frame<'_>) {
+    match frame.kind {
+        Kind::Ip(packet) => {
+            let checksum =
+                if frame.checksum_ok { tcp::Checksum::Verified } else { tcp::Checksum::Verify };
+            stack.handle_packet(tcp_time(now), packet, tcp::LinkAddr(frame.source), checksum);
+        }
+        Kind::Claim(by) => {
+            warn!(%vip, by = ?by, "another station announces the VIP; announcing again");
+        }
+    }
+}
+
+/// The group core's time.
+pub(crate) fn group_time(now: Micros) -> group::Instant {
+    group::Instant::from_micros(now.0)
+}
+
+/// The stack's time.
+pub(crate) fn tcp_time(now: Micros) -> tcp::Instant {
+    tcp::Instant::from_micros(now.0)
+}

@@ -1,0 +1,275 @@
+//! What the data plane says about itself: status for people, metrics for Prometheus (R6).
+
+use std::time::Duration;
+
+use tokio::sync::mpsc::UnboundedSender;
+use unbroken_group::{GroupStatus, MemberStatus as GroupMember, Role as GroupRole};
+
+use super::Note;
+use super::plane::{BEHIND_BYTES_MAX, Plane};
+use super::role::Role;
+use crate::clock::Micros;
+use crate::config::Config;
+use crate::metrics::{NodeMetrics, ServiceMetrics};
+use crate::status::{
+    Board, LeaseStatus, MemberState, MemberStatus, Redundancy, Role as StatusRole, ServiceCounters,
+    ServiceStatus, ViewStatus,
+};
+
+/// How often the status is written when nothing striking has happened.
+const REPORT_EVERY: Duration = Duration::from_millis(50);
+
+/// Writes status and metrics of all planes.
+pub(crate) struct Reporter {
+    board: Board,
+    me: String,
+    configured: Vec<String>,
+    /// For each plane, its services: where they stand on the board, and their metrics.
+    services: Vec<Vec<(usize, ServiceMetrics)>>,
+    next: Micros,
+}
+
+impl Reporter {
+    pub(crate) fn new(config: &Config, board: Board, metrics: &NodeMetrics) -> Self {
+        let place = |name: &str| config.services.iter().position(|s| s.name == name);
+        let services = config
+            .vips()
+            .iter()
+            .map(|vip| {
+                let of_vip = vip.services.iter();
+                of_vip
+                    .filter_map(|s| Some((place(&s.name)?, metrics.service(&s.name))))
+                    .collect()
+            })
+            .collect();
+        Self {
+            board,
+            me: config.node.name.clone(),
+            configured: config.group.members.keys().cloned().collect(),
+            services,
+            next: Micros(0),
+        }
+    }
+
+    /// Writes what is due.
+    pub(crate) fn report(
+        &mut self,
+        now: Micros,
+        planes: &mut [Plane],
+        notes: &UnboundedSender<Note>,
+    ) {
+        let changed = planes.iter().any(|p| p.changed);
+        if !changed && now < self.next {
+            return;
+        }
+        self.next = now + REPORT_EVERY;
+        let mut reports = Vec::with_capacity(planes.len());
+        for plane in planes.iter() {
+            reports.push(self.look(now, plane));
+        }
+        if changed && planes.iter().any(|p| matches!(p.role, Role::Leader(_))) {
+            // The control plane is gone only when the node stops.
+            let _ = notes.send(Note::Leading);
+        }
+        let services = &self.services;
+        let written = self.board.try_update(|status| {
+            for (report, places) in reports.iter().zip(services) {
+                for (place, _) in places {
+                    if let Some(service) = status.services.get_mut(*place) {
+                        report.write(service);
+                    }
+                }
+            }
+        });
+        for (report, places) in reports.iter().zip(&self.services) {
+            for (_, metrics) in places {
+                report.measure(metrics);
+            }
+        }
+        if written {
+            planes.iter_mut().for_each(|p| p.changed = false);
+        }
+    }
+
+    fn look(&self, now: Micros, plane: &Plane) -> Report {
+        let group = plane.group.status();
+        let role = if plane.wedged { StatusRole::Wedged } else { plane.role.status() };
+        let (behind, lost) = plane.servers.lag();
+        let (redundancy, reason) = self.redundancy(&group, behind, lost);
+        let view = group.view.as_ref().map_or_else(ViewStatus::default, |view| ViewStatus {
+            id: view.id.0,
+            members: view.full.iter().map(|m| m.name.clone()).collect(),
+            joining: view.joining.iter().map(|j| j.member.name.clone()).collect(),
+            cut: view.cut,
+            k: u32::from(view.k),
+        });
+        let lease = matches!(plane.role, Role::Leader(_)).then(|| {
+            let until = group.lease_until.map_or(0, |t| t.micros());
+            LeaseStatus {
+                held: until > now.0 && !plane.wedged,
+                remaining_ms: until.saturating_sub(now.0) / 1000,
+            }
+        });
+        let wire = plane.wire.counters();
+        let (connections, uncommitted) = match &plane.role {
+            Role::Leader(stack) => (stack.connections(), stack.uncommitted_output_bytes()),
+            Role::Backup(replica) => (replica.connections(), 0),
+            Role::Joining(_) | Role::Outside => (0, 0),
+        };
+        Report {
+            leader: group.view.as_ref().map(|v| v.leader().name.clone()),
+            role,
+            members: self.members(now, &group),
+            view,
+            redundancy,
+            reason,
+            connections: connections as u64,
+            lease,
+            counters: ServiceCounters {
+                last_event: plane.last_event,
+                stable_event: group.stable,
+                connections_opened: plane.opened,
+                client_bytes_in: plane.client_bytes_in,
+                client_bytes_out: plane.client_bytes_out(),
+                frames_in: wire.frames_in,
+                frames_out: wire.frames_out,
+                takeovers: plane.takeovers,
+                datagrams_dropped: group.counters.malformed
+                    + group.counters.wrong_view
+                    + group.counters.stranger,
+                uncommitted_output_bytes: uncommitted,
+                history_bytes: plane.servers.history_bytes(),
+            },
+            fenced: wire.fenced,
+            foreign_claims: wire.foreign_claims,
+            views: group.counters.views,
+        }
+    }
+
+    fn members(&self, now: Micros, group: &GroupStatus) -> Vec<MemberStatus> {
+        let leading = group.role == Some(GroupRole::Leader);
+        let of = |name: &str| group.members.iter().find(|m| m.member.name == name);
+        self.configured
+            .iter()
+            .map(|name| {
+                let member = of(name);
+                MemberStatus {
+                    name: name.clone(),
+                    state: match member {
+                        Some(m) if m.full => MemberState::Full,
+                        Some(_) => MemberState::Joining,
+                        None => MemberState::Absent,
+                    },
+                    lag_events: member
+                        .filter(|_| leading && *name != self.me)
+                        .map(|m| group.held.saturating_sub(m.held)),
+                    last_heard_ms: member
+                        .and_then(|m| m.last_heard)
+                        .map(|t| now.0.saturating_sub(t.micros()) / 1000),
+                }
+            })
+            .collect()
+    }
+
+    /// Whether the leader's death would cost a client anything, and why. Only the leader knows how
+    /// far the others are; a backup judges by the view and by itself.
+    fn redundancy(
+        &self,
+        group: &GroupStatus,
+        behind: u64,
+        lost: usize,
+    ) -> (Redundancy, Option<String>) {
+        let Some(view) = &group.view else {
+            return (Redundancy::Unprotected, Some("this node is in no view".to_owned()));
+        };
+        let fit = |m: &&GroupMember| {
+            let own = m.member.name == self.me;
+            let behind = if own { behind } else { m.lag.behind_bytes };
+            let unfit = if own { lost > 0 } else { m.lag.unfit };
+            m.full && m.member != *view.leader() && !unfit && behind <= BEHIND_BYTES_MAX
+        };
+        let able = group.members.iter().filter(fit).count();
+        let wanted = self.configured.len() - 1;
+        let full = view.full.len() - 1;
+        if able >= wanted {
+            return (Redundancy::Protected, None);
+        }
+        let joining = view.joining.len();
+        let behind = full - able.min(full);
+        let why = if joining > 0 {
+            format!("{able} of {wanted} backups could take over; {joining} joining")
+        } else if behind > 0 {
+            format!("{able} of {wanted} backups could take over; {behind} behind")
+        } else {
+            format!("{able} of {wanted} backups could take over; {} not there", wanted - full)
+        };
+        let state = if able > 0 {
+            Redundancy::Degraded
+        } else if joining + behind > 0 {
+            Redundancy::CatchingUp
+        } else {
+            Redundancy::Unprotected
+        };
+        (state, Some(why))
+    }
+}
+
+/// One plane at one moment.
+struct Report {
+    leader: Option<String>,
+    role: StatusRole,
+    view: ViewStatus,
+    redundancy: Redundancy,
+    reason: Option<String>,
+    connections: u64,
+    lease: Option<LeaseStatus>,
+    members: Vec<MemberStatus>,
+    counters: ServiceCounters,
+    fenced: u64,
+    foreign_claims: u64,
+    views: u64,
+}
+
+impl Report {
+    fn write(&self, service: &mut ServiceStatus) {
+        service.leader.clone_from(&self.leader);
+        service.role = self.role;
+        service.view.clone_from(&self.view);
+        service.redundancy = self.redundancy;
+        service.redundancy_reason.clone_from(&self.reason);
+        service.connections = self.connections;
+        service.lease = self.lease;
+        service.members.clone_from(&self.members);
+        service.counters = self.counters;
+    }
+
+    fn measure(&self, metrics: &ServiceMetrics) {
+        let c = &self.counters;
+        let raise = |counter: &prometheus_client::metrics::counter::Counter, to: u64| {
+            counter.inc_by(to.saturating_sub(counter.get()));
+        };
+        raise(&metrics.frames_received, c.frames_in);
+        raise(&metrics.frames_sent, c.frames_out);
+        raise(&metrics.connections_opened, c.connections_opened);
+        raise(&metrics.client_input, c.client_bytes_in);
+        raise(&metrics.client_output, c.client_bytes_out);
+        raise(&metrics.takeovers, c.takeovers);
+        raise(&metrics.views_installed, self.views);
+        raise(&metrics.fenced, self.fenced);
+        raise(&metrics.foreign_announcements, self.foreign_claims);
+        metrics.connections.set(self.connections);
+        metrics.stable_lag.set(c.last_event.saturating_sub(c.stable_event));
+        metrics.uncommitted_output.set(c.uncommitted_output_bytes);
+        metrics.history.set(c.history_bytes);
+        metrics.view_id.set(self.view.id);
+        metrics.full_members.set(self.view.members.len() as u64);
+        metrics.leading.set(u64::from(self.role == StatusRole::Leader));
+        metrics.lease_held.set(u64::from(self.lease.is_some_and(|l| l.held)));
+        metrics.set_redundancy(self.redundancy);
+        for member in &self.members {
+            if let Some(lag) = member.lag_events {
+                metrics.member_lag(&member.name).set(lag);
+            }
+        }
+    }
+}

@@ -1,0 +1,95 @@
+//! What a node is for a VIP, and who keeps the server's output in each role.
+
+use bytes::BytesMut;
+use unbroken_tcpstate::{ConnId, EventNo, Instant, Replica, Stack};
+
+use super::servers::OutputKeeper;
+use crate::clock::Micros;
+use crate::status;
+
+/// What this node is in its view.
+#[derive(Debug, Default)]
+pub(crate) enum Role {
+    /// In no view.
+    #[default]
+    Outside,
+    /// In a view, receiving the checkpoint.
+    Joining(BytesMut),
+    /// Holds the record of every connection.
+    Backup(Box<Replica>),
+    /// Owns the VIP.
+    Leader(Box<Stack>),
+}
+
+impl Role {
+    pub(crate) fn status(&self) -> status::Role {
+        match self {
+            Self::Outside => status::Role::Outside,
+            Self::Joining(_) => status::Role::Joining,
+            Self::Backup(_) => status::Role::Backup,
+            Self::Leader(_) => status::Role::Leader,
+        }
+    }
+}
+
+/// A role with the moment at which it is used.
+pub(crate) struct Keeper<'a> {
+    pub(crate) role: &'a mut Role,
+    pub(crate) now: Micros,
+}
+
+impl Keeper<'_> {
+    fn now(&self) -> Instant {
+        Instant::from_micros(self.now.0)
+    }
+}
+
+impl OutputKeeper for Keeper<'_> {
+    fn room(&self, conn: ConnId) -> usize {
+        match &*self.role {
+            Role::Leader(stack) => stack.output_room(conn),
+            Role::Backup(replica) => replica.output_room(conn),
+            Role::Joining(_) | Role::Outside => 0,
+        }
+    }
+
+    fn produced(&self, conn: ConnId) -> u64 {
+        match &*self.role {
+            Role::Leader(stack) => stack.output_produced(conn),
+            Role::Backup(replica) => replica.output_produced(conn),
+            Role::Joining(_) | Role::Outside => 0,
+        }
+    }
+
+    fn bytes(&mut self, conn: ConnId, bytes: &[u8], tag: EventNo) {
+        let now = self.now();
+        match &mut *self.role {
+            Role::Leader(stack) => stack.handle_server_bytes(now, conn, bytes, tag),
+            Role::Backup(replica) => replica.handle_server_bytes(conn, bytes),
+            Role::Joining(_) | Role::Outside => {}
+        }
+    }
+
+    fn fin(&mut self, conn: ConnId) {
+        let now = self.now();
+        match &mut *self.role {
+            Role::Leader(stack) => stack.handle_server_fin(now, conn),
+            Role::Backup(replica) => replica.handle_server_fin(conn),
+            Role::Joining(_) | Role::Outside => {}
+        }
+    }
+
+    fn reset(&mut self, conn: ConnId) {
+        let now = self.now();
+        if let Role::Leader(stack) = &mut *self.role {
+            stack.handle_server_reset(now, conn);
+        }
+    }
+
+    fn consumed(&mut self, conn: ConnId, offset: u64) {
+        let now = self.now();
+        if let Role::Leader(stack) = &mut *self.role {
+            stack.handle_consumed(now, conn, offset);
+        }
+    }
+}
