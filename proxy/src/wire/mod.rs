@@ -18,9 +18,9 @@ mod fence;
 mod filter;
 mod neighbour;
 mod packet;
+mod queue;
 mod socket;
 
-use std::collections::VecDeque;
 use std::io;
 use std::net::{IpAddr, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
@@ -32,14 +32,14 @@ pub use neighbour::Announcer;
 pub use packet::{Frame, HEADROOM, Kind, Mac, OutPacket};
 
 use neighbour::Meaning;
+use queue::Queue;
 use socket::{BATCH, SLOT};
 
 /// The most frames that one [`Wire::receive`] takes.
 pub const RECEIVE_BATCH: usize = BATCH;
 
-/// Frames that wait for the lease or for the kernel; beyond it new ones are dropped and counted,
-/// and TCP sends them again.
-const QUEUE_MAX: usize = 4096;
+/// Batches that [`Wire::discard_input`] throws away: under a flood of frames there is always one more.
+const DISCARD_BATCHES_MAX: usize = 1024;
 
 /// Why a VIP cannot be served on an interface.
 #[derive(Debug, Error)]
@@ -155,7 +155,7 @@ pub struct Wire {
     _group: Option<UdpSocket>,
     /// `BATCH` slots of `SLOT` bytes; pages are touched only as frames arrive.
     slots: Vec<u8>,
-    queue: VecDeque<Vec<u8>>,
+    queue: Queue,
     spent: Vec<Vec<u8>>,
     owns: bool,
     fence: Fence,
@@ -224,7 +224,7 @@ impl Wire {
             socket,
             _group: group,
             slots: vec![0; BATCH * SLOT],
-            queue: VecDeque::new(),
+            queue: Queue::default(),
             spent: Vec::new(),
             owns: false,
             fence: Fence::shut(),
@@ -293,10 +293,11 @@ impl Wire {
                     });
                 }
                 Meaning::Answer(frame) => {
-                    // Bounded like everything else in the queue: a flood of pings cannot grow it.
-                    if self.owns && self.queue.len() < QUEUE_MAX {
-                        self.counters.answered += 1;
-                        self.queue.push_back(frame);
+                    if self.owns {
+                        match self.queue.push(frame) {
+                            Ok(()) => self.counters.answered += 1,
+                            Err(_) => self.counters.dropped += 1,
+                        }
                     }
                 }
                 Meaning::Nothing => self.counters.ignored += 1,
@@ -324,8 +325,7 @@ impl Wire {
     /// the clients will say again whatever still matters.
     pub fn discard_input(&mut self) {
         let mut lengths = [0; BATCH];
-        // Bounded: under a flood of frames there is always one more.
-        for _ in 0..QUEUE_MAX / BATCH {
+        for _ in 0..DISCARD_BATCHES_MAX {
             let Ok(n) = self.receive_batch(&mut lengths) else {
                 return;
             };
@@ -339,12 +339,15 @@ impl Wire {
     /// Queues a TCP packet: its headers are written into its headroom, its payload is not copied.
     /// Not the owner: dropped. The buffer comes back from [`Wire::flush`] in either case.
     pub fn send(&mut self, mut packet: OutPacket) {
-        let fits = self.owns && self.queue.len() < QUEUE_MAX;
-        if fits && packet::write_headers(&mut packet, self.link.mac) {
-            self.queue.push_back(packet.buf);
+        let ready = self.owns && packet::write_headers(&mut packet, self.link.mac);
+        let refused = if ready {
+            self.queue.push(packet.buf).err()
         } else {
+            Some(packet.buf)
+        };
+        if let Some(buf) = refused {
             self.counters.dropped += 1;
-            self.spent.push(packet.buf);
+            self.spent.push(buf);
         }
     }
 
@@ -368,11 +371,11 @@ impl Wire {
                 return Ok(Flushed::Fenced);
             }
             self.counters.send_calls += 1;
-            let frames = self.queue.iter().take(BATCH).map(Vec::as_slice);
+            let frames = self.queue.iter().take(BATCH);
             match socket::send(self.socket.as_fd(), frames) {
                 Ok(n) => {
                     self.counters.frames_out += n as u64;
-                    self.spent.extend(self.queue.drain(..n));
+                    self.spent.extend((0..n).map_while(|_| self.queue.pop()));
                 }
                 Err(e) => match e.raw_os_error() {
                     Some(libc::EAGAIN) => return Ok(Flushed::Blocked),
@@ -381,7 +384,7 @@ impl Wire {
                     // The error is the first frame's alone (ENETDOWN, ENOBUFS, EMSGSIZE, ENXIO).
                     _ => {
                         self.counters.send_errors += 1;
-                        self.spent.extend(self.queue.pop_front());
+                        self.spent.extend(self.queue.pop());
                     }
                 },
             }
@@ -409,7 +412,7 @@ impl Wire {
             self.fence.close();
             self.announcer.stop();
             self.counters.dropped += self.queue.len() as u64;
-            self.spent.extend(self.queue.drain(..));
+            self.spent.extend(std::iter::from_fn(|| self.queue.pop()));
         }
     }
 
@@ -424,13 +427,16 @@ impl Wire {
         &mut self.fence
     }
 
-    /// Queues one announcement now; the schedule makes its own by [`Wire::handle_timeout`].
+    /// Queues one announcement now, ahead of what waits; the schedule makes its own by
+    /// [`Wire::handle_timeout`].
     pub fn announce(&mut self) {
         if !self.owns {
             return;
         }
         for frame in neighbour::announcement(self.vip, self.link.mac) {
-            self.queue.push_back(frame);
+            if self.queue.announce(frame).is_err() {
+                self.counters.dropped += 1;
+            }
         }
         self.counters.announcements += 1;
     }
