@@ -18,7 +18,7 @@ try:
         RolledBackError,
     )
     from kazoo.protocol.states import EventType
-    from kazoo.security import make_digest_acl
+    from kazoo.security import CREATOR_ALL_ACL, make_digest_acl
 except ImportError as missing:
     print(f"kazoo is not installed (pip install kazoo): {missing}", file=sys.stderr)
     sys.exit(2)
@@ -171,6 +171,8 @@ def acls(c, other):
     assert stat.aversion == 0
     c.add_auth("digest", "user:password")
     mine = make_digest_acl("user", "password", all=True)
+    c.create(path + "/auth", b"", acl=CREATOR_ALL_ACL)
+    assert c.get_acls(path + "/auth")[0] == [mine]
     assert c.set_acls(path, [mine], 0).aversion == 1
     assert c.get_acls(path)[0] == [mine]
     assert c.get(path)[0] == b""
@@ -181,6 +183,7 @@ def acls(c, other):
         assert type(error).__name__ == "NoAuthError", error
     else:
         raise AssertionError("read without permission")
+    c.delete(path, recursive=True)
 
 
 def lock_recipe(hosts):

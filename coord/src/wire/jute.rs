@@ -102,6 +102,17 @@ impl<'a> Reader<'a> {
             .map_err(|_| DecodeError::NotUtf8)
     }
 
+    /// A string; null reads as empty, because kazoo writes the empty string as null.
+    ///
+    /// # Errors
+    /// [`DecodeError::NotUtf8`], and those of [`Self::buffer`].
+    pub fn string_or_empty(&mut self) -> Result<String, DecodeError> {
+        match self.string() {
+            Err(DecodeError::NullString) => Ok(String::new()),
+            string => string,
+        }
+    }
+
     /// A vector, read element by element; null reads as empty. A count that lies costs nothing,
     /// because memory is taken as elements arrive.
     ///

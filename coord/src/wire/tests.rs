@@ -351,6 +351,27 @@ fn golden_null_and_empty_data_differ() {
     );
 }
 
+/// kazoo writes the id of `auth:` so.
+#[test]
+fn a_null_id_reads_as_empty() {
+    let acl = golden().i4(1).i4(31).s("auth").i4(-1);
+    let body = golden().s("/a").raw(&acl.0).i4(-1).0;
+    let id = Id {
+        scheme: "auth".into(),
+        id: String::new(),
+    };
+    let acl = vec![Acl {
+        perms: perms::ALL,
+        id,
+    }];
+    let request = Request::SetAcl {
+        path: "/a".into(),
+        acl,
+        version: -1,
+    };
+    assert_eq!(Request::decode(7, &body), Ok(request));
+}
+
 #[test]
 fn golden_get_data_reply() {
     let g = golden().i4(3).i8(0x1_0000_0001).i4(0).i4(-1);

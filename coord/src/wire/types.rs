@@ -135,13 +135,13 @@ impl Acl {
     /// Reads the record.
     ///
     /// # Errors
-    /// Those of [`Reader::string`].
+    /// Those of [`Reader::string_or_empty`]: the id of the scheme `auth` is empty.
     pub fn decode(r: &mut Reader<'_>) -> Result<Self, DecodeError> {
         Ok(Self {
             perms: r.int()?,
             id: Id {
-                scheme: r.string()?,
-                id: r.string()?,
+                scheme: r.string_or_empty()?,
+                id: r.string_or_empty()?,
             },
         })
     }
