@@ -451,3 +451,146 @@ fn write_event(event: &WatchEvent, json: bool, out: &mut impl Write) -> io::Resu
         writeln!(out, "{event:?} {path}")
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use clap::Parser;
+    use unbroken_coord::driver::{self, ServerConfig};
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Program {
+        #[command(flatten)]
+        zk: ZkArgs,
+    }
+
+    fn arguments(line: &str) -> Result<ZkArgs, clap::Error> {
+        let words = std::iter::once("zk").chain(line.split_whitespace());
+        Program::try_parse_from(words).map(|program| program.zk)
+    }
+
+    #[test]
+    fn wrong_usage_is_noticed_before_anything_is_done() {
+        for wrong in [
+            "",
+            "frob",
+            "ls",
+            "--server host:0 ls /",
+            "--server host/a/ ls /",
+            "--timeout -1 ls /",
+            "delete /a --recursive --version 3",
+            "create /a --container --ephemeral",
+        ] {
+            assert!(arguments(wrong).is_err(), "{wrong:?}");
+        }
+        let args = arguments("ls / --server [::1]:7,b/app --timeout 0.5").unwrap();
+        assert_eq!(args.server.hosts, ["[::1]:7", "b:2181"]);
+        assert_eq!(args.server.chroot, "/app");
+        assert_eq!(args.timeout, Duration::from_millis(500));
+    }
+
+    /// Runs one command line; gives what it printed, or the error as it is shown.
+    async fn zk(client: &Client, line: &str) -> Result<String, String> {
+        let args = arguments(line).unwrap();
+        let mut out = Vec::new();
+        match execute(client, &args.command, args.json, &mut out).await {
+            Ok(()) => Ok(String::from_utf8(out).unwrap()),
+            Err(error) => Err(format!("{error:#}")),
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn every_command_against_a_server() {
+        let data_dir = std::env::temp_dir().join(format!("unbroken-zk-{}", std::process::id()));
+        std::fs::create_dir_all(&data_dir).unwrap();
+        // One server alone is its own quorum; nobody connects to its peer port.
+        let any = "127.0.0.1:0".parse().unwrap();
+        let peers = BTreeMap::from([("c1".to_owned(), any)]);
+        let config = ServerConfig::new("c1", any, peers, data_dir.clone(), [7; 32]);
+        let server = driver::start(config).await.unwrap();
+        let hosts = [server.client_address().to_string()];
+        let client = Client::connect(ConnectOptions::new(hosts)).await.unwrap();
+        let zk = async |line: &str| zk(&client, line).await;
+        let printed = |text: &str| Ok(text.to_owned());
+        let refused = |text: &str| Err(text.to_owned());
+
+        assert_eq!(
+            zk("create /a/b one").await,
+            refused("/a/b: its parent /a does not exist (try --parents)")
+        );
+        assert_eq!(zk("create -p /a/b one").await, printed("/a/b\n"));
+        assert_eq!(
+            zk("create /a/b one").await,
+            refused("/a/b: znode exists already")
+        );
+        assert_eq!(
+            zk("--json create -s /a/n-").await,
+            printed("{\"path\":\"/a/n-0000000001\"}\n")
+        );
+        assert_eq!(zk("ls /a").await, printed("b\nn-0000000001\n"));
+        assert_eq!(
+            zk("--json ls /a").await,
+            printed("{\"children\":[\"b\",\"n-0000000001\"],\"path\":\"/a\"}\n")
+        );
+        assert_eq!(
+            zk("set /a/b two --version 1").await,
+            refused("/a/b: version conflict")
+        );
+        assert_eq!(zk("set /a/b two --version 0").await, printed(""));
+        assert_eq!(zk("get /a/b").await.unwrap().trim_end(), "two");
+        assert_eq!(zk("get /a/c").await, refused("/a/c: no such znode"));
+        assert_eq!(zk("get a").await, refused("a: a path begins with /"));
+        let stat = zk("stat /a/b").await.unwrap();
+        assert!(
+            stat.contains("\nversion 1\n") && stat.contains("\ndata_length 3\n"),
+            "{stat}"
+        );
+        assert_eq!(zk("stat /a/c").await, refused("/a/c: no such znode"));
+        client.set("/a/b", vec![0xff, 0], -1).await.unwrap();
+        let got: serde_json::Value =
+            serde_json::from_str(&zk("--json get /a/b").await.unwrap()).unwrap();
+        assert_eq!(
+            (&got["data_hex"], &got["stat"]["version"]),
+            (&json!("ff00"), &json!(2))
+        );
+
+        assert_eq!(zk("delete /a").await, refused("/a: znode has children"));
+        assert_eq!(
+            zk("delete /a/b --version 0").await,
+            refused("/a/b: version conflict")
+        );
+        assert_eq!(
+            zk("watch --children /none").await,
+            refused("/none: no such znode")
+        );
+        // Changed until the watch, whenever it is set, has told.
+        let watching = zk("watch /a/b --count 1");
+        let changing = async {
+            loop {
+                client.set("/a/b", "x", -1).await.unwrap();
+            }
+        };
+        tokio::select! {
+            told = watching => assert_eq!(told, printed("NodeDataChanged /a/b\n")),
+            () = changing => {}
+        }
+        assert_eq!(zk("delete -r /a").await, printed(""));
+        assert_eq!(zk("delete -r /a").await, refused("/a: no such znode"));
+
+        client.close().await.unwrap();
+        server.shutdown().await;
+        std::fs::remove_dir_all(&data_dir).unwrap();
+    }
+
+    #[tokio::test]
+    async fn no_server_is_said_plainly() {
+        let args = arguments("--server 127.0.0.1:1 --timeout 0.05 ls /").unwrap();
+        let error = connect_and_execute(&args, &mut Vec::new())
+            .await
+            .unwrap_err();
+        assert_eq!(error.to_string(), "127.0.0.1:1: no server answered");
+    }
+}
