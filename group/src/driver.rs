@@ -1,0 +1,108 @@
+//! The only I/O of this crate: datagrams and control connections on a node's group address.
+//!
+//! Runtime-free and non-blocking: the owner of an event loop registers the [`Driver`], says when it is ready, and
+//! lends it time. One driver serves all groups of a node; each datagram names its group and lane.
+//!
+//! Datagrams are sealed (AES-256-GCM) under a key of their own sender's life: HKDF(group key, instance, name,
+//! incarnation), with a counter as nonce and the header as associated data. A replica of the key is a member; whoever
+//! has it not can neither read nor be heard, and what it sends is counted and dropped.
+
+mod control;
+mod seal;
+mod udp;
+
+use std::collections::BTreeMap;
+use std::io;
+use std::net::SocketAddr;
+
+use mio::{Interest, Registry, Token};
+use thiserror::Error;
+
+use crate::time::Instant;
+use crate::view::MemberId;
+
+pub use self::control::{CONTROL_TOKENS, Control, ControlInput};
+pub use self::seal::GroupKey;
+pub use self::udp::{Counters, Receiver, Sender};
+
+/// How many mio tokens a driver uses, from the base it is given.
+pub const TOKENS: usize = 1 + CONTROL_TOKENS;
+
+/// Why a driver cannot start.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum DriverError {
+    /// This node is not among the members.
+    #[error("{0:?} is not one of the configured members")]
+    NotAMember(String),
+    /// The address cannot be had.
+    #[error("cannot listen for group members on {address}: {source}")]
+    Listen {
+        /// Where.
+        address: SocketAddr,
+        /// Why not.
+        source: io::Error,
+    },
+}
+
+/// The sockets of one node. Its halves are borrowed apart, so that what is received can be answered at once.
+pub struct Driver {
+    /// Datagrams in.
+    pub receiver: Receiver,
+    /// Datagrams out.
+    pub sender: Sender,
+    /// Control connections: who is there, who died.
+    pub control: Control,
+    base: usize,
+}
+
+impl Driver {
+    /// Opens the sockets of the member `me` of `members` (name and group address, the same on every node).
+    ///
+    /// # Errors
+    /// [`DriverError`]; nothing stays open then.
+    pub fn open(
+        me: &str,
+        members: &BTreeMap<String, SocketAddr>,
+        key: &[u8; 32],
+        now: Instant,
+    ) -> Result<Self, DriverError> {
+        let address = *members.get(me).ok_or_else(|| DriverError::NotAMember(me.to_owned()))?;
+        let listen = |source| DriverError::Listen { address, source };
+        let key = GroupKey::new(key);
+        let (receiver, sender) = udp::open(me, members, &key).map_err(listen)?;
+        let control = Control::open(me, members, &key, now).map_err(listen)?;
+        Ok(Self { receiver, sender, control, base: 0 })
+    }
+
+    /// Registers every socket under [`TOKENS`] tokens from `base` on.
+    ///
+    /// # Errors
+    /// The event loop refused.
+    pub fn register(&mut self, registry: &Registry, base: usize) -> io::Result<()> {
+        self.base = base;
+        self.receiver.register(registry, Token(base), Interest::READABLE)?;
+        self.control.register(registry, base + 1)
+    }
+
+    /// A socket of the driver became ready.
+    pub fn handle_ready(&mut self, token: Token) {
+        match token.0.checked_sub(self.base) {
+            Some(0) => self.receiver.handle_readable(),
+            Some(n) => self.control.handle_ready(n - 1),
+            None => {}
+        }
+    }
+
+    /// This node begins a life in a group: its datagrams are sealed as this incarnation's from now on, and peers learn
+    /// of it by their control connections.
+    pub fn set_member(&mut self, group: u32, me: MemberId) {
+        self.control.set_incarnation(group, me.incarnation);
+        self.sender.set_member(group, me);
+    }
+
+    /// When [`Control::poll_input`] wants to be called, if nothing happens before.
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        self.control.poll_timeout()
+    }
+}
