@@ -1,7 +1,7 @@
 //! The deterministic server that the clients of [`crate::client`] talk to: what it answers on a
 //! connection follows from what was sent on that connection and nothing else.
 
-use std::io::{self, BufReader, Read, Write};
+use std::io::{self, Read, Write};
 use std::net::{TcpListener, TcpStream};
 
 use ring::digest::{Context, SHA256};
@@ -91,51 +91,180 @@ pub fn serve(listener: &TcpListener) -> io::Result<()> {
 /// The connection failed or asked for nothing sensible.
 pub fn serve_one(mut stream: TcpStream) -> io::Result<()> {
     stream.set_nodelay(true)?;
-    let mut input = BufReader::with_capacity(CHUNK, stream.try_clone()?);
-    let mut first = [0; REQUEST_LEN];
-    input.read_exact(&mut first)?;
-    match Request::decode(&first).ok_or(io::ErrorKind::InvalidData)? {
-        Request::Download { seed, length } => {
-            let mut buffer = vec![0; CHUNK];
-            let mut sent = 0;
-            while sent < length {
-                let left = usize::try_from(length - sent).unwrap_or(usize::MAX);
-                let chunk = &mut buffer[..CHUNK.min(left)];
-                pattern::fill(seed, sent, chunk);
-                stream.write_all(chunk)?;
-                sent += chunk.len() as u64;
-            }
-            Ok(())
+    let mut session = Session::default();
+    let mut buffer = vec![0; CHUNK];
+    loop {
+        let mut output = session.output(CHUNK);
+        while !output.is_empty() {
+            stream.write_all(&output)?;
+            output = session.output(CHUNK);
         }
-        Request::Upload { length } => {
-            let mut digest = Context::new(&SHA256);
-            let mut buffer = vec![0; CHUNK];
-            let mut received = 0;
-            loop {
-                let n = input.read(&mut buffer)?;
-                if n == 0 {
-                    break;
-                }
-                digest.update(&buffer[..n]);
-                received += n as u64;
-            }
-            if received != length {
-                return Err(io::ErrorKind::UnexpectedEof.into());
-            }
-            stream.write_all(digest.finish().as_ref())
+        match session.state() {
+            SessionState::Open => {}
+            SessionState::Done => return Ok(()),
+            SessionState::Refused => return Err(io::ErrorKind::InvalidData.into()),
         }
-        Request::Exchange { size } => {
-            let mut digest = Context::new(&SHA256);
-            let mut buffer = vec![0; usize::try_from(size).expect("32 bits")];
-            loop {
-                match input.read_exact(&mut buffer) {
-                    Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => return Ok(()),
-                    done => done?,
+        match stream.read(&mut buffer)? {
+            0 => session.end(),
+            n => session.input(&buffer[..n]),
+        }
+    }
+}
+
+/// How a [`Session`] stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SessionState {
+    /// It goes on.
+    Open,
+    /// The server closes: all has been answered.
+    Done,
+    /// The server closes: what was asked makes no sense.
+    Refused,
+}
+
+/// The server's side of one connection as a plain value: bytes in, bytes out.
+pub struct Session {
+    work: Work,
+    /// Answers that were not taken yet.
+    ready: Vec<u8>,
+}
+
+enum Work {
+    First(Vec<u8>),
+    Download {
+        seed: u64,
+        sent: u64,
+        length: u64,
+    },
+    Upload {
+        digest: Context,
+        received: u64,
+        length: u64,
+    },
+    Exchange {
+        size: usize,
+        digest: Context,
+        request: Vec<u8>,
+    },
+    Done,
+    Refused,
+}
+
+impl Default for Session {
+    fn default() -> Self {
+        Self {
+            work: Work::First(Vec::new()),
+            ready: Vec::new(),
+        }
+    }
+}
+
+impl Session {
+    /// Bytes from the client.
+    pub fn input(&mut self, mut bytes: &[u8]) {
+        if let Work::First(first) = &mut self.work {
+            let (taken, rest) = bytes.split_at(bytes.len().min(REQUEST_LEN - first.len()));
+            first.extend_from_slice(taken);
+            bytes = rest;
+            let Ok(first) = <&[u8; REQUEST_LEN]>::try_from(&first[..]) else {
+                return;
+            };
+            self.work = match Request::decode(first) {
+                None => Work::Refused,
+                Some(Request::Download { seed, length }) => Work::Download {
+                    seed,
+                    sent: 0,
+                    length,
+                },
+                Some(Request::Upload { length }) => Work::Upload {
+                    digest: Context::new(&SHA256),
+                    received: 0,
+                    length,
+                },
+                Some(Request::Exchange { size }) => {
+                    let size = usize::try_from(size).expect("32 bits");
+                    Work::Exchange {
+                        size,
+                        digest: Context::new(&SHA256),
+                        request: Vec::new(),
+                    }
                 }
-                digest.update(&buffer);
-                buffer[..DIGEST_LEN].copy_from_slice(digest.clone().finish().as_ref());
-                stream.write_all(&buffer)?;
+            };
+        }
+        match &mut self.work {
+            Work::Upload {
+                digest, received, ..
+            } => {
+                digest.update(bytes);
+                *received += bytes.len() as u64;
             }
+            Work::Exchange {
+                size,
+                digest,
+                request,
+            } => {
+                while !bytes.is_empty() {
+                    let (taken, rest) = bytes.split_at(bytes.len().min(*size - request.len()));
+                    request.extend_from_slice(taken);
+                    bytes = rest;
+                    if request.len() == *size {
+                        digest.update(request);
+                        self.ready
+                            .extend_from_slice(digest.clone().finish().as_ref());
+                        self.ready.extend_from_slice(&request[DIGEST_LEN..]);
+                        request.clear();
+                    }
+                }
+            }
+            // Nothing was asked for beyond the request; what comes is not looked at.
+            Work::First(_) | Work::Download { .. } | Work::Done | Work::Refused => {}
+        }
+    }
+
+    /// The end of the client's stream.
+    pub fn end(&mut self) {
+        match &self.work {
+            Work::Upload {
+                digest,
+                received,
+                length,
+            } if received == length => {
+                self.ready
+                    .extend_from_slice(digest.clone().finish().as_ref());
+                self.work = Work::Done;
+            }
+            Work::Exchange { request, .. } if request.is_empty() => self.work = Work::Done,
+            Work::Upload { .. } | Work::Exchange { .. } | Work::First(_) => {
+                self.work = Work::Refused;
+            }
+            // A client may close its side at once and still read.
+            Work::Download { .. } | Work::Done | Work::Refused => {}
+        }
+    }
+
+    /// The next answer bytes, at most `room`; none if there are none now.
+    pub fn output(&mut self, room: usize) -> Vec<u8> {
+        if let Work::Download { seed, sent, length } = &mut self.work {
+            let left = usize::try_from(*length - *sent).unwrap_or(usize::MAX);
+            let mut bytes = vec![0; left.min(room)];
+            pattern::fill(*seed, *sent, &mut bytes);
+            *sent += bytes.len() as u64;
+            if sent == length {
+                self.work = Work::Done;
+            }
+            return bytes;
+        }
+        let rest = self.ready.split_off(self.ready.len().min(room));
+        std::mem::replace(&mut self.ready, rest)
+    }
+
+    /// How it stands, once all output was taken.
+    #[must_use]
+    pub fn state(&self) -> SessionState {
+        match self.work {
+            Work::Refused => SessionState::Refused,
+            Work::Done if self.ready.is_empty() => SessionState::Done,
+            _ => SessionState::Open,
         }
     }
 }
