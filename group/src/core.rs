@@ -1,0 +1,1197 @@
+//! The only mutator: one member of one group.
+//!
+//! Entry points, datagrams and multicast are here; leaving a view is in `flush.rs`, getting into one and installing it in
+//! `membership.rs`.
+
+use crate::config::{Config, planted};
+use crate::detector::{Peer, Proofs};
+use crate::fbcast::{Assembler, EventLog};
+use crate::flush::Proposal;
+use crate::membership::Seeking;
+use crate::output::{
+    Command, CommandError, ControlEvent, Counters, GroupStatus, Lag, MemberStatus, Notice, Output,
+    RegistryReply, Role,
+};
+use crate::rng::Rng;
+use crate::time::{Instant, micros};
+use crate::transfer::{Donor, Receiving};
+use crate::view::{MemberId, View};
+use crate::wire::{self, Chunk, Header, Item, Message, Piece, Pos, Reader};
+use bytes::{Bytes, BytesMut};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// An amortised acknowledgement waits at most this long.
+const ACK_DELAY: Duration = Duration::from_millis(1);
+/// And at most for this many bytes.
+const ACK_BYTES: usize = 64 * 1024;
+/// When nothing acknowledges what output waits for, the tail is announced again after this long.
+const PROBE_AFTER: Duration = Duration::from_millis(3);
+/// Payload bytes of one burst of datagrams; what follows goes out with the next.
+const BURST_BYTES: usize = 60 * 1024;
+/// Bytes sent again for one request.
+const RESEND_BYTES: usize = 256 * 1024;
+/// The same peer is told of a newer view, or asked for one, at most this often.
+const TELL_INTERVAL: Duration = Duration::from_millis(5);
+
+/// Where this member stands.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Phase {
+    /// Made, and not told to join.
+    Idle,
+    /// In no view: founding or asking to join.
+    Seeking,
+    /// Joining member of the installed view.
+    Joining,
+    /// Full member of the installed view, not leading.
+    Backup,
+    /// Leader of the installed view.
+    Leading,
+    /// Out for good.
+    Gone,
+}
+
+/// Service clock: microseconds that never go back, across any number of leaders.
+#[derive(Copy, Clone, Debug, Default)]
+pub(crate) struct ServiceClock {
+    seen_us: u64,
+    running_since: Option<(Instant, u64)>,
+}
+
+impl ServiceClock {
+    pub(crate) fn now(&self, now: Instant) -> u64 {
+        let running = self
+            .running_since
+            .map_or(0, |(at, us)| us + micros(now.since(at)));
+        running.max(self.seen_us)
+    }
+
+    pub(crate) fn observe(&mut self, us: u64) {
+        self.seen_us = self.seen_us.max(us);
+    }
+
+    /// Lets the clock run from `now`, at `us` or above.
+    pub(crate) fn run(&mut self, now: Instant, us: u64) {
+        let from = self.now(now).max(us);
+        self.running_since = Some((now, from));
+    }
+
+    pub(crate) fn stop(&mut self, now: Instant) {
+        self.seen_us = self.now(now);
+        self.running_since = None;
+    }
+}
+
+/// Acknowledgements that a receiver owes its leader.
+#[derive(Default)]
+struct AckDebt {
+    at_once: bool,
+    bytes: usize,
+    by: Option<Instant>,
+}
+
+/// One member of one process group: views, fbcast, stability, leases, state transfer.
+///
+/// No I/O, no clock, no randomness. Call one entry point, drain [`Core::poll_output`] to `None` and execute in order,
+/// then read [`Core::poll_timeout`]. One core is one incarnation; after [`Output::Outside`] it is spent.
+pub struct Core {
+    pub(crate) config: Config,
+    pub(crate) rng: Rng,
+    pub(crate) now: Instant,
+    pub(crate) phase: Phase,
+    pub(crate) view: Option<View>,
+    pub(crate) version: i32,
+    /// Set from the promise to leave `view` until another is installed.
+    pub(crate) wedged: Option<Instant>,
+    pub(crate) seeking: Seeking,
+    pub(crate) proposal: Option<Proposal>,
+    pub(crate) not_proposing_before: Instant,
+    pub(crate) clock: ServiceClock,
+    pub(crate) proofs: Proofs,
+    pub(crate) peers: BTreeMap<MemberId, Peer>,
+    /// Invariant: on a leader, holds all its events after `trim`.
+    pub(crate) log: EventLog,
+    pub(crate) assembler: Assembler,
+    /// Invariant: delivered <= log.held(); equal on a leader.
+    pub(crate) delivered: u64,
+    pub(crate) stable: u64,
+    pub(crate) trim: u64,
+    next_send: Pos,
+    urgent_to: u64,
+    probe_at: Option<Instant>,
+    heartbeat_at: Instant,
+    ack: AckDebt,
+    /// Member: when it last answered a heartbeat of this view.
+    pub(crate) answered_leader: Option<Instant>,
+    pub(crate) lag: Lag,
+    /// Leader alone in its view: until when its coordinator write lets it speak.
+    pub(crate) alone_until: Option<Instant>,
+    pub(crate) renewing: Option<(u64, Instant)>,
+    pub(crate) renew_at: Instant,
+    /// A usurper of an unproved lone leader waits once more.
+    pub(crate) silent_before: Instant,
+    pub(crate) reading: bool,
+    pub(crate) read_at: Instant,
+    pub(crate) writing: bool,
+    /// When the last compare-and-set was sent.
+    pub(crate) cas_sent: Instant,
+    pub(crate) join_requests: BTreeSet<MemberId>,
+    pub(crate) leave_requests: BTreeSet<MemberId>,
+    pub(crate) dropped: BTreeSet<MemberId>,
+    pub(crate) leaving: bool,
+    pub(crate) handing_over: bool,
+    pub(crate) too_few_since: Option<Instant>,
+    pub(crate) lost_since: Option<Instant>,
+    pub(crate) donors: BTreeMap<MemberId, Option<Donor>>,
+    pub(crate) receiving: Option<Receiving>,
+    pub(crate) joined_since: u64,
+    checkpoint_done: bool,
+    pub(crate) ready: bool,
+    /// A proposer to whom a promise must be repeated because copies came.
+    owed_wedge_ack: BTreeSet<MemberId>,
+    suspected: BTreeSet<MemberId>,
+    lease_held: bool,
+    pub(crate) instance: Option<u128>,
+    tick_at: Instant,
+    due: Option<Instant>,
+    pub(crate) outputs: VecDeque<Output>,
+    pub(crate) counters: Counters,
+}
+
+impl Core {
+    /// A member that has not joined. `seed` drives its proposal ids; `now` starts its timers.
+    ///
+    /// # Panics
+    /// When the limits cannot work: datagrams below 256 bytes, events of 2 GiB or more; or a lease not below
+    /// `suspect_after`.
+    pub fn new(config: Config, seed: u64, now: Instant) -> Self {
+        assert!(
+            config.limits.datagram_bytes_max >= 256,
+            "a datagram holds a header and a chunk"
+        );
+        assert!(
+            config.limits.datagram_bytes_max <= 65_000,
+            "a datagram fits UDP"
+        );
+        assert!(
+            config.limits.event_bytes_max < 1 << 31,
+            "an event's length fits 32 bits"
+        );
+        assert!(
+            config.lease < config.suspect_after,
+            "the lease ends before anyone is suspected"
+        );
+        Self {
+            rng: Rng::new(seed),
+            now,
+            phase: Phase::Idle,
+            view: None,
+            version: 0,
+            wedged: None,
+            seeking: Seeking::default(),
+            proposal: None,
+            not_proposing_before: now,
+            clock: ServiceClock::default(),
+            proofs: Proofs::default(),
+            peers: BTreeMap::new(),
+            log: EventLog::starting_after(0),
+            assembler: Assembler::starting_after(0),
+            delivered: 0,
+            stable: 0,
+            trim: 0,
+            next_send: Pos::start(1),
+            urgent_to: 0,
+            probe_at: None,
+            heartbeat_at: now,
+            ack: AckDebt::default(),
+            answered_leader: None,
+            lag: Lag::default(),
+            alone_until: None,
+            renewing: None,
+            renew_at: now,
+            silent_before: now,
+            reading: false,
+            read_at: now,
+            writing: false,
+            cas_sent: now,
+            join_requests: BTreeSet::new(),
+            leave_requests: BTreeSet::new(),
+            dropped: BTreeSet::new(),
+            leaving: false,
+            handing_over: false,
+            too_few_since: None,
+            lost_since: None,
+            donors: BTreeMap::new(),
+            receiving: None,
+            joined_since: 0,
+            checkpoint_done: false,
+            ready: false,
+            owed_wedge_ack: BTreeSet::new(),
+            suspected: BTreeSet::new(),
+            lease_held: false,
+            instance: None,
+            tick_at: now,
+            due: None,
+            outputs: VecDeque::new(),
+            counters: Counters::default(),
+            config,
+        }
+    }
+
+    // ---- entry points ------------------------------------------------------------------------------------------
+
+    /// A datagram's body, from a member that the driver has authenticated.
+    pub fn handle_datagram(&mut self, now: Instant, from: &MemberId, body: &[u8]) {
+        self.enter(now);
+        if matches!(self.phase, Phase::Idle | Phase::Gone) || *from == self.config.me {
+            return;
+        }
+        let Some((header, mut items)) = Reader::new(body) else {
+            self.counters.malformed += 1;
+            return;
+        };
+        self.clock.observe(header.clock_us);
+        for item in items.by_ref() {
+            self.on_item(from, &header, item);
+            if self.phase == Phase::Gone {
+                return;
+            }
+        }
+        if items.damaged() {
+            self.counters.malformed += 1;
+        }
+        self.on_header(from, &header);
+    }
+
+    /// The coordinator's answer to a request.
+    pub fn handle_registry(&mut self, now: Instant, reply: RegistryReply) {
+        self.enter(now);
+        self.on_registry(reply);
+        self.tick();
+    }
+
+    /// News of a control connection.
+    pub fn handle_control(&mut self, now: Instant, peer: &str, event: ControlEvent) {
+        self.enter(now);
+        self.proofs.record(now, peer, event);
+        if !matches!(self.phase, Phase::Idle | Phase::Gone) {
+            self.tick();
+        }
+    }
+
+    /// The node's wish.
+    ///
+    /// # Errors
+    /// [`CommandError`] when this member's role does not allow it.
+    pub fn handle_command(&mut self, now: Instant, command: Command) -> Result<(), CommandError> {
+        self.enter(now);
+        self.on_command(command)?;
+        self.tick();
+        Ok(())
+    }
+
+    /// What this replica reports of itself from now on.
+    pub fn set_progress(&mut self, lag: Lag) {
+        self.lag = lag;
+    }
+
+    /// Multicasts an event; `urgent` when output waits for it. The caller has applied it already: it is not delivered
+    /// back.
+    ///
+    /// # Panics
+    /// When this member does not lead an installed, unwedged view; when `number` is not the next; when the payload is
+    /// longer than the limit. All three would tear the replicas apart.
+    pub fn multicast(&mut self, now: Instant, number: u64, payload: Bytes, urgent: bool) {
+        self.enter(now);
+        assert!(
+            self.can_multicast(),
+            "only the leader of an unwedged view multicasts"
+        );
+        assert_eq!(number, self.log.next(), "events are numbered without a gap");
+        assert!(
+            payload.len() <= self.config.limits.event_bytes_max,
+            "event_bytes_max"
+        );
+        self.log.push(payload);
+        self.delivered = number;
+        if urgent {
+            self.urgent_to = number;
+        }
+        if self.view().k == 0 {
+            self.update_stable();
+        }
+    }
+
+    /// Whether [`Core::multicast`] is allowed now.
+    pub fn can_multicast(&self) -> bool {
+        self.phase == Phase::Leading && self.wedged.is_none()
+    }
+
+    /// Whether the leader should take new input: false while too much is unstable or unheld.
+    pub fn window_open(&self) -> bool {
+        self.can_multicast()
+            && self.log.bytes_after(self.stable) < self.config.limits.window_bytes_max
+            && self.log.bytes_after(self.full_held()) < self.config.limits.retained_bytes_max
+    }
+
+    /// Until when this member, as leader, may emit (R2). `None`: not at all.
+    pub fn lease_until(&self) -> Option<Instant> {
+        if !self.can_multicast() {
+            return None;
+        }
+        let view = self.view();
+        let k = usize::from(view.k);
+        if k == 0 {
+            return self.alone_until;
+        }
+        let mut answered: Vec<Instant> = self
+            .peers
+            .iter()
+            .filter(|(m, _)| view.is_full(m))
+            .filter_map(|(_, p)| p.answered)
+            .collect();
+        answered.sort_unstable_by(|a, b| b.cmp(a));
+        answered.get(k - 1).map(|t| *t + view.lease())
+    }
+
+    /// Whether this member may emit at `now`: ask before every flush to the wire.
+    pub fn may_emit(&self, now: Instant) -> bool {
+        now >= self.silent_before && self.lease_until().is_some_and(|until| now < until)
+    }
+
+    /// A service clock value seen elsewhere (a checkpoint, a record).
+    pub fn observe_clock(&mut self, clock_us: u64) {
+        self.clock.observe(clock_us);
+    }
+
+    /// The service clock in microseconds; it runs on a leader and stands elsewhere.
+    pub fn service_clock(&self, now: Instant) -> u64 {
+        self.clock.now(now)
+    }
+
+    /// Sends a message on the unicast channel to the leader: at most one datagram, not repeated when lost. Returns false,
+    /// and sends nothing, when there is no leader to send to or the payload is longer than
+    /// [`Core::unicast_bytes_max`].
+    pub fn send_to_leader(&mut self, now: Instant, payload: &[u8]) -> bool {
+        self.enter(now);
+        let following = matches!(self.phase, Phase::Backup | Phase::Joining);
+        if !following || self.wedged.is_some() || payload.len() > self.unicast_bytes_max() {
+            return false;
+        }
+        let mut out = BytesMut::with_capacity(wire::HEADER_BYTES + 3 + payload.len());
+        self.header().put(&mut out);
+        wire::put_unicast(&mut out, payload);
+        let leader = self.view().leader().clone();
+        self.send_bodies(&leader, vec![out.freeze()]);
+        true
+    }
+
+    /// Longest payload of a unicast message.
+    pub fn unicast_bytes_max(&self) -> usize {
+        self.config.limits.datagram_bytes_max - wire::HEADER_BYTES - 3
+    }
+
+    /// A timer: harmless when early, late or repeated. Drain the sockets first: a datagram that waits there is a sign of
+    /// life that must be counted before a silence is judged.
+    pub fn handle_timeout(&mut self, now: Instant) {
+        self.enter(now);
+        if matches!(self.phase, Phase::Idle | Phase::Gone) {
+            return;
+        }
+        if self.probe_at.is_some_and(|t| t <= now) {
+            self.probe_at = None;
+            self.probe();
+        }
+        if self.tick_at <= now {
+            self.tick_at = now + self.tick_interval();
+        }
+        self.tick();
+    }
+
+    /// When to call [`Core::handle_timeout`] at the latest.
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        if matches!(self.phase, Phase::Idle | Phase::Gone) {
+            return None;
+        }
+        let mut at = self.tick_at;
+        for t in [
+            self.ack.by,
+            self.probe_at,
+            self.nak_due(),
+            self.lease_over_at(),
+        ] {
+            at = t.map_or(at, |t| at.min(t.max(self.now)));
+        }
+        Some(at)
+    }
+
+    /// The next output; drain to `None`.
+    pub fn poll_output(&mut self) -> Option<Output> {
+        if self.outputs.is_empty() {
+            self.flush_sends();
+        }
+        self.outputs.pop_front()
+    }
+
+    /// For status and metrics.
+    pub fn status(&self) -> GroupStatus {
+        let members = self.view.iter().flat_map(|v| v.members()).map(|m| {
+            let peer = self.peers.get(m);
+            let me = *m == self.config.me;
+            MemberStatus {
+                member: m.clone(),
+                full: self.view.as_ref().is_some_and(|v| v.is_full(m)),
+                held: if me {
+                    self.log.held()
+                } else {
+                    peer.map_or(0, |p| p.held)
+                },
+                lag: if me {
+                    self.lag
+                } else {
+                    peer.map_or(Lag::default(), |p| p.lag)
+                },
+                last_heard: if me {
+                    Some(self.now)
+                } else {
+                    peer.map(|p| p.heard)
+                },
+            }
+        });
+        let mut transfers: BTreeMap<MemberId, u64> = self
+            .donors
+            .iter()
+            .map(|(m, d)| (m.clone(), d.as_ref().map_or(0, |d| d.asked)))
+            .collect();
+        if let Some(r) = &self.receiving {
+            transfers.insert(self.config.me.clone(), r.at);
+        }
+        GroupStatus {
+            view: self.view.clone(),
+            role: self.role(),
+            wedged: self.wedged.is_some(),
+            members: members.collect(),
+            held: self.log.held(),
+            stable: self.stable,
+            retained_bytes: self.log.bytes_after(self.log.first() - 1),
+            lease_until: self.lease_until(),
+            counters: self.counters,
+            transfers,
+        }
+    }
+
+    /// The role in the installed view.
+    pub fn role(&self) -> Option<Role> {
+        match self.phase {
+            Phase::Idle | Phase::Seeking | Phase::Gone => None,
+            Phase::Joining => Some(Role::Joining),
+            Phase::Backup => Some(Role::Backup),
+            Phase::Leading => Some(Role::Leader),
+        }
+    }
+
+    /// This incarnation.
+    pub fn me(&self) -> &MemberId {
+        &self.config.me
+    }
+
+    // ---- time --------------------------------------------------------------------------------------------------
+
+    /// Every entry begins here. A call that comes much later than was asked for means that this process was stopped: the
+    /// silence was its own, and nobody is suspected for it. (Leases are not moved: they are judged by the clock alone.)
+    fn enter(&mut self, now: Instant) {
+        assert!(now >= self.now, "time goes back");
+        if self
+            .due
+            .is_some_and(|due| now.since(due) > self.config.heartbeat)
+        {
+            for p in self.peers.values_mut() {
+                p.heard = now;
+                p.lease_stated = now;
+            }
+            self.too_few_since = None;
+            self.lost_since = None;
+            if self.proposal.is_some() {
+                self.on_late_wake();
+            }
+        }
+        self.now = now;
+        self.due = self.poll_timeout();
+    }
+
+    fn tick_interval(&self) -> Duration {
+        let half = self.config.heartbeat / 2;
+        if self.proposal.is_some() {
+            half.min(Duration::from_millis(2))
+        } else {
+            half
+        }
+    }
+
+    /// Everything that is judged again and again. Repeating it is harmless.
+    pub(crate) fn tick(&mut self) {
+        let tick = self.now + self.tick_interval();
+        self.tick_at = self.tick_at.min(tick).max(self.now);
+        match self.phase {
+            Phase::Idle | Phase::Gone => return,
+            Phase::Seeking => self.seek(),
+            Phase::Joining => self.tick_joining(),
+            Phase::Backup | Phase::Leading => self.tick_full(),
+        }
+        if self.phase == Phase::Leading && self.wedged.is_none() {
+            self.lead();
+        }
+        if self.tick_at <= self.now {
+            self.tick_at = tick;
+        }
+    }
+
+    /// The leader's periodic work.
+    fn lead(&mut self) {
+        if self.now >= self.heartbeat_at {
+            self.heartbeat_at = self.now + self.config.heartbeat;
+            self.send_heartbeat(&[]);
+        }
+        self.renew_alone();
+        let holds = self.may_emit(self.now);
+        if self.lease_held && !holds {
+            self.notice(Notice::LeaseLost);
+        }
+        self.lease_held = holds;
+    }
+
+    /// Asks everyone for a sign of life; `first` goes in front.
+    pub(crate) fn send_heartbeat(&mut self, first: &[Message]) {
+        let mut messages = first.to_vec();
+        messages.push(Message::Heartbeat {
+            sent_us: self.now.micros(),
+        });
+        let mut header = self.header();
+        header.held = self.sent_in_whole();
+        let to: Vec<MemberId> = self.view().members().cloned().collect();
+        self.send_all(&to, wire::body(&header, &messages));
+    }
+
+    fn sent_in_whole(&self) -> u64 {
+        self.next_send.number - 1
+    }
+
+    fn probe(&mut self) {
+        if self.can_multicast() && self.stable < self.log.held() {
+            let mut header = self.header();
+            header.flags |= wire::URGENT;
+            header.held = self.sent_in_whole();
+            let to: Vec<MemberId> = self.view().full.clone();
+            self.send_all(&to, wire::body(&header, &[]));
+            self.probe_at = Some(self.now + PROBE_AFTER);
+        }
+    }
+
+    // ---- sending -----------------------------------------------------------------------------------------------
+
+    /// The installed view.
+    pub(crate) fn view(&self) -> &View {
+        self.view.as_ref().expect("a member has a view")
+    }
+
+    pub(crate) fn view_id(&self) -> u64 {
+        self.view.as_ref().map_or(0, |v| v.id.0)
+    }
+
+    pub(crate) fn notice(&mut self, n: Notice) {
+        tracing::debug!(group = self.config.group_id, me = %self.config.me, notice = ?n, "notice");
+        self.outputs.push_back(Output::Notice(n));
+    }
+
+    pub(crate) fn header(&self) -> Header {
+        let mut h = Header {
+            view_id: self
+                .view
+                .as_ref()
+                .map_or_else(|| self.seeking.view_id(), |v| v.id.0),
+            clock_us: self.clock.now(self.now),
+            ..Header::default()
+        };
+        let free = self.wedged.is_none();
+        match self.phase {
+            Phase::Leading if free => {
+                h.flags |= wire::LEADER;
+                if self.may_emit(self.now) {
+                    h.flags |= wire::LEASE;
+                }
+                h.stable = self.stable;
+                h.trim = self.trim;
+            }
+            Phase::Backup | Phase::Joining if free || planted!(self.config, AckAfterWedge) => {
+                h.flags |= wire::ACK;
+                h.held = self.log.held();
+            }
+            _ => {}
+        }
+        h
+    }
+
+    pub(crate) fn send_bodies(&mut self, to: &MemberId, bodies: Vec<Bytes>) {
+        if !bodies.is_empty() {
+            self.outputs.push_back(Output::Send {
+                to: Arc::from([to.clone()]),
+                bodies,
+            });
+        }
+    }
+
+    pub(crate) fn send(&mut self, to: &MemberId, message: Message) {
+        let body = wire::body(&self.header(), &[message]);
+        self.send_bodies(to, vec![body]);
+    }
+
+    /// Sends one body to all of these but this member.
+    pub(crate) fn send_all(&mut self, to: &[MemberId], body: Bytes) {
+        let to: Arc<[MemberId]> = to
+            .iter()
+            .filter(|m| **m != self.config.me)
+            .cloned()
+            .collect();
+        if !to.is_empty() {
+            self.outputs.push_back(Output::Send {
+                to,
+                bodies: vec![body],
+            });
+        }
+    }
+
+    /// Tells a peer of the view installed here, at a bounded rate.
+    pub(crate) fn tell_view(&mut self, to: &MemberId) {
+        let Some(view) = &self.view else { return };
+        let last = self
+            .peers
+            .get(to)
+            .and_then(|p| p.told)
+            .or(self.seeking.told(to));
+        if last.is_some_and(|t| self.now.since(t) < TELL_INTERVAL) {
+            return;
+        }
+        let message = Message::NewView {
+            version: self.version,
+            znode: view.encode(),
+        };
+        match self.peers.get_mut(to) {
+            Some(p) => p.told = Some(self.now),
+            None => self.seeking.tell(to, self.now),
+        }
+        self.send(to, message);
+    }
+
+    /// What waits to be sent: new events, acknowledgements, requests for what is missing.
+    fn flush_sends(&mut self) {
+        match self.phase {
+            Phase::Leading if self.wedged.is_none() => self.send_events(),
+            Phase::Backup | Phase::Joining => self.settle_ack_debt(),
+            _ => {}
+        }
+        self.ask_for_missing();
+        self.ask_for_pieces();
+        for proposer in std::mem::take(&mut self.owed_wedge_ack) {
+            self.send_wedge_ack(&proposer);
+        }
+    }
+
+    fn send_events(&mut self) {
+        let next = Pos::start(self.log.next());
+        if self.next_send >= next {
+            return;
+        }
+        let view = self.view();
+        if view.members().count() == 1 {
+            self.next_send = next;
+            return;
+        }
+        let flight = self
+            .log
+            .bytes_between(self.stable, self.next_send.number.saturating_sub(1));
+        if view.k > 0 && flight >= self.config.limits.flight_bytes_max {
+            return;
+        }
+        let to: Arc<[MemberId]> = view
+            .members()
+            .filter(|m| **m != self.config.me)
+            .cloned()
+            .collect();
+        let mut header = self.header();
+        if self.urgent_to >= self.next_send.number {
+            header.flags |= wire::URGENT;
+            self.probe_at = Some(self.now + PROBE_AFTER);
+        }
+        let from = self.next_send;
+        let (bodies, at) = self
+            .log
+            .pack(&header, from, next, BURST_BYTES, &self.config.limits);
+        self.next_send = at;
+        self.outputs.push_back(Output::Send { to, bodies });
+    }
+
+    fn settle_ack_debt(&mut self) {
+        let due = self.ack.at_once
+            || self.ack.bytes >= ACK_BYTES
+            || self.ack.by.is_some_and(|by| by <= self.now);
+        if !due {
+            return;
+        }
+        self.ack = AckDebt::default();
+        if self.wedged.is_some() && !planted!(self.config, AckAfterWedge) {
+            return;
+        }
+        let leader = self.view().leader().clone();
+        let body = wire::body(&self.header(), &[]);
+        self.send_bodies(&leader, vec![body]);
+    }
+
+    fn nak_due(&self) -> Option<Instant> {
+        let asks = match self.phase {
+            Phase::Backup | Phase::Joining | Phase::Leading => {
+                self.wedged.is_none() || self.fetch_from().is_some()
+            }
+            _ => false,
+        };
+        if asks { self.assembler.nak_due() } else { None }
+    }
+
+    fn ask_for_missing(&mut self) {
+        if self.nak_due().is_none_or(|t| t > self.now) {
+            return;
+        }
+        let from = match self.fetch_from() {
+            Some(holder) => holder,
+            None if self.wedged.is_none() && self.phase != Phase::Leading => {
+                self.view().leader().clone()
+            }
+            None => return,
+        };
+        if let Some(ranges) = self.assembler.missing(self.now) {
+            self.counters.naks_sent += 1;
+            self.send(&from, Message::Nak { ranges });
+        }
+    }
+
+    // ---- receiving ---------------------------------------------------------------------------------------------
+
+    fn on_item(&mut self, from: &MemberId, header: &Header, item: Item<'_>) {
+        match item {
+            Item::Message(Message::NewView { version, znode }) => {
+                self.on_znode(&znode, version);
+                return;
+            }
+            Item::Message(Message::WantView) => return self.tell_view(from),
+            Item::Message(Message::JoinRequest) => return self.on_join_request(from),
+            _ => {}
+        }
+        if !self.in_this_view(from, header) {
+            return;
+        }
+        match item {
+            Item::Chunk(chunk) => self.on_chunk(from, header, &chunk),
+            Item::Piece(piece) => self.on_piece(&piece),
+            Item::Unicast(payload) => {
+                if self.can_multicast() {
+                    let payload = Bytes::copy_from_slice(payload);
+                    self.outputs.push_back(Output::Unicast {
+                        from: from.clone(),
+                        payload,
+                    });
+                }
+            }
+            Item::Message(message) => self.on_message(from, message),
+        }
+    }
+
+    fn in_this_view(&self, from: &MemberId, header: &Header) -> bool {
+        self.view
+            .as_ref()
+            .is_some_and(|v| v.id.0 == header.view_id && v.contains(from))
+    }
+
+    fn on_message(&mut self, from: &MemberId, message: Message) {
+        match message {
+            Message::Heartbeat { sent_us } => self.on_heartbeat(from, sent_us),
+            Message::Alive { sent_us, lag } => {
+                if let Some(p) = self.peers.get_mut(from) {
+                    // A heartbeat of ours from the future is a peer's error; it must not lengthen the lease.
+                    let sent = Instant::from_micros(sent_us).min(self.now);
+                    p.answered = p.answered.max(Some(sent));
+                    p.lag = lag;
+                }
+            }
+            Message::Nak { ranges } => self.on_nak(from, &ranges),
+            Message::PreVote => self.on_pre_vote(from),
+            Message::PreVoteAnswer { granted } => self.on_pre_vote_answer(from, granted),
+            Message::Wedge => self.on_wedge(from),
+            Message::WedgeAck {
+                held,
+                answered_ago_us,
+                clock_us,
+                lag,
+                ready,
+            } => {
+                self.clock.observe(clock_us);
+                self.on_wedge_ack(from, held, answered_ago_us, lag, ready);
+            }
+            Message::JoinReady => {
+                if let Some(p) = self.peers.get_mut(from) {
+                    p.ready = true;
+                }
+            }
+            Message::LeaveRequest => {
+                if self.phase == Phase::Leading {
+                    self.leave_requests.insert(from.clone());
+                }
+            }
+            Message::PiecesWanted { since, offset, len } => {
+                self.on_pieces_wanted(from, since, offset, len);
+            }
+            Message::NewView { .. } | Message::WantView | Message::JoinRequest => {}
+        }
+    }
+
+    /// What the header says, after the items: an item may have installed the header's view.
+    fn on_header(&mut self, from: &MemberId, header: &Header) {
+        let Some(view) = &self.view else { return };
+        if header.view_id != view.id.0 {
+            self.counters.wrong_view += 1;
+            if header.view_id > view.id.0 {
+                self.want_view(from);
+            } else if header.view_id > 0 {
+                self.tell_view(from);
+            }
+            return;
+        }
+        if !view.contains(from) {
+            self.counters.stranger += 1;
+            return;
+        }
+        let from_leader = view.leader() == from;
+        let now = self.now;
+        let counts = self.can_multicast();
+        let Some(peer) = self.peers.get_mut(from) else {
+            return;
+        };
+        peer.heard = now;
+        if header.has(wire::LEADER) && from_leader {
+            if header.has(wire::LEASE) {
+                peer.lease_stated = now;
+            }
+            if self.wedged.is_none() {
+                if self.suspected.remove(from) {
+                    self.counters.false_suspicions += 1;
+                }
+                self.assembler.announce(header.held);
+                self.trim = self.trim.max(header.trim);
+                self.log.trim_to(self.trim.min(self.delivered));
+                if header.has(wire::URGENT) {
+                    self.ack.at_once = true;
+                }
+            }
+        } else if header.has(wire::ACK) && counts {
+            let held = header.held.min(self.log.held());
+            if held > peer.held {
+                peer.held = held;
+                self.update_stable();
+                self.collect();
+            }
+        }
+    }
+
+    fn want_view(&mut self, from: &MemberId) {
+        let due = self
+            .seeking
+            .asked_at
+            .is_none_or(|t| self.now.since(t) >= TELL_INTERVAL);
+        if due {
+            self.seeking.asked_at = Some(self.now);
+            self.send(from, Message::WantView);
+            self.read_view();
+        }
+    }
+
+    fn on_chunk(&mut self, from: &MemberId, header: &Header, chunk: &Chunk<'_>) {
+        let copy = header.has(wire::COPY);
+        let allowed = match (self.phase, self.wedged.is_some()) {
+            (Phase::Backup | Phase::Joining, false) => !copy && self.view().leader() == from,
+            (Phase::Backup | Phase::Joining, true) => copy || planted!(self.config, AckAfterWedge),
+            // A leader holds all its own events.
+            _ => false,
+        };
+        if !allowed {
+            return;
+        }
+        let before = self.log.held();
+        let new = self
+            .assembler
+            .take(chunk, &mut self.log, &self.config.limits);
+        if copy {
+            if self.log.held() > before && self.proposal.is_none() {
+                self.owed_wedge_ack.insert(from.clone());
+            }
+            return;
+        }
+        self.ack.bytes += chunk.bytes.len() + wire::CHUNK_BYTES;
+        if new {
+            self.ack.by.get_or_insert(self.now + ACK_DELAY);
+        } else {
+            self.ack.at_once = true; // a repetition: the leader has missed an acknowledgement
+        }
+        self.deliver();
+    }
+
+    /// Delivers what is held, in order, if this member may.
+    pub(crate) fn deliver(&mut self) {
+        if self.wedged.is_some() && !planted!(self.config, AckAfterWedge) {
+            return;
+        }
+        if self.phase == Phase::Joining && !self.checkpoint_done {
+            let waiting = self.log.bytes_after(self.delivered);
+            if waiting > self.config.limits.joiner_buffer_bytes_max {
+                self.become_gone();
+            }
+            return;
+        }
+        self.deliver_to(self.log.held());
+    }
+
+    pub(crate) fn deliver_to(&mut self, last: u64) {
+        while self.delivered < last {
+            self.delivered += 1;
+            let number = self.delivered;
+            let payload = self
+                .log
+                .payload(number)
+                .expect("held until delivered")
+                .clone();
+            if planted!(self.config, JoinerSkipsOne)
+                && self.phase == Phase::Joining
+                && number == self.joined_cut() + 1
+            {
+                continue;
+            }
+            self.outputs.push_back(Output::Deliver { number, payload });
+        }
+    }
+
+    fn on_heartbeat(&mut self, from: &MemberId, sent_us: u64) {
+        if self.view().leader() != from
+            || (self.wedged.is_some() && !planted!(self.config, AckAfterWedge))
+        {
+            return;
+        }
+        self.answered_leader = Some(self.now);
+        let mut messages = vec![Message::Alive {
+            sent_us,
+            lag: self.lag,
+        }];
+        if self.phase == Phase::Joining && self.ready {
+            messages.push(Message::JoinReady);
+        }
+        if self.leaving {
+            messages.push(Message::LeaveRequest);
+        }
+        let body = wire::body(&self.header(), &messages);
+        self.send_bodies(from, vec![body]);
+    }
+
+    fn on_nak(&mut self, from: &MemberId, ranges: &[(Pos, Pos)]) {
+        let mut header = self.header();
+        if self.wedged.is_some() {
+            header.flags |= wire::COPY;
+        } else if self.phase != Phase::Leading {
+            return;
+        }
+        let mut budget = RESEND_BYTES;
+        let sent = if self.wedged.is_some() {
+            Pos::start(self.log.next())
+        } else {
+            self.next_send
+        };
+        for (a, b) in ranges.iter().take(crate::fbcast::NAK_RANGES_MAX) {
+            let to = (*b).min(sent);
+            if a.number < self.log.first() {
+                // Given up for a joiner that was too slow; nothing else can be missing here.
+                self.drop_joiner(from);
+                return;
+            }
+            let (bodies, _) = self.log.pack(&header, *a, to, budget, &self.config.limits);
+            budget = budget.saturating_sub(bodies.iter().map(Bytes::len).sum());
+            self.counters.retransmitted += bodies.len() as u64;
+            self.send_bodies(from, bodies);
+            if budget == 0 {
+                break;
+            }
+        }
+    }
+
+    // ---- stability ---------------------------------------------------------------------------------------------
+
+    /// The highest event that every other full member holds.
+    fn full_held(&self) -> u64 {
+        let view = self.view();
+        let held = self
+            .peers
+            .iter()
+            .filter(|(m, _)| view.is_full(m))
+            .map(|(_, p)| p.held);
+        held.min().unwrap_or_else(|| self.log.held())
+    }
+
+    /// `k` acknowledgements make an event stable.
+    pub(crate) fn update_stable(&mut self) {
+        let view = self.view();
+        let mut k = usize::from(view.k);
+        if planted!(self.config, StableAtKMinusOne) {
+            k = k.saturating_sub(1);
+        }
+        let mut held: Vec<u64> = self
+            .peers
+            .iter()
+            .filter(|(m, _)| view.is_full(m))
+            .map(|(_, p)| p.held)
+            .collect();
+        held.sort_unstable_by(|a, b| b.cmp(a));
+        let stable = if k == 0 {
+            self.log.held()
+        } else {
+            held.get(k - 1).copied().unwrap_or(0)
+        };
+        if stable > self.stable {
+            self.stable = stable;
+            self.outputs.push_back(Output::Stable { number: stable });
+            if stable == self.log.held() {
+                self.probe_at = None;
+            }
+        }
+    }
+
+    /// Forgets what every full member holds, and joiners too unless they are far too slow.
+    fn collect(&mut self) {
+        let full = self.full_held();
+        let mut trim = full;
+        let mut slow = Vec::new();
+        for (m, p) in self
+            .peers
+            .iter()
+            .filter(|(m, _)| self.view().joiner(m).is_some())
+        {
+            let bytes = self.log.bytes_between(p.held, full);
+            if bytes > self.config.limits.joiner_bytes_max {
+                slow.push(m.clone());
+            } else if !self.dropped.contains(m) {
+                trim = trim.min(p.held);
+            }
+        }
+        for m in slow {
+            self.drop_joiner(&m);
+        }
+        if planted!(self.config, EarlyTrim) {
+            trim = self.stable;
+        }
+        self.trim = self.trim.max(full.min(trim));
+        self.log.trim_to(trim);
+    }
+
+    pub(crate) fn drop_joiner(&mut self, joiner: &MemberId) {
+        if self.phase == Phase::Leading
+            && self.view().joiner(joiner).is_some()
+            && self.dropped.insert(joiner.clone())
+        {
+            self.notice(Notice::JoinerDropped {
+                member: joiner.clone(),
+            });
+        }
+    }
+
+    // ---- state transfer ----------------------------------------------------------------------------------------
+
+    fn on_pieces_wanted(&mut self, from: &MemberId, since: u64, offset: u64, len: u32) {
+        let header = self.header();
+        let Some(Some(donor)) = self.donors.get_mut(from) else {
+            return;
+        };
+        let bodies = donor.pieces(&header, since, offset, len, &self.config.limits);
+        self.send_bodies(from, bodies);
+    }
+
+    fn on_piece(&mut self, piece: &Piece<'_>) {
+        let Some(r) = &mut self.receiving else { return };
+        if piece.since != self.joined_since || r.done() {
+            return;
+        }
+        let had_total = r.total().is_some();
+        let got = r.take(self.now, piece, &self.config.limits);
+        let total = r.total().unwrap_or(piece.total);
+        let done = r.done();
+        if !had_total {
+            tracing::debug!(bytes = total, "checkpoint begins");
+        }
+        for (offset, bytes) in got {
+            self.outputs.push_back(Output::CheckpointChunk {
+                offset,
+                total,
+                bytes,
+            });
+        }
+        if done {
+            self.receiving = None;
+            self.checkpoint_done = true;
+            self.outputs.push_back(Output::CheckpointDone);
+            self.deliver();
+        }
+    }
+
+    fn ask_for_pieces(&mut self) {
+        if self.phase != Phase::Joining || self.wedged.is_some() {
+            return;
+        }
+        let since = self.joined_since;
+        while let Some((offset, len)) = self
+            .receiving
+            .as_mut()
+            .and_then(|r| r.want(self.now, &self.config.limits))
+        {
+            let leader = self.view().leader().clone();
+            self.send(&leader, Message::PiecesWanted { since, offset, len });
+        }
+    }
+
+    /// Whether the checkpoint has come in whole.
+    pub(crate) fn has_checkpoint(&self) -> bool {
+        self.checkpoint_done
+    }
+
+    // ---- resets at a view's beginning --------------------------------------------------------------------------
+
+    /// Forgets everything that belonged to the view before.
+    pub(crate) fn reset_for_view(&mut self, cut: u64) {
+        self.wedged = None;
+        self.proposal = None;
+        self.too_few_since = None;
+        self.lost_since = None;
+        self.answered_leader = None;
+        self.owed_wedge_ack.clear();
+        self.suspected.clear();
+        self.ack = AckDebt::default();
+        self.probe_at = None;
+        self.urgent_to = 0;
+        self.next_send = Pos::start(cut + 1);
+        self.heartbeat_at = self.now + self.config.heartbeat;
+        self.lease_held = false;
+        self.handing_over = false;
+    }
+
+    /// Marks a member as suspected; says so once.
+    pub(crate) fn suspect(&mut self, member: &MemberId, proved: bool) {
+        if self.suspected.insert(member.clone()) {
+            self.notice(Notice::Suspected {
+                member: member.clone(),
+                proved,
+            });
+        }
+    }
+}

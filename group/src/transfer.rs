@@ -1,0 +1,238 @@
+//! State transfer: the joiner pulls its checkpoint piece by piece, at its own pace, so that a large one never holds up
+//! the leader's traffic, and a lost piece costs one more request.
+
+use crate::config::Limits;
+use crate::time::Instant;
+use crate::wire::{self, Header, Piece};
+use bytes::{Bytes, BytesMut};
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+/// Without progress for this long, the joiner asks again.
+pub(crate) const PIECE_RETRY: Duration = Duration::from_millis(20);
+
+/// The leader's side: one checkpoint, kept until its joiner is full or gone.
+pub(crate) struct Donor {
+    segments: Vec<(u64, Bytes)>,
+    total: u64,
+    /// How far the joiner has asked.
+    pub(crate) asked: u64,
+}
+
+impl Donor {
+    pub(crate) fn new(segments: Vec<Bytes>) -> Self {
+        let mut total = 0;
+        let mut placed = Vec::with_capacity(segments.len());
+        for s in segments.into_iter().filter(|s| !s.is_empty()) {
+            let start = total;
+            total += s.len() as u64;
+            placed.push((start, s));
+        }
+        Self {
+            segments: placed,
+            total,
+            asked: 0,
+        }
+    }
+
+    /// Datagrams with the part `offset..offset + len`; an empty checkpoint is one empty piece.
+    pub(crate) fn pieces(
+        &mut self,
+        header: &Header,
+        since: u64,
+        offset: u64,
+        len: u32,
+        limits: &Limits,
+    ) -> Vec<Bytes> {
+        let room = limits.datagram_bytes_max - wire::HEADER_BYTES - wire::PIECE_BYTES;
+        let end = offset.saturating_add(u64::from(len.min(limits.transfer_window_bytes)));
+        let end = end.min(self.total);
+        self.asked = self.asked.max(offset.min(self.total));
+        let mut bodies = Vec::new();
+        let mut at = offset;
+        while at < end || (self.total == 0 && bodies.is_empty()) {
+            let want = usize::try_from(end.saturating_sub(at)).map_or(room, |n| n.min(room));
+            let mut bytes = BytesMut::with_capacity(want);
+            self.copy(at, want, &mut bytes);
+            let mut out = BytesMut::with_capacity(limits.datagram_bytes_max);
+            header.put(&mut out);
+            let piece = Piece {
+                since,
+                offset: at,
+                total: self.total,
+                bytes: &bytes,
+            };
+            wire::put_piece(&mut out, &piece);
+            at += want as u64;
+            bodies.push(out.freeze());
+        }
+        bodies
+    }
+
+    fn copy(&self, mut at: u64, mut want: usize, out: &mut BytesMut) {
+        let mut i = self
+            .segments
+            .partition_point(|(start, _)| *start <= at)
+            .saturating_sub(1);
+        while want > 0 {
+            let Some((start, segment)) = self.segments.get(i) else {
+                return;
+            };
+            let skip = usize::try_from(at - start).expect("a segment fits memory");
+            let part = segment.get(skip..).unwrap_or_default();
+            let part = &part[..part.len().min(want)];
+            out.extend_from_slice(part);
+            at += part.len() as u64;
+            want -= part.len();
+            i += 1;
+        }
+    }
+}
+
+/// The joiner's side.
+///
+/// Invariant: `at <= asked`; nothing kept begins before `at`.
+pub(crate) struct Receiving {
+    pub(crate) at: u64,
+    total: Option<u64>,
+    asked: u64,
+    kept: BTreeMap<u64, Bytes>,
+    pub(crate) retry_at: Instant,
+}
+
+impl Receiving {
+    pub(crate) fn new(now: Instant) -> Self {
+        Self {
+            at: 0,
+            total: None,
+            asked: 0,
+            kept: BTreeMap::new(),
+            retry_at: now,
+        }
+    }
+
+    pub(crate) fn total(&self) -> Option<u64> {
+        self.total
+    }
+
+    pub(crate) fn done(&self) -> bool {
+        self.total == Some(self.at)
+    }
+
+    /// Takes a piece; gives what is now in order, with its position.
+    pub(crate) fn take(
+        &mut self,
+        now: Instant,
+        piece: &Piece<'_>,
+        limits: &Limits,
+    ) -> Vec<(u64, Bytes)> {
+        let end = piece.offset.checked_add(piece.bytes.len() as u64);
+        let fits = end.is_some_and(|end| end <= piece.total && end <= self.at + window(limits) * 2);
+        if !fits || self.total.is_some_and(|t| t != piece.total) {
+            return Vec::new();
+        }
+        self.total = Some(piece.total);
+        if piece.offset >= self.at && !piece.bytes.is_empty() {
+            self.kept
+                .entry(piece.offset)
+                .or_insert_with(|| Bytes::copy_from_slice(piece.bytes));
+        }
+        let mut out = Vec::new();
+        while let Some(first) = self.kept.first_entry() {
+            let start = *first.key();
+            if start > self.at {
+                break;
+            }
+            let mut bytes = first.remove();
+            let skip = usize::try_from(self.at - start).unwrap_or(usize::MAX);
+            if skip < bytes.len() {
+                let new = bytes.split_off(skip);
+                out.push((self.at, new.clone()));
+                self.at += new.len() as u64;
+            }
+        }
+        if !out.is_empty() {
+            self.retry_at = now + PIECE_RETRY;
+        }
+        out
+    }
+
+    /// What to ask for now: the next part when half of the window has come, the missing part when nothing comes.
+    pub(crate) fn want(&mut self, now: Instant, limits: &Limits) -> Option<(u64, u32)> {
+        if self.done() {
+            return None;
+        }
+        let window = window(limits);
+        if now >= self.retry_at {
+            self.retry_at = now + PIECE_RETRY;
+            let end = self
+                .kept
+                .first_key_value()
+                .map_or(self.at + window, |(start, _)| *start);
+            self.asked = self.asked.max(end);
+            return Some((self.at, u32::try_from(end - self.at).unwrap_or(u32::MAX)));
+        }
+        let more = self.total.is_some_and(|t| self.asked < t);
+        if more && self.asked - self.at <= window / 2 {
+            let from = self.asked;
+            self.asked += window / 2;
+            return Some((from, u32::try_from(window / 2).unwrap_or(u32::MAX)));
+        }
+        None
+    }
+}
+
+fn window(limits: &Limits) -> u64 {
+    u64::from(limits.transfer_window_bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::wire::{Item, Reader};
+
+    #[test]
+    fn a_checkpoint_arrives_whole_through_loss() {
+        let limits = Limits {
+            datagram_bytes_max: 200,
+            transfer_window_bytes: 2000,
+            ..Limits::default()
+        };
+        let mut rng = crate::rng::Rng::new(1);
+        for size in [0usize, 1, 117, 5000, 40_000] {
+            let image: Vec<u8> = (0..size)
+                .map(|i| u8::try_from(i * 7 % 251).unwrap())
+                .collect();
+            let segments = image.chunks(333).map(Bytes::copy_from_slice).collect();
+            let mut donor = Donor::new(segments);
+            let mut now = Instant::from_micros(0);
+            let mut r = Receiving::new(now);
+            let mut got = Vec::new();
+            let mut steps = 0;
+            while !r.done() {
+                steps += 1;
+                assert!(steps < 10_000, "no progress at {size}");
+                let Some((offset, len)) = r.want(now, &limits) else {
+                    now += PIECE_RETRY;
+                    continue;
+                };
+                for body in donor.pieces(&Header::default(), 1, offset, len, &limits) {
+                    assert!(body.len() <= 200);
+                    if rng.next_u64() % 4 == 0 {
+                        continue;
+                    }
+                    for item in Reader::new(&body).unwrap().1 {
+                        let Item::Piece(p) = item else {
+                            panic!("only pieces")
+                        };
+                        for (at, bytes) in r.take(now, &p, &limits) {
+                            assert_eq!(at, got.len() as u64);
+                            got.extend_from_slice(&bytes);
+                        }
+                    }
+                }
+            }
+            assert_eq!(got, image);
+        }
+    }
+}
