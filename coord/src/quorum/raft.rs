@@ -1,10 +1,10 @@
 //! raft-rs as a [`Consensus`].
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
 
 use raft::eraftpb as pb;
-use raft::{Config, INVALID_ID, RawNode, SnapshotStatus, StateRole};
+use raft::{Config, INVALID_ID, ProgressState, RawNode, SnapshotStatus, StateRole};
 
 use super::log::Log;
 use super::message::{RaftMessage, RaftMessageKind, entry_from_engine, image_from_engine};
@@ -18,6 +18,11 @@ const MESSAGE_BYTES_MAX: u64 = 1024 * 1024;
 
 /// Messages with entries on their way to one follower at most.
 const IN_FLIGHT_MAX: usize = 256;
+
+/// A follower that has not taken a snapshot after this many ticks is sent another, then after twice
+/// as many, and so on up to [`SNAPSHOT_TICKS_MAX`]: the engine itself would wait for ever.
+const SNAPSHOT_TICKS: u32 = 200;
+const SNAPSHOT_TICKS_MAX: u32 = 200 * 32;
 
 /// What waits for one write to be durable.
 struct Pending {
@@ -36,6 +41,11 @@ pub(crate) struct RaftQuorum {
     incarnation: u64,
     election_ticks: (usize, usize),
     pending: VecDeque<Pending>,
+    /// The batch with a snapshot that is not durable yet. Until it is, the engine must not be told
+    /// that it was applied, and must not campaign: it would look for entries that are gone.
+    installing: Option<u64>,
+    /// Followers that were sent a snapshot: ticks since then, and how many are too many.
+    snapshots: BTreeMap<u64, (u32, u32)>,
     /// A commit index that was not worth a write of its own.
     unsaved: Option<HardState>,
     outputs: VecDeque<QuorumOutput>,
@@ -71,6 +81,8 @@ impl RaftQuorum {
             incarnation: config.incarnation,
             election_ticks: config.election_ticks,
             pending: VecDeque::new(),
+            installing: None,
+            snapshots: BTreeMap::new(),
             unsaved: None,
             outputs: VecDeque::new(),
         };
@@ -98,6 +110,7 @@ impl RaftQuorum {
             // A leader tells a follower to commit only what that follower has acknowledged: so
             // this one has forgotten its log. It must not take part under its old name.
             && (message.kind != RaftMessageKind::Heartbeat || message.commit <= last)
+            && (message.kind != RaftMessageKind::TimeoutNow || self.installing.is_none())
             && (message.kind != RaftMessageKind::ReadIndex || message.entries.len() == 1)
     }
 
@@ -154,6 +167,7 @@ impl RaftQuorum {
                 messages: promises,
             });
             if let Some(image) = image {
+                self.installing = Some(number);
                 self.outputs.push_back(QuorumOutput::Restore(image));
             }
             for entry in ready.take_committed_entries() {
@@ -169,7 +183,9 @@ impl RaftQuorum {
                 }
             }
             self.node.advance_append_async(ready);
-            self.node.advance_apply();
+            if self.installing.is_none() {
+                self.node.advance_apply();
+            }
             self.release();
         }
         self.settle();
@@ -182,6 +198,42 @@ impl RaftQuorum {
             self.node.on_persist_ready(pending.number);
             self.outputs
                 .extend(pending.messages.into_iter().map(QuorumOutput::Send));
+        }
+    }
+
+    /// Gives up on snapshots that were lost on the way.
+    fn watch_snapshots(&mut self) {
+        let tracker = self.node.raft.prs();
+        let leads = self.node.raft.state == StateRole::Leader;
+        let waits = |id: u64| {
+            leads
+                && tracker
+                    .get(id)
+                    .is_some_and(|peer| peer.state == ProgressState::Snapshot)
+        };
+        let mut lost = Vec::new();
+        for id in self.node.store().voters() {
+            if !waits(*id) {
+                // One that is being probed again keeps its patience.
+                if !leads
+                    || tracker
+                        .get(*id)
+                        .is_some_and(|p| p.state == ProgressState::Replicate)
+                {
+                    self.snapshots.remove(id);
+                }
+                continue;
+            }
+            let (ticks, limit) = self.snapshots.entry(*id).or_insert((0, SNAPSHOT_TICKS));
+            *ticks += 1;
+            if *ticks >= *limit {
+                *ticks = 0;
+                *limit = (*limit * 2).min(SNAPSHOT_TICKS_MAX);
+                lost.push(*id);
+            }
+        }
+        for id in lost {
+            self.node.report_snapshot(id, SnapshotStatus::Failure);
         }
     }
 
@@ -200,7 +252,10 @@ impl RaftQuorum {
 
 impl Consensus for RaftQuorum {
     fn tick(&mut self) {
-        self.node.tick();
+        if self.installing.is_none() {
+            self.node.tick();
+        }
+        self.watch_snapshots();
         self.settle();
     }
 
@@ -236,11 +291,15 @@ impl Consensus for RaftQuorum {
                 .extend(pending.messages.into_iter().map(QuorumOutput::Send));
         }
         self.node.on_persist_ready(token);
+        if self.installing.is_some_and(|number| number <= token) {
+            self.installing = None;
+            self.node.advance_apply();
+        }
         self.release();
     }
 
     fn campaign(&mut self) {
-        if self.node.raft.state == StateRole::Leader {
+        if self.node.raft.state == StateRole::Leader || self.installing.is_some() {
             return;
         }
         // What a leader sends to hand over: voters then do not insist on the dead leader's lease.
