@@ -239,6 +239,7 @@ pub(crate) fn upload(address: SocketAddr, seed: u64, length: u64, rate: u64) -> 
         stream
             .write_all(&buffer[..piece])
             .with_context(|| format!("sending at byte {sent}"))?;
+        pacer.done(&rate, piece);
         sent += piece as u64;
         reporter.progress(sent)?;
     }

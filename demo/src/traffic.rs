@@ -174,6 +174,7 @@ impl Setting<'_> {
                     if got == 0 {
                         break;
                     }
+                    pacer.done(&shared.rate, got);
                     checker.update(&buffer[..got]);
                     lock(&shared.series).push(now_us(), checker.bytes());
                     if let Some(at) = checker.first_wrong() {
