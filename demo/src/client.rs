@@ -4,7 +4,6 @@
 //! They report on standard output, a line each: `P MICROSECONDS TOTAL` (progress: monotonic clock,
 //! units done so far), at the end `D TEXT` (done) or `E TEXT` (what went wrong).
 
-use std::fmt::Display;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::sync::Arc;
@@ -30,31 +29,22 @@ impl Reporter {
         Self { written_us: 0 }
     }
 
-    fn progress(&mut self, total: u64) -> io::Result<()> {
+    fn progress(&mut self, total: u64) {
         let now = now_us();
         if now >= self.written_us + 900 {
             self.written_us = now;
-            say('P', format_args!("{now} {total}"))?;
+            println!("P {now} {total}");
         }
-        Ok(())
     }
-}
-
-fn say(kind: char, text: impl Display) -> io::Result<()> {
-    let mut out = io::stdout().lock();
-    writeln!(out, "{kind} {text}")?;
-    out.flush()
 }
 
 /// Runs one client to its end and says how it ended.
-pub(crate) fn report(outcome: Result<String>) -> bool {
-    match &outcome {
-        Ok(text) => say('D', text).is_ok(),
-        Err(error) => {
-            let _ = say('E', format_args!("{error:#}"));
-            false
-        }
+pub(crate) fn report(outcome: &Result<String>) -> bool {
+    match outcome {
+        Ok(text) => println!("D {text}"),
+        Err(error) => println!("E {error:#}"),
     }
+    outcome.is_ok()
 }
 
 fn connect(address: SocketAddr) -> Result<TcpStream> {
@@ -155,7 +145,7 @@ fn converse(
         }
         hasher.update(&answer);
         count += 1;
-        reporter.progress(count)?;
+        reporter.progress(count);
     }
     stream.shutdown(Shutdown::Write).context("closing")?;
     let rest = io::copy(&mut stream, &mut io::sink()).context("waiting for the server's close")?;
@@ -241,7 +231,7 @@ pub(crate) fn upload(address: SocketAddr, seed: u64, length: u64, rate: u64) -> 
             .with_context(|| format!("sending at byte {sent}"))?;
         pacer.done(&rate, piece);
         sent += piece as u64;
-        reporter.progress(sent)?;
+        reporter.progress(sent);
     }
     let should = payload::hex(hasher.finish());
     let mut answer = vec![0; should.len() + 1];
@@ -257,7 +247,7 @@ pub(crate) fn upload(address: SocketAddr, seed: u64, length: u64, rate: u64) -> 
     }
     stream.shutdown(Shutdown::Write).context("closing")?;
     io::copy(&mut stream, &mut io::sink()).context("waiting for the server's close")?;
-    say('P', format_args!("{} {sent}", now_us()))?;
+    println!("P {} {sent}", now_us());
     Ok(format!("{sent} {should}"))
 }
 

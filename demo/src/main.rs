@@ -59,7 +59,7 @@ fn main() -> ExitCode {
             Err(error) => fail(&error),
         },
         Some(Part::Client(other)) => {
-            if client::report(run_client(&other)) {
+            if client::report(&run_client(&other)) {
                 ExitCode::SUCCESS
             } else {
                 ExitCode::FAILURE
