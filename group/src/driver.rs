@@ -95,10 +95,16 @@ impl Driver {
     }
 
     /// This node begins a life in a group: its datagrams are sealed as this incarnation's from now on, and peers learn
-    /// of it by their control connections.
+    /// of it by their control connections. (Where the halves are lent out, do the same at each of them.)
     pub fn set_member(&mut self, group: u32, me: MemberId) {
         self.control.set_incarnation(group, me.incarnation);
         self.sender.set_member(group, me);
+    }
+
+    /// The instance of a group is known: datagrams can be sealed and opened.
+    pub fn set_instance(&mut self, group: u32, instance: u128) {
+        self.receiver.set_instance(group, instance);
+        self.sender.set_instance(group, instance);
     }
 
     /// When [`Control::poll_input`] wants to be called, if nothing happens before.

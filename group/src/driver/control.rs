@@ -145,7 +145,7 @@ impl Control {
 
     /// This node lives as `incarnation` in a group from now on. Peers that were told of another life are cut off, so
     /// that they ask again.
-    pub(super) fn set_incarnation(&mut self, group: u32, incarnation: u128) {
+    pub fn set_incarnation(&mut self, group: u32, incarnation: u128) {
         if self.incarnations.insert(group, incarnation).is_some_and(|old| old != incarnation) {
             for slot in &mut self.accepted {
                 *slot = None;

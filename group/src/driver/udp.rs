@@ -267,7 +267,8 @@ impl Receiver {
 }
 
 impl Sender {
-    pub(super) fn set_member(&mut self, group: u32, me: MemberId) {
+    /// This member's life in a group: its datagrams are sealed as this incarnation's from now on.
+    pub fn set_member(&mut self, group: u32, me: MemberId) {
         let own = self.groups.entry(group).or_default();
         own.me = Some(me);
         own.counter = 0;

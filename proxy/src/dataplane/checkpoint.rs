@@ -8,7 +8,7 @@
 use bytes::{Bytes, BytesMut};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
-use unbroken_tcpstate::Image;
+use unbroken_tcpstate::{DecodeError, Image};
 
 use super::servers::InputHeader;
 
@@ -17,7 +17,8 @@ const VERSION: u16 = 1;
 #[derive(Serialize, Deserialize)]
 struct Header {
     version: u16,
-    tcp: Image,
+    /// [`Image::encode`]: it has a version of its own.
+    tcp: Vec<u8>,
     inputs: Vec<InputHeader>,
 }
 
@@ -28,6 +29,8 @@ pub(crate) enum CheckpointError {
     Short,
     #[error("the checkpoint's header cannot be read: {0}")]
     Header(#[from] postcard::Error),
+    #[error("the checkpoint's records: {0}")]
+    Records(#[from] DecodeError),
     #[error("the checkpoint has version {0}, this program reads {VERSION}")]
     Version(u16),
 }
@@ -39,8 +42,8 @@ pub(crate) struct Checkpoint {
 }
 
 /// Writes a checkpoint as a list of segments.
-pub(crate) fn encode(tcp: Image, inputs: (Vec<InputHeader>, Vec<Bytes>)) -> Vec<Bytes> {
-    let header = Header { version: VERSION, tcp, inputs: inputs.0 };
+pub(crate) fn encode(tcp: &Image, inputs: (Vec<InputHeader>, Vec<Bytes>)) -> Vec<Bytes> {
+    let header = Header { version: VERSION, tcp: tcp.encode(), inputs: inputs.0 };
     let header = postcard::to_stdvec(&header).expect("a header of ours is serialisable");
     let length = u32::try_from(header.len()).expect("records of bounded connections fit 4 GiB");
     let mut head = BytesMut::with_capacity(4 + header.len());
@@ -73,5 +76,5 @@ pub(crate) fn decode(mut all: Bytes) -> Result<Checkpoint, CheckpointError> {
         let n = n.filter(|n| *n <= rest.len()).ok_or(CheckpointError::Short)?;
         inputs.push((input, rest.split_to(n)));
     }
-    Ok(Checkpoint { tcp: header.tcp, inputs })
+    Ok(Checkpoint { tcp: Image::decode(&header.tcp)?, inputs })
 }

@@ -7,35 +7,46 @@ use mio::Registry;
 use tokio::sync::mpsc::UnboundedSender;
 use tracing::{debug, info, warn};
 use unbroken_group::{MemberId, Notice};
-use unbroken_group::driver::udp::Driver;
+use unbroken_group::driver::Sender;
 
 use super::Note;
-use crate::clock::Micros;
 use crate::registry::Request;
 
 /// The thread's shared parts, lent to one plane for one turn.
 pub(crate) struct Context<'a> {
     pub(crate) registry: &'a Registry,
-    pub(crate) driver: &'a mut Driver,
+    pub(crate) sender: &'a mut Sender,
     pub(crate) requests: &'a UnboundedSender<Request>,
     pub(crate) notes: &'a UnboundedSender<Note>,
     pub(crate) want_writable: &'a mut Vec<usize>,
+    /// For the parts that are in use while a plane has its turn.
+    pub(crate) deferred: &'a mut Vec<Deferred>,
+}
+
+/// What is done once the planes have had their turn.
+pub(crate) enum Deferred {
+    /// The receiver can derive a group's keys.
+    Instance(u32, u128),
+    /// The control connections tell of a new life.
+    Life(u32, u128),
 }
 
 impl Context<'_> {
     /// Sends datagrams of a plane's group.
     pub(crate) fn send(&mut self, plane: usize, to: &[MemberId], bodies: &[Bytes]) {
-        self.driver.send(group_id(plane), to, bodies);
+        self.sender.send(group_id(plane), to, bodies);
     }
 
     /// The group's keys can be derived.
     pub(crate) fn set_instance(&mut self, plane: usize, instance: u128) {
-        self.driver.set_instance(group_id(plane), instance);
+        self.sender.set_instance(group_id(plane), instance);
+        self.deferred.push(Deferred::Instance(group_id(plane), instance));
     }
 
     /// A plane begins a new life in its group.
     pub(crate) fn renew(&mut self, plane: usize, me: MemberId) {
-        self.driver.set_member(group_id(plane), me);
+        self.deferred.push(Deferred::Life(group_id(plane), me.incarnation));
+        self.sender.set_member(group_id(plane), me);
     }
 
     /// Asks the coordinator; the answer comes through the data plane's queue.
@@ -45,7 +56,7 @@ impl Context<'_> {
     }
 
     /// The wire of a plane takes no more for now.
-    pub(crate) fn want_writable(&mut self, plane: usize, _now: Micros) {
+    pub(crate) fn want_writable(&mut self, plane: usize) {
         self.want_writable.push(plane);
     }
 
@@ -75,4 +86,9 @@ impl Context<'_> {
 /// The group of a plane.
 pub(crate) fn group_id(plane: usize) -> u32 {
     u32::try_from(plane).expect("a node has few VIPs")
+}
+
+/// The plane of a group; of a foreign one, an index that no plane has.
+pub(crate) fn plane_of(group: u32) -> usize {
+    usize::try_from(group).unwrap_or(usize::MAX)
 }

@@ -10,7 +10,6 @@ mod role;
 mod servers;
 mod upstream;
 
-use std::collections::BTreeMap;
 use std::io;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::Arc;
@@ -23,10 +22,10 @@ use ring::hkdf;
 use tokio::sync::mpsc::UnboundedSender;
 use tracing::info;
 use unbroken_group as group;
-use unbroken_group::driver::udp::Driver;
+use unbroken_group::driver::Driver;
 use unbroken_tcpstate as tcp;
 
-use self::context::{Context, group_id};
+use self::context::{Context, Deferred, group_id, plane_of};
 use self::plane::{Plane, PlaneConfig, group_time};
 use self::report::Reporter;
 use self::servers::Servers;
@@ -91,6 +90,9 @@ const WIRES_MAX: usize = 63;
 const DRIVER: usize = 64;
 const OWN_TOKENS_END: usize = 256;
 
+/// At most this many batches of datagrams a round.
+const DATAGRAM_BATCHES: usize = 4;
+
 /// Longest sleep: the status is never older.
 const SLEEP_MAX: Duration = Duration::from_millis(100);
 
@@ -104,6 +106,7 @@ pub(crate) struct Dataplane {
     notes: UnboundedSender<Note>,
     reporter: Reporter,
     want_writable: Vec<usize>,
+    deferred: Vec<Deferred>,
     stopping: bool,
 }
 
@@ -122,7 +125,9 @@ impl Dataplane {
         let poll = Poll::new().context("creating the event loop")?;
         let waker = Arc::new(Waker::new(poll.registry(), WAKER)?);
         let now = Micros::now();
-        let mut driver = open_driver(config, now)?;
+        let members = &config.group.members;
+        let mut driver =
+            Driver::open(&config.node.name, members, config.node.key.bytes(), group_time(now))?;
         driver
             .register(poll.registry(), DRIVER)
             .context("registering the group's sockets")?;
@@ -135,7 +140,7 @@ impl Dataplane {
                 .register(&mut wire, Token(WIRES + index), Interest::READABLE)
                 .with_context(|| format!("registering the packet socket of {}", vip.vip))?;
             let plane = open_plane(config, index, vip, wire, now);
-            driver.add_group(group_id(index), plane.group.me().clone());
+            driver.set_member(group_id(index), plane.group.me().clone());
             planes.push(plane);
         }
         let (sender, inputs) = channel();
@@ -150,6 +155,7 @@ impl Dataplane {
             notes,
             reporter,
             want_writable: Vec::new(),
+            deferred: Vec::new(),
             stopping: false,
         };
         Ok((dataplane, handle))
@@ -175,10 +181,11 @@ impl Dataplane {
             }
             // Sockets are drained before any timer is judged.
             self.receive_datagrams(now);
+            self.receive_control(now);
             self.receive_inputs(now);
             self.each_plane(now, Plane::turn);
-            self.driver.flush();
             self.arm_writable();
+            self.settle_deferred();
             self.reporter.report(now, &mut self.planes, &self.notes);
             if self.stopping && self.planes.iter().all(|p| p.stopped) {
                 info!("left every group");
@@ -188,7 +195,7 @@ impl Dataplane {
     }
 
     fn sleep(&self, now: Micros) -> Duration {
-        if self.planes.iter().any(Plane::has_work) {
+        if self.driver.receiver.readable() || self.planes.iter().any(Plane::has_work) {
             return Duration::ZERO;
         }
         let planes = self.planes.iter().filter_map(Plane::poll_timeout);
@@ -206,7 +213,7 @@ impl Dataplane {
                 plane.handle_wire_readable();
             }
             t if t < OWN_TOKENS_END => {
-                self.driver.handle_ready(token, event.is_readable(), event.is_writable());
+                self.driver.handle_ready(token);
             }
             _ => {
                 if let Some((plane, conn)) = Servers::conn_of(token)
@@ -224,10 +231,11 @@ impl Dataplane {
     fn each_plane(&mut self, now: Micros, f: impl Fn(&mut Plane, Micros, &mut Context<'_>)) {
         let mut cx = Context {
             registry: self.poll.registry(),
-            driver: &mut self.driver,
+            sender: &mut self.driver.sender,
             requests: &self.requests,
             notes: &self.notes,
             want_writable: &mut self.want_writable,
+            deferred: &mut self.deferred,
         };
         for plane in &mut self.planes {
             f(plane, now, &mut cx);
@@ -238,19 +246,59 @@ impl Dataplane {
         let Some(plane) = self.planes.get_mut(index) else { return };
         let mut cx = Context {
             registry: self.poll.registry(),
-            driver: &mut self.driver,
+            sender: &mut self.driver.sender,
             requests: &self.requests,
             notes: &self.notes,
             want_writable: &mut self.want_writable,
+            deferred: &mut self.deferred,
         };
         f(plane, &mut cx);
     }
 
     fn receive_datagrams(&mut self, now: Micros) {
-        let mut received = Vec::new();
-        self.driver.receive(group_time(now), &mut received);
-        for input in received {
-            todo_driver_input(self, now, input);
+        // Bounded: whatever arrives meanwhile is taken in the next round.
+        for _ in 0..DATAGRAM_BATCHES {
+            if !self.driver.receiver.readable() {
+                break;
+            }
+            let group::driver::Driver { receiver, sender, control, .. } = &mut self.driver;
+            let Self { poll, planes, requests, notes, want_writable, deferred, .. } = self;
+            let received = receiver.receive(|group, from, body| {
+                let Some(plane) = planes.get_mut(plane_of(group)) else { return };
+                let mut cx = Context {
+                    registry: poll.registry(),
+                    sender,
+                    requests,
+                    notes,
+                    want_writable,
+                    deferred,
+                };
+                plane.handle_datagram(now, from, body, &mut cx);
+            });
+            if let Err(error) = received {
+                tracing::warn!(%error, "receiving the group's datagrams");
+                break;
+            }
+        }
+    }
+
+    fn receive_control(&mut self, now: Micros) {
+        while let Some(input) = self.driver.control.poll_input(group_time(now)) {
+            let plane = plane_of(input.group);
+            self.plane(plane, |p, cx| p.handle_control(now, &input.peer, input.event, cx));
+        }
+    }
+
+    fn settle_deferred(&mut self) {
+        for deferred in self.deferred.drain(..) {
+            match deferred {
+                Deferred::Instance(group, instance) => {
+                    self.driver.receiver.set_instance(group, instance);
+                }
+                Deferred::Life(group, incarnation) => {
+                    self.driver.control.set_incarnation(group, incarnation);
+                }
+            }
         }
     }
 
@@ -348,6 +396,18 @@ fn group_template(config: &Config, index: usize) -> plane::GroupTemplate {
         group.suspect_after = suspect_after;
         group
     })
+}
+
+/// The stack's secrets: the same on every replica, of one VIP only.
+fn secrets(config: &Config, vip: &VipConfig<'_>) -> tcp::Secrets {
+    let salt = hkdf::Salt::new(hkdf::HKDF_SHA256, b"unbroken tcp v1");
+    let vip = vip.vip.to_string();
+    let mut secret = [0; 32];
+    salt.extract(config.node.key.bytes())
+        .expand(&[vip.as_bytes()], hkdf::HKDF_SHA256)
+        .and_then(|okm| okm.fill(&mut secret))
+        .expect("32 bytes are a length that HKDF gives");
+    tcp::Secrets::new(0, &secret)
 }
 
 fn random() -> u128 {

@@ -121,7 +121,7 @@ impl Plane {
         &mut self,
         now: Micros,
         from: &group::MemberId,
-        body: Bytes,
+        body: &[u8],
         cx: &mut Context<'_>,
     ) {
         self.group.handle_datagram(group_time(now), from, body);
@@ -183,7 +183,7 @@ impl Plane {
         }
         self.report_progress(now);
         self.wire.handle_timeout(BootTime::from_micros(now.0));
-        self.flush(now, cx);
+        self.flush(cx);
     }
 
     /// Whether another turn is wanted at once.
@@ -379,8 +379,8 @@ impl Plane {
         replica.apply(tcp_time(now), number, &event);
         self.note(number, &event);
         self.servers.apply(now, number, &event, cx.registry);
-        if let Event::Acked { conn, .. } = event {
-            // Retained output was let go: the server may be read again.
+        // Retained output was let go: the server may be read again.
+        while let Some(conn) = replica.poll_room() {
             self.servers.wake(conn);
         }
     }
@@ -499,7 +499,7 @@ impl Plane {
         let Role::Leader(stack) = &self.role else { return };
         let image = stack.snapshot(tcp_time(now));
         let inputs = self.servers.inputs();
-        let segments = checkpoint::encode(image, inputs);
+        let segments = checkpoint::encode(&image, inputs);
         let bytes: usize = segments.iter().map(Bytes::len).sum();
         info!(vip = %self.config.vip, %joiner, bytes, "checkpoint given");
         self.command(now, Command::Checkpoint { joiner, segments });
@@ -517,7 +517,7 @@ impl Plane {
                 return;
             }
         };
-        let replica = Replica::restore(self.config.tcp.clone(), checkpoint.tcp);
+        let replica = Replica::restore(self.config.tcp.clone(), tcp_time(now), checkpoint.tcp);
         self.servers.clear();
         let connections = checkpoint.inputs.len();
         for (header, bytes) in checkpoint.inputs {
@@ -566,14 +566,14 @@ impl Plane {
         self.group.set_progress(group::Lag { behind_bytes, unfit });
     }
 
-    fn flush(&mut self, now: Micros, cx: &mut Context<'_>) {
+    fn flush(&mut self, cx: &mut Context<'_>) {
         let lease = if self.wedged { None } else { self.group.lease_until() };
         if let (Role::Leader(_), Some(until)) = (&self.role, lease) {
             self.wire.fence_mut().open_until(BootTime::from_micros(until.micros()));
         }
         match self.wire.flush(&mut self.recycled) {
             Ok(Flushed::All | Flushed::Fenced) => {}
-            Ok(Flushed::Blocked) => cx.want_writable(self.config.index, now),
+            Ok(Flushed::Blocked) => cx.want_writable(self.config.index),
             Err(error) => warn!(vip = %self.config.vip, %error, "sending frames"),
         }
         if let Role::Leader(stack) = &mut self.role {

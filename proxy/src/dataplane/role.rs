@@ -81,8 +81,10 @@ impl OutputKeeper for Keeper<'_> {
 
     fn reset(&mut self, conn: ConnId) {
         let now = self.now();
-        if let Role::Leader(stack) = &mut *self.role {
-            stack.handle_server_reset(now, conn);
+        match &mut *self.role {
+            Role::Leader(stack) => stack.handle_server_reset(now, conn),
+            Role::Backup(replica) => replica.handle_server_reset(conn),
+            Role::Joining(_) | Role::Outside => {}
         }
     }
 
