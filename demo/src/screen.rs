@@ -89,6 +89,13 @@ impl Screen {
 }
 
 fn line(client: &Client, series: &Series, start_us: u64, now: u64) -> String {
+    // What comes after its end is no gap.
+    let done = client.outcome().is_some();
+    let now = if done {
+        series.last_us().unwrap_or(now)
+    } else {
+        now
+    };
     let total = series.total();
     let speed: u64 = series
         .steps(now.saturating_sub(SPEED_OVER_US), SPEED_OVER_US, 1)
@@ -99,6 +106,7 @@ fn line(client: &Client, series: &Series, start_us: u64, now: u64) -> String {
         .map_or(0, |gap| gap.length_us)
         / 1_000;
     let name = client.name;
+    let end = if done { ", done" } else { "" };
     match (client.unit, client.size) {
         (Unit::Bytes, Some(size)) => {
             let filled = total * BAR_WIDTH / size.max(1);
@@ -106,11 +114,11 @@ fn line(client: &Client, series: &Series, start_us: u64, now: u64) -> String {
                 .map(|i| if i < filled { '#' } else { '.' })
                 .collect();
             format!(
-                "  {name:<9} [{bar}] {:>5.1} MB {:>5.1} MB/s  longest gap {gap} ms",
+                "  {name:<9} [{bar}] {:>5.1} MB {:>5.1} MB/s  longest gap {gap} ms{end}",
                 millions(total),
                 millions(speed)
             )
         }
-        _ => format!("  {name:<9} {total:>9} answered, {speed:>5}/s  longest gap {gap} ms"),
+        _ => format!("  {name:<9} {total:>9} answered, {speed:>5}/s  longest gap {gap} ms{end}"),
     }
 }
