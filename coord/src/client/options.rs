@@ -46,7 +46,7 @@ impl ConnectOptions {
             session_timeout: Duration::from_secs(10),
             attempt_timeout: Duration::from_millis(250),
             stagger: Duration::from_millis(20),
-            retry_pause_max: Duration::from_millis(500),
+            retry_pause_max: Duration::from_millis(100),
             request_timeout: Some(Duration::from_secs(30)),
             renew_session: false,
         }
