@@ -118,7 +118,7 @@ pub enum Op {
         version: i32,
     },
     /// All or none.
-    Multi(Vec<Op>),
+    Multi(Vec<Self>),
     /// End the session.
     Close,
     /// Refuse: the origin found a part of a `multi` malformed; the rest must be refused with it.
@@ -137,7 +137,7 @@ pub enum Done {
     /// Checked.
     Checked,
     /// Every part of a `multi`.
-    Multi(Vec<Done>),
+    Multi(Vec<Self>),
     /// The session has ended.
     Closed,
 }

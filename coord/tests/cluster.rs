@@ -1,4 +1,5 @@
 //! Three real servers on loopback with real disks, and real clients.
+#![expect(clippy::disallowed_methods, reason = "prints how long things took")]
 
 mod common;
 

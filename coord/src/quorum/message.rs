@@ -118,11 +118,7 @@ pub struct RaftMessage {
 }
 
 pub(super) fn entry_to_engine(entry: LogEntry) -> pb::Entry {
-    let mut engine = pb::Entry::default();
-    engine.index = entry.index;
-    engine.term = entry.term;
-    engine.data = entry.data;
-    engine
+    pb::Entry { index: entry.index, term: entry.term, data: entry.data, ..Default::default() }
 }
 
 pub(super) fn entry_from_engine(entry: &pb::Entry) -> LogEntry {

@@ -25,7 +25,7 @@ impl Cluster {
         // Each test of each process has loopback addresses of its own, so that its ports are free.
         let [_, _, high, low] = pid.to_be_bytes();
         let address = |server: usize, port| {
-            let last = test * 4 + u8::try_from(server).unwrap();
+            let last = test * 4 + u8::try_from(server).expect("three");
             SocketAddr::from((Ipv4Addr::new(127, high | 0x80, low, last), port))
         };
         let names = ["a", "b", "c"];
@@ -79,7 +79,7 @@ impl Cluster {
 
     /// Ends a server without a goodbye.
     pub(crate) fn kill(&mut self, name: &str) {
-        drop(self.servers.get_mut(name).unwrap().take().expect("it runs"));
+        drop(self.servers.get_mut(name).expect("a, b or c").take().expect("it runs"));
     }
 
     pub(crate) fn running(&self) -> impl Iterator<Item = (&str, &Server)> {

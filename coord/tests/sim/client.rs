@@ -55,7 +55,7 @@ impl Oracle {
         let Some(register) = self.registers.get_mut(path) else {
             return;
         };
-        let version_count = u64::try_from(version).unwrap();
+        let version_count = u64::try_from(version).expect("versions count upwards");
         let (least, most) = (
             register.acknowledged,
             register.acknowledged + register.unknown,
@@ -76,7 +76,6 @@ impl Oracle {
 #[derive(Debug)]
 enum Sent {
     Create {
-        path: String,
         ephemeral: bool,
     },
     Set {
@@ -124,7 +123,7 @@ pub(crate) struct Client {
     watched: BTreeMap<String, i64>,
     /// Ephemerals that this session was told it has.
     pub(crate) ephemerals: BTreeSet<String>,
-    /// Ephemerals that may or may not be.
+    /// It has asked for the end of its session.
     pub(crate) closing: bool,
 }
 
@@ -231,10 +230,7 @@ impl Client {
         let (request, sent) = match random.below(20) {
             0..=1 => (
                 create(&path, CreateMode::Persistent),
-                Sent::Create {
-                    path,
-                    ephemeral: false,
-                },
+                Sent::Create { ephemeral: false },
             ),
             2..=6 => (
                 Request::SetData {
@@ -271,13 +267,7 @@ impl Client {
             14..=15 => {
                 let path = format!("/e{}-", self.id);
                 let request = create(&path, CreateMode::EphemeralSequential);
-                (
-                    request,
-                    Sent::Create {
-                        path,
-                        ephemeral: true,
-                    },
-                )
+                (request, Sent::Create { ephemeral: true })
             }
             16..=17 => (
                 Request::Multi(vec![
@@ -421,7 +411,7 @@ impl Client {
                 if watch {
                     self.watched.insert(path.clone(), stat.mzxid);
                 }
-                let value = String::from_utf8(data.unwrap_or_default().to_vec()).unwrap();
+                let value = String::from_utf8(data.unwrap_or_default().to_vec()).expect("text");
                 oracle.register(&path).shown(&path, stat.version, &value);
             }
             (Sent::Get { path, at_least, .. }, Some(ErrorCode::NoNode)) => {

@@ -111,6 +111,12 @@ pub(crate) fn run(seed: u64) -> Summary {
     world.go(STORM_US);
     world.heal();
     world.go(STORM_US + PEACE_US);
+    // An entry may just be on its way (a session that expires); it does not stay so.
+    for more in 1..=40 {
+        if !world.in_step() {
+            world.go(STORM_US + PEACE_US + more * 25_000);
+        }
+    }
     world.check_end();
     Summary {
         trace: world.trace,
@@ -162,7 +168,13 @@ impl World {
         }
         for id in 0..CLIENTS {
             // The shortest expire in the storm, the longest do not.
-            let timeout_ms = [100, 300, 1000, 4000, 30_000][id as usize % 5];
+            let timeout_ms = match id {
+                0 => 100,
+                1 => 300,
+                2 => 1000,
+                3 => 4000,
+                _ => 30_000,
+            };
             world.clients.insert(id, Client::new(id, timeout_ms));
             world.at(1000 * id, Event::Client(id));
         }
@@ -249,8 +261,17 @@ impl World {
             return;
         }
         let id = 1 + self.random.below(SERVERS);
-        match self.random.below(10) {
+        match self.random.below(12) {
             0..=2 if self.servers[&id].core.is_some() => self.crash(id),
+            10..=11 => {
+                // The power fails, for two or for all.
+                let spared = self.random.below(SERVERS + 3);
+                for id in (1..=SERVERS).filter(|id| *id != spared) {
+                    if self.servers[&id].core.is_some() {
+                        self.crash(id);
+                    }
+                }
+            }
             3 => {
                 let until = self.now + self.random.below(400_000);
                 let server = self.servers.get_mut(&id).expect("one of three");
@@ -382,7 +403,7 @@ impl World {
             Output::Persist { token, write } => {
                 self.snapshots_installed += u64::from(write.snapshot.is_some());
                 let takes = match self.random.below(50) {
-                    0 => 60_000,
+                    0..=1 => 60_000,
                     _ => 50 + self.random.below(2000),
                 };
                 let server = self.servers.get_mut(&id).expect("one of three");
@@ -400,10 +421,10 @@ impl World {
                 }
             }
             Output::Reply { conn, frame } | Output::Notify { conn, frame } => {
-                self.to_client(id, conn, Some(frame));
+                self.tell_client(id, conn, Some(frame));
             }
             Output::Close { conn, .. } => {
-                self.to_client(id, conn, None);
+                self.tell_client(id, conn, None);
                 let server = self.servers.get_mut(&id).expect("one of three");
                 server.conns.remove(&conn);
             }
@@ -412,7 +433,7 @@ impl World {
     }
 
     /// In order, as TCP delivers.
-    fn to_client(&mut self, id: u64, conn: ConnId, frame: Option<Bytes>) {
+    fn tell_client(&mut self, id: u64, conn: ConnId, frame: Option<Bytes>) {
         let Some(client) = self.servers[&id].conns.get(&conn).copied() else {
             return;
         };
@@ -476,22 +497,28 @@ impl World {
                 .as_mut()
                 .expect("it is up")
                 .handle_connect(now, conn, None);
-            self.from_client(id, frame);
+            self.tell_server(id, frame);
             return;
         }
         let quiet = self.now > STORM_US + PEACE_US / 2;
         if let Some(frame) = client.request(&mut self.random, quiet, &mut self.oracle) {
-            self.from_client(id, frame);
+            self.tell_server(id, frame);
         }
     }
 
-    fn from_client(&mut self, id: u64, frame: Bytes) {
+    fn tell_server(&mut self, id: u64, frame: Bytes) {
         let Some((server, conn, arrival, _)) = self.links.get_mut(&id) else {
             return;
         };
         *arrival = (*arrival).max(self.now) + 20 + self.random.below(300);
         let (at, server, conn) = (*arrival, *server, *conn);
         self.at(at, Event::Server(server, What::Frame { conn, frame }));
+    }
+
+    fn in_step(&self) -> bool {
+        let zxid = |server: &Server| server.core.as_ref().map(|core| core.state().zxid);
+        let first = zxid(&self.servers[&1]);
+        self.servers.values().all(|server| zxid(server) == first)
     }
 
     /// After the peace: all agree, and nothing that was promised is missing.
@@ -519,7 +546,7 @@ impl World {
                 let value = znode
                     .data
                     .as_ref()
-                    .map(|data| String::from_utf8(data.to_vec()).unwrap());
+                    .map(|data| String::from_utf8(data.to_vec()).expect("text"));
                 self.oracle
                     .check_final(&path, znode.version, value.as_deref());
             }
