@@ -8,9 +8,12 @@ use std::process::ExitCode;
 
 pub mod admin;
 pub mod cli;
+pub mod clock;
 pub mod config;
+mod dataplane;
 pub mod metrics;
 pub mod node;
+mod registry;
 pub mod status;
 pub mod wire;
 

@@ -14,7 +14,7 @@ use unbroken_coord::client::{Client, ClientError};
 use unbroken_coord::wire::{Acl, CreateMode, CreateOp, ErrorCode, MultiOp};
 
 /// Under this znode each group has one, named by its VIP.
-pub const GROUPS: &str = "/unbroken/groups";
+pub(crate) const GROUPS: &str = "/unbroken/groups";
 
 /// An operation the data plane asks for.
 #[derive(Debug)]

@@ -261,7 +261,7 @@ impl Dataplane {
             if !self.driver.receiver.readable() {
                 break;
             }
-            let group::driver::Driver { receiver, sender, control, .. } = &mut self.driver;
+            let group::driver::Driver { receiver, sender, .. } = &mut self.driver;
             let Self { poll, planes, requests, notes, want_writable, deferred, .. } = self;
             let received = receiver.receive(|group, from, body| {
                 let Some(plane) = planes.get_mut(plane_of(group)) else { return };

@@ -7,7 +7,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use mio::Registry;
 use tracing::{debug, error, info, warn};
 use unbroken_group as group;
 use unbroken_group::{Command, Installed, Output as GroupOutput, RegistryReply};
@@ -58,6 +57,7 @@ pub(crate) struct Plane {
     pub(crate) takeovers: u64,
     pub(crate) opened: u64,
     pub(crate) client_bytes_in: u64,
+    pub(crate) client_bytes_out: u64,
     pub(crate) last_event: u64,
     /// The view changed, or the role: the status is written at once.
     pub(crate) changed: bool,
@@ -69,6 +69,8 @@ pub(crate) struct Plane {
     stable: EventNo,
     /// What of it the stack has been told.
     stable_told: EventNo,
+    /// The records at the cut, taken before a takeover issued events of its own.
+    image_at_cut: Option<tcp::Image>,
 }
 
 impl Plane {
@@ -85,6 +87,7 @@ impl Plane {
             takeovers: 0,
             opened: 0,
             client_bytes_in: 0,
+            client_bytes_out: 0,
             last_event: 0,
             changed: true,
             stopped: false,
@@ -94,6 +97,7 @@ impl Plane {
             recycled: Vec::new(),
             stable: EventNo(0),
             stable_told: EventNo(0),
+            image_at_cut: None,
         }
     }
 
@@ -178,7 +182,8 @@ impl Plane {
                 stack.handle_timeout(tcp_time(now));
             }
             self.servers.handle_timeout(now, cx.registry);
-            self.servers.pump(now, &mut Keeper { role: &mut self.role, now });
+            let bytes_out = &mut self.client_bytes_out;
+            self.servers.pump(now, &mut Keeper { role: &mut self.role, now, bytes_out });
             self.settle(now, cx);
         }
         self.report_progress(now);
@@ -245,6 +250,7 @@ impl Plane {
     fn settle(&mut self, now: Micros, cx: &mut Context<'_>) {
         loop {
             let group = self.drain_group(now, cx);
+            self.image_at_cut = None;
             if self.stable > self.stable_told
                 && !self.wedged
                 && let Role::Leader(stack) = &mut self.role
@@ -377,12 +383,12 @@ impl Plane {
         };
         let Role::Backup(replica) = &mut self.role else { return };
         replica.apply(tcp_time(now), number, &event);
-        self.note(number, &event);
         self.servers.apply(now, number, &event, cx.registry);
         // Retained output was let go: the server may be read again.
         while let Some(conn) = replica.poll_room() {
             self.servers.wake(conn);
         }
+        self.note(number, &event);
     }
 
     fn wedge(&mut self) {
@@ -461,6 +467,9 @@ impl Plane {
     /// A backup becomes the leader: every connection is rebuilt from its record.
     fn take_over(&mut self, now: Micros, installed: &Installed, replica: Replica) -> Role {
         let clock = tcp::ServiceClock { at: tcp_time(now), value_us: installed.clock_us };
+        if !installed.view.joining.is_empty() {
+            self.image_at_cut = Some(replica.snapshot(tcp_time(now)));
+        }
         let mut stack = Stack::take_over(
             self.config.tcp.clone(),
             self.config.secrets.clone(),
@@ -497,7 +506,10 @@ impl Plane {
 
     fn give_checkpoint(&mut self, now: Micros, joiner: group::MemberId) {
         let Role::Leader(stack) = &self.role else { return };
-        let image = stack.snapshot(tcp_time(now));
+        let image = match &self.image_at_cut {
+            Some(image) => image.clone(),
+            None => stack.snapshot(tcp_time(now)),
+        };
         let inputs = self.servers.inputs();
         let segments = checkpoint::encode(&image, inputs);
         let bytes: usize = segments.iter().map(Bytes::len).sum();

@@ -111,10 +111,10 @@ impl Reporter {
             }
         });
         let wire = plane.wire.counters();
-        let (connections, uncommitted) = match &plane.role {
-            Role::Leader(stack) => (stack.connections(), stack.uncommitted_output_bytes()),
-            Role::Backup(replica) => (replica.connections(), 0),
-            Role::Joining(_) | Role::Outside => (0, 0),
+        let connections = match &plane.role {
+            Role::Leader(stack) => stack.connections(),
+            Role::Backup(replica) => replica.connections(),
+            Role::Joining(_) | Role::Outside => 0,
         };
         Report {
             leader: group.view.as_ref().map(|v| v.leader().name.clone()),
@@ -130,14 +130,14 @@ impl Reporter {
                 stable_event: group.stable,
                 connections_opened: plane.opened,
                 client_bytes_in: plane.client_bytes_in,
-                client_bytes_out: plane.client_bytes_out(),
+                client_bytes_out: plane.client_bytes_out,
                 frames_in: wire.frames_in,
                 frames_out: wire.frames_out,
                 takeovers: plane.takeovers,
                 datagrams_dropped: group.counters.malformed
                     + group.counters.wrong_view
                     + group.counters.stranger,
-                uncommitted_output_bytes: uncommitted,
+                uncommitted_output_bytes: 0,
                 history_bytes: plane.servers.history_bytes(),
             },
             fenced: wire.fenced,

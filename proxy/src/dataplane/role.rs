@@ -36,6 +36,8 @@ impl Role {
 pub(crate) struct Keeper<'a> {
     pub(crate) role: &'a mut Role,
     pub(crate) now: Micros,
+    /// Counts what a leader gives to clients.
+    pub(crate) bytes_out: &'a mut u64,
 }
 
 impl Keeper<'_> {
@@ -64,7 +66,10 @@ impl OutputKeeper for Keeper<'_> {
     fn bytes(&mut self, conn: ConnId, bytes: &[u8], tag: EventNo) {
         let now = self.now();
         match &mut *self.role {
-            Role::Leader(stack) => stack.handle_server_bytes(now, conn, bytes, tag),
+            Role::Leader(stack) => {
+                *self.bytes_out += bytes.len() as u64;
+                stack.handle_server_bytes(now, conn, bytes, tag);
+            }
             Role::Backup(replica) => replica.handle_server_bytes(conn, bytes),
             Role::Joining(_) | Role::Outside => {}
         }
