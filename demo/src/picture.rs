@@ -17,8 +17,9 @@ pub(crate) struct Panel {
     pub(crate) series: Series,
 }
 
-/// A column of a panel, in microseconds.
-const STEP_US: u64 = 100_000;
+/// A step of a curve, in microseconds, unless that makes too many.
+const STEP_US: u64 = 25_000;
+const STEPS_MAX: u64 = 4_000;
 
 const WIDTH: u32 = 1100;
 const PANEL_HEIGHT: u32 = 220;
@@ -63,20 +64,19 @@ fn draw_panel(
     to_us: u64,
 ) -> Result<(), DrawError> {
     let span_us = to_us.saturating_sub(from_us).max(STEP_US);
-    let count = usize::try_from(span_us / STEP_US)
-        .unwrap_or(usize::MAX)
-        .clamp(1, 100_000);
+    let step_us = STEP_US.max(span_us / STEPS_MAX);
+    let count = usize::try_from(span_us / step_us).expect("at most STEPS_MAX");
     let (scale, unit) = match panel.unit {
         Unit::Bytes => (1e6, "MB/s"),
         Unit::Requests => (1.0, "answers/s"),
     };
-    let per_second = 1.0 / seconds(STEP_US) / scale;
+    let per_second = 1.0 / seconds(step_us) / scale;
     let values: Vec<(f64, f64)> = panel
         .series
-        .steps(from_us, STEP_US, count)
+        .steps(from_us, step_us, count)
         .into_iter()
         .zip(1u64..)
-        .map(|(units, step)| (seconds(step * STEP_US), float(units) * per_second))
+        .map(|(units, step)| (seconds(step * step_us), float(units) * per_second))
         .collect();
     let judged = seconds(released_us.unwrap_or(to_us).saturating_sub(from_us));
     let top = values
