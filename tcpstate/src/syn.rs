@@ -257,7 +257,7 @@ impl HalfOpens {
                 return None;
             }
             self.due.pop_first();
-            let Some(mut entry) = self.entries.remove(&tuple) else {
+            let Some(entry) = self.entries.remove(&tuple) else {
                 continue;
             };
             let half = entry.half;

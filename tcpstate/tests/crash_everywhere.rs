@@ -1,0 +1,269 @@
+//! The leader dies at every output it makes, in every kind of conversation and every order of
+//! closing; the client and every server must end with exactly the bytes they would have had.
+
+mod sim;
+
+use sim::app::App;
+use sim::client::{Close, Script};
+use sim::{Plan, Run, World};
+
+const CALM: Plan = Plan {
+    app: App::Echo,
+    script: Script {
+        sends: 8,
+        close: Close::AfterServer,
+        ping_pong: None,
+        aborts_after: None,
+        reads_slowly: None,
+        timestamps: true,
+        buffer: 30_000,
+    },
+    ipv6: false,
+    offload: false,
+    seed: 1,
+    crash_at: None,
+    crash_again_after: None,
+    loss: None,
+};
+
+fn run(plan: Plan) -> Run {
+    World::new(plan).run()
+}
+
+/// Runs the plan undisturbed, then once for every output of the leader, killing it there.
+fn crash_everywhere(name: &str, plan: Plan) {
+    for (ipv6, offload) in [(false, false), (true, true)] {
+        let plan = Plan {
+            ipv6,
+            offload,
+            ..plan
+        };
+        let calm = run(plan);
+        println!(
+            "{name} ipv6={ipv6}: {} events, {} outputs, {} us",
+            calm.events, calm.outputs, calm.micros
+        );
+        // An output that is not reached again (the crash changes nothing before it) ends the range.
+        for at in 0..calm.outputs {
+            let seed = plan.seed.wrapping_mul(1000) + at as u64;
+            run(Plan {
+                seed,
+                crash_at: Some(at),
+                ..plan
+            });
+        }
+    }
+}
+
+const fn script() -> Script {
+    CALM.script
+}
+
+#[test]
+fn download_client_closes_first() {
+    crash_everywhere(
+        "download, client first",
+        Plan {
+            app: App::Download {
+                bytes: 90_000,
+                asks: true,
+                closes: false,
+            },
+            script: Script {
+                close: Close::AfterReceiving(90_000),
+                ..script()
+            },
+            ..CALM
+        },
+    );
+}
+
+#[test]
+fn download_server_closes_first() {
+    crash_everywhere(
+        "download, server first",
+        Plan {
+            app: App::Download {
+                bytes: 90_000,
+                asks: true,
+                closes: true,
+            },
+            ..CALM
+        },
+    );
+}
+
+#[test]
+fn server_speaks_first() {
+    crash_everywhere(
+        "server speaks first",
+        Plan {
+            app: App::Download {
+                bytes: 5_000,
+                asks: false,
+                closes: true,
+            },
+            script: Script {
+                sends: 0,
+                ..script()
+            },
+            ..CALM
+        },
+    );
+}
+
+#[test]
+fn upload() {
+    crash_everywhere(
+        "upload",
+        Plan {
+            app: App::Upload,
+            script: Script {
+                sends: 90_000,
+                close: Close::AfterSending,
+                ..script()
+            },
+            ..CALM
+        },
+    );
+}
+
+#[test]
+fn echo() {
+    crash_everywhere(
+        "echo",
+        Plan {
+            app: App::Echo,
+            script: Script {
+                sends: 20_000,
+                ping_pong: Some(700),
+                close: Close::AfterReceiving(20_000),
+                ..script()
+            },
+            ..CALM
+        },
+    );
+}
+
+#[test]
+fn echo_in_bulk_half_closed() {
+    crash_everywhere(
+        "echo in bulk",
+        Plan {
+            app: App::Echo,
+            script: Script {
+                sends: 60_000,
+                close: Close::AfterSending,
+                ..script()
+            },
+            ..CALM
+        },
+    );
+}
+
+#[test]
+fn both_close_at_once() {
+    crash_everywhere(
+        "both at once",
+        Plan {
+            app: App::Download {
+                bytes: 3_000,
+                asks: true,
+                closes: true,
+            },
+            script: Script {
+                close: Close::AfterSending,
+                ..script()
+            },
+            ..CALM
+        },
+    );
+}
+
+#[test]
+fn server_closes_before_the_upload() {
+    crash_everywhere(
+        "server closes first",
+        Plan {
+            app: App::ClosesFirst { bytes: 2_000 },
+            script: Script {
+                sends: 50_000,
+                close: Close::AfterSending,
+                ..script()
+            },
+            ..CALM
+        },
+    );
+}
+
+#[test]
+fn a_client_that_reads_slowly() {
+    crash_everywhere(
+        "slow reader",
+        Plan {
+            app: App::Download {
+                bytes: 30_000,
+                asks: true,
+                closes: true,
+            },
+            script: Script {
+                reads_slowly: Some(2_000),
+                buffer: 6_000,
+                ..script()
+            },
+            ..CALM
+        },
+    );
+}
+
+#[test]
+fn without_timestamps_and_with_a_large_window() {
+    crash_everywhere(
+        "no timestamps",
+        Plan {
+            app: App::Echo,
+            script: Script {
+                sends: 40_000,
+                close: Close::AfterSending,
+                timestamps: false,
+                buffer: 200_000,
+                ..script()
+            },
+            ..CALM
+        },
+    );
+}
+
+#[test]
+fn the_client_breaks_off() {
+    crash_everywhere(
+        "client RST",
+        Plan {
+            app: App::Download {
+                bytes: 60_000,
+                asks: true,
+                closes: true,
+            },
+            script: Script {
+                aborts_after: Some(20_000),
+                ..script()
+            },
+            ..CALM
+        },
+    );
+}
+
+#[test]
+fn the_server_breaks_off() {
+    crash_everywhere(
+        "server RST",
+        Plan {
+            app: App::Breaks { after: 9_000 },
+            script: Script {
+                sends: 30_000,
+                ..script()
+            },
+            ..CALM
+        },
+    );
+}
