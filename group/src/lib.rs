@@ -35,6 +35,8 @@ mod flush;
 mod membership;
 mod output;
 mod rng;
+#[cfg(any(test, feature = "faults"))]
+pub mod sim;
 mod time;
 mod transfer;
 mod view;

@@ -1,0 +1,109 @@
+//! What goes wrong in a run, and when.
+
+use super::network::{below, chance};
+use crate::rng::Rng;
+
+/// What to run.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// Everything follows from it.
+    pub seed: u64,
+    /// Members; 0: chosen by the seed, two to five.
+    pub nodes: usize,
+    /// Print what happens.
+    pub trace: bool,
+    /// A defect to plant.
+    #[cfg(any(test, feature = "faults"))]
+    pub fault: Option<crate::config::Fault>,
+}
+
+#[derive(Clone, Debug)]
+pub(super) enum Trouble {
+    Crash(usize),
+    Restart(usize),
+    Pause(usize, u64),
+    Cut(Vec<(usize, usize)>),
+    Heal,
+    Noise { loss: u64, duplicates: u64, reorder: u64 },
+    RegistryOff(usize),
+    RegistryOn,
+    HandOver,
+    Leave(usize),
+    /// Aimed at whoever leads just then.
+    CrashLeader,
+    PauseLeader(u64),
+    CutLeader,
+}
+
+/// Microseconds at which all is healed.
+pub(super) const HEALED_AT: u64 = 2_500_000;
+
+pub(super) fn draw(rng: &mut Rng, nodes: usize) -> Vec<(u64, Trouble)> {
+    let mut plan = Vec::new();
+    let node = |rng: &mut Rng| usize::try_from(below(rng, nodes as u64)).expect("few nodes");
+    let troubles = 2 + below(rng, 7);
+    for _ in 0..troubles {
+        let at = 100_000 + below(rng, HEALED_AT - 200_000);
+        let trouble = match below(rng, 13) {
+            0 => Trouble::Crash(node(rng)),
+            1 | 2 => Trouble::CrashLeader,
+            3 => Trouble::Pause(node(rng), 5_000 + below(rng, 300_000)),
+            4 | 5 => Trouble::PauseLeader(5_000 + below(rng, 300_000)),
+            6 => Trouble::CutLeader,
+            7 => {
+                let one = node(rng);
+                let ways = below(rng, 3);
+                let mut cut = Vec::new();
+                for other in (0..nodes).filter(|o| *o != one) {
+                    if ways != 0 {
+                        cut.push((one, other));
+                    }
+                    if ways != 1 {
+                        cut.push((other, one));
+                    }
+                }
+                Trouble::Cut(cut)
+            }
+            8 => {
+                let mut cut = Vec::new();
+                for a in 0..nodes {
+                    for b in 0..nodes {
+                        if a != b && chance(rng, 250) {
+                            cut.push((a, b));
+                        }
+                    }
+                }
+                Trouble::Cut(cut)
+            }
+            9 => Trouble::RegistryOff(node(rng)),
+            10 => Trouble::HandOver,
+            11 => Trouble::Leave(node(rng)),
+            _ => Trouble::Noise {
+                loss: below(rng, 300),
+                duplicates: below(rng, 200),
+                reorder: below(rng, 300),
+            },
+        };
+        match &trouble {
+            Trouble::Crash(n) => {
+                plan.push((at + below(rng, 400_000), Trouble::Restart(*n)));
+            }
+            Trouble::Cut(_) | Trouble::CutLeader => {
+                plan.push((at + 10_000 + below(rng, 500_000), Trouble::Heal));
+            }
+            Trouble::RegistryOff(_) => {
+                plan.push((at + below(rng, 500_000), Trouble::RegistryOn));
+            }
+            _ => {}
+        }
+        plan.push((at, trouble));
+    }
+    if chance(rng, 100) {
+        let at = 500_000 + below(rng, 1_000_000);
+        for n in 0..nodes {
+            plan.push((at + below(rng, 30_000), Trouble::Crash(n)));
+            plan.push((at + 30_000 + below(rng, 200_000), Trouble::Restart(n)));
+        }
+    }
+    plan
+}

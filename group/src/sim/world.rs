@@ -1,0 +1,855 @@
+//! The run itself.
+
+use super::app::{self, App};
+use super::control::Connection;
+use super::invariants::{self, Invariant, Observed};
+use super::network::{Network, below, chance};
+use super::plan::{self, HEALED_AT, Options, Trouble};
+use super::registry::{Registry, Request};
+use crate::config::Config;
+use crate::core::Core;
+use crate::output::{Command, ControlEvent, Output, RegistryReply, Role};
+use crate::rng::Rng;
+use crate::time::Instant;
+use crate::view::MemberId;
+use bytes::Bytes;
+use std::collections::{BTreeMap, VecDeque};
+use std::time::Duration;
+
+/// After healing, all must be well within this long.
+const LIVE_WITHIN: u64 = 8_000_000;
+/// Datagrams that the kernel keeps for a process that is stopped.
+const INBOX_MAX: usize = 3000;
+const REGISTRY_GIVES_UP: u64 = 60_000;
+
+/// How a run ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// All invariants held, and the group came together again.
+    Passed,
+    /// One did not.
+    Failed {
+        /// Which.
+        invariant: String,
+        /// How.
+        what: String,
+        /// When, in microseconds.
+        at_us: u64,
+    },
+}
+
+/// What a run says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Report {
+    /// How it ended.
+    pub outcome: Outcome,
+    /// Digest of everything that happened, in order.
+    pub fingerprint: u64,
+    /// Steps taken.
+    pub steps: u64,
+    /// Views installed by anyone.
+    pub views: u64,
+    /// Events multicast.
+    pub events: u64,
+    /// The highest generation.
+    pub generations: u32,
+    /// Longest time without a member that may emit, in microseconds, before all was healed.
+    pub longest_silence_us: u64,
+}
+
+enum Happening {
+    Timer { node: usize, epoch: u64 },
+    Arrives { node: usize, life: u64, what: Incoming },
+    Registry { node: usize, epoch: u64, request: Request, answer_after: Option<u64> },
+    Dial { from: usize, to: usize, attempt: u64 },
+    Ends { at: usize, peer: usize, incarnation: u128, attempt: u64 },
+    Ready { node: usize, epoch: u64 },
+    Respawn { node: usize, life: u64 },
+    Resume { node: usize, life: u64 },
+    Load,
+    Trouble(Trouble),
+    Heal,
+    Check,
+}
+
+#[derive(Clone)]
+enum Incoming {
+    Datagram { from: MemberId, body: Bytes },
+    Control { peer: usize, event: ControlEvent },
+    Registry { epoch: u64, reply: RegistryReply },
+}
+
+struct Node {
+    name: String,
+    core: Option<Core>,
+    /// Counts cores; what belongs to an older one is void.
+    epoch: u64,
+    /// Counts processes.
+    life: u64,
+    alive: bool,
+    stopped: bool,
+    app: App,
+    generation: u32,
+    view: u64,
+    inbox: VecDeque<Incoming>,
+    skew_ppm: i64,
+    offset: u64,
+    registry_off: bool,
+    checkpoint_bytes: Option<u64>,
+    connections: Vec<(Connection, Instant)>,
+    timer_at: u64,
+}
+
+struct World {
+    options: Options,
+    rng: Rng,
+    now: u64,
+    seq: u64,
+    queue: BTreeMap<(u64, u64), Happening>,
+    nodes: Vec<Node>,
+    network: Network,
+    registry: Registry,
+    invariants: Vec<Box<dyn Invariant>>,
+    failure: Option<(String, String)>,
+    fingerprint: u64,
+    steps: u64,
+    views: u64,
+    events: u64,
+    stable_since_heal: bool,
+    healed: bool,
+    spoke_at: u64,
+    longest_silence_us: u64,
+}
+
+/// Runs one seed to its end.
+pub fn run(options: &Options) -> Report {
+    let mut w = World::new(options.clone());
+    while w.failure.is_none() {
+        let Some(((at, _), what)) = w.queue.pop_first() else { break };
+        w.now = at;
+        if at > HEALED_AT + LIVE_WITHIN {
+            w.fail("liveness", format!("not together: {}", w.where_everyone_is()));
+            break;
+        }
+        w.steps += 1;
+        if matches!(what, Happening::Check) && w.all_is_well() {
+            break;
+        }
+        w.happen(what);
+        w.watch_emitters();
+    }
+    let outcome = match w.failure.take() {
+        None => Outcome::Passed,
+        Some((invariant, what)) => Outcome::Failed { invariant, what, at_us: w.now },
+    };
+    Report {
+        outcome,
+        fingerprint: w.fingerprint,
+        steps: w.steps,
+        views: w.views,
+        events: w.events,
+        generations: w.nodes.iter().map(|n| n.generation).max().unwrap_or(0),
+        longest_silence_us: w.longest_silence_us,
+    }
+}
+
+impl World {
+    fn new(options: Options) -> Self {
+        let mut rng = Rng::new(app::mix(options.seed ^ 0x5eed));
+        let count = match options.nodes {
+            0 => [3, 3, 3, 2, 4, 5][usize::try_from(below(&mut rng, 6)).expect("below six")],
+            n => n,
+        };
+        let nodes = (0..count).map(|i| Node {
+            name: format!("r{}", i + 1),
+            core: None,
+            epoch: 0,
+            life: 0,
+            alive: false,
+            stopped: false,
+            app: App::default(),
+            generation: 0,
+            view: 0,
+            inbox: VecDeque::new(),
+            skew_ppm: i64::try_from(below(&mut rng, 40_000)).expect("small") - 20_000,
+            offset: 1_000_000 + below(&mut rng, 1 << 40),
+            registry_off: false,
+            checkpoint_bytes: None,
+            connections: vec![(Connection::default(), Instant::from_micros(0)); count],
+            timer_at: u64::MAX,
+        });
+        let nodes: Vec<Node> = nodes.collect();
+        let mut w = Self {
+            options,
+            rng,
+            now: 0,
+            seq: 0,
+            queue: BTreeMap::new(),
+            nodes,
+            network: Network::default(),
+            registry: Registry::default(),
+            invariants: invariants::all(),
+            failure: None,
+            fingerprint: 0,
+            steps: 0,
+            views: 0,
+            events: 0,
+            stable_since_heal: false,
+            healed: false,
+            spoke_at: 0,
+            longest_silence_us: 0,
+        };
+        for (at, trouble) in plan::draw(&mut w.rng, count) {
+            w.at(at, Happening::Trouble(trouble));
+        }
+        for node in 0..count {
+            let at = below(&mut w.rng, 20_000);
+            w.at(at, Happening::Trouble(Trouble::Restart(node)));
+        }
+        w.at(1000, Happening::Load);
+        w.at(HEALED_AT, Happening::Heal);
+        w
+    }
+
+    fn at(&mut self, at: u64, what: Happening) {
+        self.seq += 1;
+        self.queue.insert((at.max(self.now), self.seq), what);
+    }
+
+    fn after(&mut self, us: u64, what: Happening) {
+        self.at(self.now + us, what);
+    }
+
+    fn fail(&mut self, invariant: &str, what: String) {
+        self.log(|| format!("VIOLATED {invariant}: {what}"));
+        self.failure.get_or_insert((invariant.to_owned(), what));
+    }
+
+    fn log(&mut self, line: impl FnOnce() -> String) {
+        let line = line();
+        self.fingerprint = app::mix(self.fingerprint ^ app::digest(line.as_bytes()) ^ self.now);
+        if self.options.trace {
+            println!("{:>10} {line}", self.now);
+        }
+    }
+
+    // ---- clocks ------------------------------------------------------------------------------------------------
+
+    fn local(&self, node: usize, at: u64) -> Instant {
+        let n = &self.nodes[node];
+        let at = i128::from(at);
+        let skewed = at + at * i128::from(n.skew_ppm) / 1_000_000 + i128::from(n.offset);
+        Instant::from_micros(u64::try_from(skewed).expect("after the origin"))
+    }
+
+    fn global(&self, node: usize, local: Instant) -> u64 {
+        let n = &self.nodes[node];
+        let since = i128::from(local.micros()) - i128::from(n.offset);
+        let at = since * 1_000_000 / (1_000_000 + i128::from(n.skew_ppm)) + 1;
+        u64::try_from(at.max(0)).expect("not negative")
+    }
+
+    // ---- what happens ------------------------------------------------------------------------------------------
+
+    fn happen(&mut self, what: Happening) {
+        match what {
+            Happening::Timer { node, epoch } => {
+                let n = &mut self.nodes[node];
+                if n.epoch == epoch && n.timer_at <= self.now {
+                    n.timer_at = u64::MAX;
+                    self.call(node, |core, now| core.handle_timeout(now));
+                }
+            }
+            Happening::Arrives { node, life, what } => {
+                let n = &mut self.nodes[node];
+                if !n.alive || n.life != life {
+                    return;
+                }
+                if n.stopped {
+                    if n.inbox.len() < INBOX_MAX || !matches!(what, Incoming::Datagram { .. }) {
+                        n.inbox.push_back(what);
+                    }
+                    return;
+                }
+                self.arrives(node, what);
+            }
+            Happening::Registry { node, epoch, request, answer_after } => {
+                let reply = self.registry.apply(&request);
+                self.log(|| format!("registry: r{} {request:?} -> {}", node + 1, brief(&reply)));
+                if let Some(us) = answer_after {
+                    self.answer(node, epoch, us, reply);
+                }
+            }
+            Happening::Dial { from, to, attempt } => self.dial(from, to, attempt),
+            Happening::Ends { at, peer, incarnation, attempt } => {
+                if self.nodes[at].connections[peer].0.attempt != attempt {
+                    return;
+                }
+                if !self.network.both_ways(at, peer) {
+                    self.after(100_000, Happening::Ends { at, peer, incarnation, attempt });
+                    return;
+                }
+                self.nodes[at].connections[peer].0.up = None;
+                self.tell(at, peer, 0, ControlEvent::Ended);
+                self.redial(at, peer, 1);
+            }
+            Happening::Ready { node, epoch } => {
+                if self.nodes[node].epoch == epoch {
+                    self.call(node, |core, now| {
+                        // It may have been excluded in the meantime.
+                        let _ = core.handle_command(now, Command::ReadyToBeFull);
+                    });
+                }
+            }
+            Happening::Respawn { node, life } => {
+                if self.nodes[node].alive && self.nodes[node].life == life {
+                    self.new_core(node);
+                }
+            }
+            Happening::Resume { node, life } => {
+                if self.nodes[node].life == life {
+                    self.resume(node);
+                }
+            }
+            Happening::Load => self.load(),
+            Happening::Trouble(trouble) => {
+                if !self.healed {
+                    self.trouble(trouble);
+                }
+            }
+            Happening::Heal => self.heal(),
+            Happening::Check => self.after(10_000, Happening::Check),
+        }
+    }
+
+    fn arrives(&mut self, node: usize, what: Incoming) {
+        match what {
+            Incoming::Datagram { from, body } => {
+                self.call(node, |core, now| core.handle_datagram(now, &from, &body));
+            }
+            Incoming::Control { peer, event } => {
+                let name = self.nodes[peer].name.clone();
+                self.log(|| format!("r{} hears of {name}: {event:?}", node + 1));
+                self.call(node, |core, now| core.handle_control(now, &name, event));
+            }
+            Incoming::Registry { epoch, reply } => {
+                if self.nodes[node].epoch == epoch {
+                    self.call(node, |core, now| core.handle_registry(now, reply));
+                }
+            }
+        }
+    }
+
+    fn call(&mut self, node: usize, f: impl FnOnce(&mut Core, Instant)) {
+        if !self.nodes[node].alive || self.nodes[node].stopped {
+            return;
+        }
+        let now = self.local(node, self.now);
+        let Some(mut core) = self.nodes[node].core.take() else { return };
+        f(&mut core, now);
+        while let Some(output) = core.poll_output() {
+            self.execute(node, &mut core, now, output);
+        }
+        let epoch = self.nodes[node].epoch;
+        if let Some(t) = core.poll_timeout() {
+            let late = below(&mut self.rng, 200);
+            let at = self.global(node, t).max(self.now + 1) + late;
+            if at < self.nodes[node].timer_at {
+                self.nodes[node].timer_at = at;
+                self.at(at, Happening::Timer { node, epoch });
+            }
+        }
+        self.nodes[node].core = Some(core);
+    }
+
+    fn execute(&mut self, node: usize, core: &mut Core, now: Instant, output: Output) {
+        let me = core.me().clone();
+        match output {
+            Output::Send { to, bodies } => {
+                for body in bodies {
+                    self.observe(&me, &Observed::Sent { body: &body });
+                    for member in to.iter() {
+                        self.transmit(node, &me, member, &body);
+                    }
+                }
+            }
+            Output::Deliver { number, payload } => {
+                self.observe(&me, &Observed::Delivered { number });
+                self.nodes[node].app.apply(number, &payload);
+            }
+            Output::Stable { number } => {
+                let n = &self.nodes[node];
+                let (generation, view) = (n.generation, n.view);
+                if let Some(chain) = n.app.at(number) {
+                    let what = Observed::Stable { generation, view, number, chain };
+                    self.observe(&me, &what);
+                }
+                self.stable_since_heal |= self.healed && core.can_multicast();
+            }
+            Output::Wedged => {
+                self.log(|| format!("{me} wedged"));
+                self.observe(&me, &Observed::Wedged);
+            }
+            Output::Install(installed) => self.installed(node, core, &installed),
+            Output::Outside => {
+                self.log(|| format!("{me} is outside"));
+                let life = self.nodes[node].life;
+                let us = 1000 + below(&mut self.rng, 5000);
+                self.after(us, Happening::Respawn { node, life });
+            }
+            Output::Instance(_) => {}
+            Output::CheckpointWanted { joiner, .. } => {
+                let filler = usize::try_from(below(&mut self.rng, 100_000)).expect("small");
+                let filler = if chance(&mut self.rng, 500) { 0 } else { filler };
+                let app = &self.nodes[node].app;
+                let (applied, chain) = (app.applied, app.now());
+                let segments = app.checkpoint(filler);
+                self.observe(&me, &Observed::Gave { joiner: &joiner, applied, chain });
+                core.handle_command(now, Command::Checkpoint { joiner, segments })
+                    .expect("the checkpoint was asked for");
+            }
+            Output::CheckpointChunk { offset, total, bytes } => {
+                if offset == 0 {
+                    self.nodes[node].checkpoint_bytes = Some(total);
+                }
+                if let Err(what) = self.nodes[node].app.take_piece(offset, &bytes) {
+                    self.fail("joiner state", what);
+                }
+            }
+            Output::CheckpointDone => {
+                let n = &mut self.nodes[node];
+                let total = n.checkpoint_bytes.take();
+                if let Err(what) = n.app.restore(total) {
+                    return self.fail("joiner state", what);
+                }
+                let (applied, chain) = (n.app.applied, n.app.now());
+                let epoch = n.epoch;
+                self.log(|| format!("{me} restored {applied}"));
+                self.observe(&me, &Observed::Restored { applied, chain });
+                let us = below(&mut self.rng, 20_000);
+                self.after(us, Happening::Ready { node, epoch });
+            }
+            Output::Unicast { .. } => {}
+            Output::Notice(n) => self.log(|| format!("{me}: {n:?}")),
+            request @ (Output::ReadView
+            | Output::CompareAndSet { .. }
+            | Output::ReadLease
+            | Output::RenewLease { .. }) => self.ask_registry(node, &request),
+        }
+    }
+
+    fn observe(&mut self, who: &MemberId, what: &Observed<'_>) {
+        let mut failure = None;
+        for i in &mut self.invariants {
+            if let Err(what) = i.observe(who, what) {
+                failure = Some((i.name(), what));
+                break;
+            }
+        }
+        if let Some((name, what)) = failure {
+            self.fail(name, what);
+        }
+    }
+
+    fn installed(&mut self, node: usize, core: &Core, installed: &crate::Installed) {
+        let me = core.me().clone();
+        let view = &installed.view;
+        self.views += 1;
+        self.log(|| {
+            format!(
+                "{me} installs {} as {:?}: full {:?} joining {:?} k {} cut {}",
+                view.id,
+                installed.role,
+                view.full,
+                view.joining.iter().map(|j| &j.member).collect::<Vec<_>>(),
+                view.k,
+                view.cut
+            )
+        });
+        let n = &mut self.nodes[node];
+        n.generation = view.generation;
+        n.view = view.id.0;
+        if installed.role != Role::Joining && !installed.survivor {
+            n.app.start_at(installed.cut, u64::from(view.generation));
+        }
+        let app = n.app.clone();
+        self.observe(
+            &me,
+            &Observed::Installed {
+                generation: view.generation,
+                view: view.id.0,
+                cut: installed.cut,
+                role: installed.role,
+                survivor: installed.survivor,
+                applied: app.applied,
+                chain: app.now(),
+                chain_at: &|number| app.at(number),
+            },
+        );
+    }
+
+    fn transmit(&mut self, node: usize, me: &MemberId, to: &MemberId, body: &Bytes) {
+        let Some(target) = self.nodes.iter().position(|n| n.name == to.name) else { return };
+        for us in self.network.delays(&mut self.rng, node, target) {
+            let life = self.nodes[target].life;
+            let what = Incoming::Datagram { from: me.clone(), body: body.clone() };
+            self.after(us, Happening::Arrives { node: target, life, what });
+        }
+    }
+
+    fn ask_registry(&mut self, node: usize, request: &Output) {
+        let request = Request::of(request).expect("a request");
+        let epoch = self.nodes[node].epoch;
+        let there = 200 + below(&mut self.rng, 3000);
+        let back = 200 + below(&mut self.rng, 3000);
+        let fate = if self.nodes[node].registry_off { 3 } else { below(&mut self.rng, 60) };
+        match fate {
+            // Lost on the way; or applied, and the answer lost; or late, long after it was given up.
+            0 | 3 => {
+                let reply = request.unknown();
+                self.answer(node, epoch, REGISTRY_GIVES_UP, reply);
+            }
+            1 => {
+                let reply = request.unknown();
+                let what = Happening::Registry { node, epoch, request, answer_after: None };
+                self.after(there, what);
+                self.answer(node, epoch, REGISTRY_GIVES_UP, reply);
+            }
+            2 => {
+                let reply = request.unknown();
+                let late = below(&mut self.rng, 300_000);
+                let what = Happening::Registry { node, epoch, request, answer_after: None };
+                self.after(late, what);
+                self.answer(node, epoch, 20_000, reply);
+            }
+            _ => {
+                let answer_after = Some(back);
+                self.after(there, Happening::Registry { node, epoch, request, answer_after });
+            }
+        }
+    }
+
+    fn answer(&mut self, node: usize, epoch: u64, us: u64, reply: RegistryReply) {
+        let life = self.nodes[node].life;
+        let what = Incoming::Registry { epoch, reply };
+        self.after(us, Happening::Arrives { node, life, what });
+    }
+
+    // ---- control connections -----------------------------------------------------------------------------------
+
+    fn tell(&mut self, at: usize, peer: usize, us: u64, event: ControlEvent) {
+        let life = self.nodes[at].life;
+        let what = Incoming::Control { peer, event };
+        self.after(us, Happening::Arrives { node: at, life, what });
+    }
+
+    fn redial(&mut self, from: usize, to: usize, us: u64) {
+        let c = &mut self.nodes[from].connections[to].0;
+        c.attempt += 1;
+        let attempt = c.attempt;
+        self.after(us, Happening::Dial { from, to, attempt });
+    }
+
+    fn dial(&mut self, from: usize, to: usize, attempt: u64) {
+        let n = &self.nodes[from];
+        if !n.alive || n.connections[to].0.attempt != attempt {
+            return;
+        }
+        if n.stopped || !self.network.both_ways(from, to) {
+            return self.redial(from, to, 50_000);
+        }
+        let since = self.local(from, self.now);
+        let t = &self.nodes[to];
+        if !t.alive {
+            self.tell(from, to, 100, ControlEvent::Refused { since });
+            return self.redial(from, to, 20_000);
+        }
+        let Some(core) = t.core.as_ref().filter(|_| !t.stopped) else {
+            return self.redial(from, to, 50_000);
+        };
+        let incarnation = core.me().incarnation;
+        self.nodes[from].connections[to] =
+            (Connection { up: Some(incarnation), attempt }, since);
+        let us = 100 + below(&mut self.rng, 300);
+        self.tell(from, to, us, ControlEvent::Connected { incarnation, since });
+    }
+
+    /// The incarnation of `node` is over: its connections end at the other ends.
+    fn hang_up(&mut self, node: usize) {
+        let Some(core) = &self.nodes[node].core else { return };
+        let mine = core.me().incarnation;
+        for at in 0..self.nodes.len() {
+            let c = self.nodes[at].connections[node].0;
+            if at != node && self.nodes[at].alive && c.up == Some(mine) {
+                let us = 50 + below(&mut self.rng, 100);
+                let us = if self.network.both_ways(at, node) { us } else { 1_000_000 };
+                let attempt = c.attempt;
+                self.after(us, Happening::Ends { at, peer: node, incarnation: mine, attempt });
+            }
+        }
+    }
+
+    // ---- processes ---------------------------------------------------------------------------------------------
+
+    fn new_core(&mut self, node: usize) {
+        self.hang_up(node);
+        let incarnation = self.rng.next_u128();
+        let members = self.nodes.iter().map(|n| n.name.clone()).collect();
+        let me = MemberId::new(self.nodes[node].name.clone(), incarnation);
+        let mut config = Config::new(1, me.clone(), members, self.rng.next_u128());
+        config.total_failure_after = Duration::from_millis(400);
+        config.lease_alone = Duration::from_millis(100);
+        config.limits.flight_bytes_max = 64 << 10;
+        #[cfg(any(test, feature = "faults"))]
+        {
+            config.fault = self.options.fault;
+        }
+        let now = self.local(node, self.now);
+        let core = Core::new(config, self.rng.next_u64(), now);
+        let n = &mut self.nodes[node];
+        n.core = Some(core);
+        n.epoch += 1;
+        n.app = App::default();
+        n.view = 0;
+        n.timer_at = u64::MAX;
+        self.log(|| format!("{me} begins"));
+        for peer in 0..self.nodes.len() {
+            let (c, since) = self.nodes[node].connections[peer];
+            if let Some(incarnation) = c.up {
+                self.tell(node, peer, 0, ControlEvent::Connected { incarnation, since });
+            }
+        }
+        self.call(node, |core, now| {
+            core.handle_command(now, Command::Join).expect("a new core joins once");
+        });
+    }
+
+    fn crash(&mut self, node: usize) {
+        if !self.nodes[node].alive {
+            return;
+        }
+        self.log(|| format!("r{} crashes", node + 1));
+        self.hang_up(node);
+        let n = &mut self.nodes[node];
+        n.alive = false;
+        n.stopped = false;
+        n.core = None;
+        n.life += 1;
+        n.epoch += 1;
+        n.inbox.clear();
+        for c in &mut n.connections {
+            c.0.up = None;
+            c.0.attempt += 1;
+        }
+    }
+
+    fn start(&mut self, node: usize) {
+        if self.nodes[node].alive {
+            return;
+        }
+        let n = &mut self.nodes[node];
+        n.alive = true;
+        n.life += 1;
+        for peer in (0..self.nodes.len()).filter(|p| *p != node) {
+            self.redial(node, peer, 10);
+        }
+        self.new_core(node);
+    }
+
+    fn stop(&mut self, node: usize, us: u64) {
+        let n = &mut self.nodes[node];
+        if n.alive && !n.stopped {
+            n.stopped = true;
+            let life = n.life;
+            self.log(|| format!("r{} is stopped for {us} us", node + 1));
+            self.after(us, Happening::Resume { node, life });
+        }
+    }
+
+    fn resume(&mut self, node: usize) {
+        if !self.nodes[node].stopped {
+            return;
+        }
+        self.log(|| format!("r{} goes on", node + 1));
+        self.nodes[node].stopped = false;
+        // Sockets are drained before timers are judged.
+        while let Some(what) = self.nodes[node].inbox.pop_front() {
+            self.arrives(node, what);
+        }
+        self.nodes[node].timer_at = u64::MAX;
+        self.call(node, |core, now| core.handle_timeout(now));
+    }
+
+    fn leader(&self) -> Option<usize> {
+        let leads = |n: &Node| n.core.as_ref().is_some_and(Core::can_multicast);
+        self.nodes.iter().position(|n| n.alive && !n.stopped && leads(n))
+    }
+
+    fn trouble(&mut self, trouble: Trouble) {
+        self.log(|| format!("trouble: {trouble:?}"));
+        match trouble {
+            Trouble::Crash(n) => self.crash(n),
+            Trouble::Restart(n) => self.start(n),
+            Trouble::Pause(n, us) => self.stop(n, us),
+            Trouble::Cut(ways) => ways.into_iter().for_each(|(a, b)| self.network.cut(a, b)),
+            Trouble::Heal => self.network.heal(),
+            Trouble::Noise { loss, duplicates, reorder } => {
+                self.network.loss = loss;
+                self.network.duplicates = duplicates;
+                self.network.reorder = reorder;
+            }
+            Trouble::RegistryOff(n) => self.nodes[n].registry_off = true,
+            Trouble::RegistryOn => self.nodes.iter_mut().for_each(|n| n.registry_off = false),
+            Trouble::HandOver => {
+                if let Some(n) = self.leader() {
+                    self.call(n, |core, now| {
+                        let _ = core.handle_command(now, Command::HandOver);
+                    });
+                }
+            }
+            Trouble::Leave(n) => self.call(n, |core, now| {
+                let _ = core.handle_command(now, Command::Leave);
+            }),
+            Trouble::CrashLeader => {
+                if let Some(n) = self.leader() {
+                    self.crash(n);
+                    let us = 2000 + below(&mut self.rng, 400_000);
+                    self.after(us, Happening::Trouble(Trouble::Restart(n)));
+                }
+            }
+            Trouble::PauseLeader(us) => {
+                if let Some(n) = self.leader() {
+                    self.stop(n, us);
+                }
+            }
+            Trouble::CutLeader => {
+                if let Some(n) = self.leader() {
+                    for other in (0..self.nodes.len()).filter(|o| *o != n) {
+                        self.network.cut(n, other);
+                        self.network.cut(other, n);
+                    }
+                }
+            }
+        }
+    }
+
+    fn heal(&mut self) {
+        self.log(|| "all is healed".into());
+        self.healed = true;
+        self.network.heal();
+        self.network.loss = 0;
+        for node in 0..self.nodes.len() {
+            self.nodes[node].registry_off = false;
+            self.resume(node);
+            self.start(node);
+        }
+        self.after(10_000, Happening::Check);
+    }
+
+    // ---- load and judgement ------------------------------------------------------------------------------------
+
+    fn load(&mut self) {
+        let us = 300 + below(&mut self.rng, 4000);
+        self.after(us, Happening::Load);
+        for node in 0..self.nodes.len() {
+            let n = &self.nodes[node];
+            let open = n.core.as_ref().is_some_and(Core::window_open);
+            if !n.alive || n.stopped || !open {
+                continue;
+            }
+            for _ in 0..=below(&mut self.rng, 2) {
+                let size = match below(&mut self.rng, 30) {
+                    0 => 0,
+                    1 => 20_000,
+                    2..=4 => below(&mut self.rng, 4000),
+                    _ => below(&mut self.rng, 100),
+                };
+                let byte = u8::try_from(self.events % 251).expect("small");
+                let len = usize::try_from(size).expect("small");
+                let mut payload = vec![byte; len];
+                if let Some(first) = payload.first_mut() {
+                    *first = u8::try_from(below(&mut self.rng, 256)).expect("a byte");
+                }
+                let payload = Bytes::from(payload);
+                let urgent = chance(&mut self.rng, 600);
+                let number = self.nodes[node].app.applied + 1;
+                self.events += 1;
+                // The leader applies its own events itself, and at once.
+                self.nodes[node].app.apply(number, &payload);
+                self.call(node, |core, now| core.multicast(now, number, payload, urgent));
+            }
+        }
+    }
+
+    fn watch_emitters(&mut self) {
+        let mut who = Vec::new();
+        for (i, n) in self.nodes.iter().enumerate() {
+            // One that is stopped counts: frames may still be in its hands.
+            if let (true, Some(core)) = (n.alive, &n.core)
+                && core.may_emit(self.local(i, self.now))
+            {
+                who.push(core.me().clone());
+            }
+        }
+        if who.is_empty() {
+            if !self.healed {
+                let silence = self.now - self.spoke_at;
+                self.longest_silence_us = self.longest_silence_us.max(silence);
+            }
+        } else {
+            self.spoke_at = self.now;
+            if who.len() > 1 {
+                let first = who[0].clone();
+                self.observe(&first, &Observed::Emitters(&who));
+            }
+        }
+    }
+
+    fn all_is_well(&self) -> bool {
+        let Some(leader) = self.leader() else { return false };
+        let Some(core) = &self.nodes[leader].core else { return false };
+        let id = self.nodes[leader].view;
+        let status = core.status();
+        let whole = status.view.is_some_and(|v| v.full.len() == self.nodes.len());
+        let together = self.nodes.iter().all(|n| {
+            n.view == id && n.core.as_ref().is_some_and(|c| c.status().view.is_some() && !c.status().wedged)
+        });
+        whole
+            && together
+            && self.stable_since_heal
+            && core.may_emit(self.local(leader, self.now))
+    }
+
+    fn where_everyone_is(&self) -> String {
+        let mut out = String::new();
+        for n in &self.nodes {
+            let Some(core) = &n.core else { continue };
+            let s = core.status();
+            out += &format!(
+                "{}: {:?} view {:?} wedged {} held {}; ",
+                core.me(),
+                s.role,
+                s.view.map(|v| v.id.0),
+                s.wedged,
+                s.held
+            );
+        }
+        out
+    }
+}
+
+fn brief(reply: &RegistryReply) -> String {
+    use crate::output::{CasResult, ReadResult};
+    match reply {
+        RegistryReply::View(r) | RegistryReply::Lease(r) => match r {
+            ReadResult::Value { version, .. } => format!("version {version}"),
+            ReadResult::Absent => "absent".into(),
+            ReadResult::Unknown => "unknown".into(),
+        },
+        RegistryReply::Cas(r) | RegistryReply::Renew(r) => match r {
+            CasResult::Written { version } => format!("written {version}"),
+            CasResult::BadVersion => "bad version".into(),
+            CasResult::Unknown => "unknown".into(),
+        },
+    }
+}
