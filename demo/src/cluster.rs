@@ -261,7 +261,8 @@ impl Cluster {
         None
     }
 
-    /// Forgets the processes of a replica that was killed on purpose.
+    /// Forgets the processes of a replica that was killed on purpose. Not before: forgetting kills,
+    /// and in another order than a dying machine does.
     pub(crate) fn forget(&mut self, name: &str) {
         let index = self.index(name);
         self.replicas[index].processes.clear();

@@ -144,8 +144,8 @@ impl Drill<'_> {
         let at_us = now_us();
         match kind {
             Kind::Kill => {
-                self.cluster.forget(&victim);
                 self.lab.kill_host(&victim)?;
+                self.cluster.forget(&victim);
             }
             Kind::Cable => self.lab.cut(&victim)?,
         }

@@ -28,7 +28,7 @@ const EXIT_INTERRUPTED: u8 = 130;
 
 /// Seconds that a fault takes with all that belongs to it, roughly: transfers are spread over the
 /// time of all faults, and never end before the last.
-const SECONDS_PER_FAULT: u64 = 10;
+const SECONDS_PER_FAULT: u64 = 6;
 
 /// Runs the demonstration.
 ///
