@@ -24,11 +24,7 @@ pub const EXIT_USAGE: u8 = 64;
 
 /// TCP connections that outlive the server that answers them.
 #[derive(Debug, Parser)]
-#[command(
-    name = "unbroken",
-    version,
-    subcommand_required = true
-)]
+#[command(name = "unbroken", version, subcommand_required = true)]
 #[command(
     after_help = "Exit codes: 0 done, 1 failed, 64 wrong usage or configuration.\n\
     \n\

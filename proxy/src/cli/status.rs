@@ -222,3 +222,99 @@ fn align<const N: usize>(rows: &[[String; N]]) -> Vec<String> {
     };
     rows.iter().map(line).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::status::{Board, CoordinatorRole, Redundancy, Role};
+
+    fn answers() -> Vec<Answer> {
+        let mut service =
+            ServiceStatus::starting("web", "10.98.0.100".parse().unwrap(), &[80, 443]);
+        service.role = Role::Backup;
+        service.leader = Some("r2".to_owned());
+        service.view.id = 7;
+        service.view.members = vec!["r1".to_owned(), "r2".to_owned()];
+        service.view.joining = vec!["r3".to_owned()];
+        service.redundancy = Redundancy::CatchingUp;
+        service.redundancy_reason = Some("r3 is joining".to_owned());
+        service.connections = 3;
+        service.counters.last_event = 12;
+        service.counters.stable_event = 11;
+        let board = Board::new("r1", vec![service]);
+        board.update(|status| {
+            status.uptime_ms = 61_500;
+            status.coordinator.role = CoordinatorRole::Follower;
+            status.coordinator.zxid = 123;
+            status.coordinator.sessions = 4;
+        });
+        let up = Outcome::Status(Box::new(board.read()));
+        let down = Outcome::Error("connecting: refused".to_owned());
+        vec![
+            Answer {
+                admin: "a:1".to_owned(),
+                outcome: up,
+            },
+            Answer {
+                admin: "b:2".to_owned(),
+                outcome: down,
+            },
+        ]
+    }
+
+    #[test]
+    fn the_table_has_a_line_for_each_service_and_says_who_is_missing() {
+        let expected = "\
+NODE  SERVICE  ADDRESS             ROLE    LEADER  VIEW  MEMBERS    REDUNDANCY   CONNECTIONS  EVENTS
+r1    web      10.98.0.100:80,443  backup  r2      7     r1,r2 +r3  catching-up  3            12 (stable 11)
+r1: coordinator follower, zxid 123, 4 sessions, up 61 s
+r1: web: r3 is joining
+b:2: no answer: connecting: refused";
+        assert_eq!(table(&answers()), expected);
+        assert_eq!(
+            table(&answers()[1..]),
+            "b:2: no answer: connecting: refused"
+        );
+    }
+
+    /// DESIGN §9: the fields that scripts rely on, by name.
+    #[test]
+    fn the_json_of_one_node_is_the_status_itself() {
+        let json: serde_json::Value =
+            serde_json::from_str(&json(&answers()[..1]).unwrap()).unwrap();
+        assert_eq!(json["node"], "r1");
+        assert_eq!(json["version"], env!("CARGO_PKG_VERSION"));
+        let coordinator = &json["coordinator"];
+        assert_eq!(
+            (
+                &coordinator["role"],
+                &coordinator["zxid"],
+                &coordinator["sessions"]
+            ),
+            (&"follower".into(), &123.into(), &4.into())
+        );
+        let service = &json["services"][0];
+        for (key, value) in [
+            ("name", "web".into()),
+            ("vip", "10.98.0.100".into()),
+            ("ports", vec![80, 443].into()),
+            ("leader", "r2".into()),
+            ("role", "backup".into()),
+            ("redundancy", "catching-up".into()),
+            ("connections", 3.into()),
+        ] {
+            let value: serde_json::Value = value;
+            assert_eq!(service[key], value, "{key}");
+        }
+        assert_eq!(service["view"]["id"], 7);
+        assert_eq!(service["view"]["members"], serde_json::json!(["r1", "r2"]));
+    }
+
+    #[test]
+    fn the_json_of_several_nodes_tells_them_apart() {
+        let json: serde_json::Value = serde_json::from_str(&json(&answers()).unwrap()).unwrap();
+        assert_eq!(json[0]["admin"], "a:1");
+        assert_eq!(json[0]["status"]["node"], "r1");
+        assert_eq!(json[1]["error"], "connecting: refused");
+    }
+}
