@@ -1014,9 +1014,7 @@ impl Core {
         for (a, b) in ranges.iter().take(crate::fbcast::NAK_RANGES_MAX) {
             let to = (*b).min(sent);
             if a.number < self.log.first() {
-                // Given up for a joiner that was too slow; nothing else can be missing here.
-                self.drop_joiner(from);
-                return;
+                continue; // an old request that was long on its way: whoever sent it holds this by now
             }
             let (bodies, _) = self.log.pack(&header, *a, to, budget, &self.config.limits);
             budget = budget.saturating_sub(bodies.iter().map(Bytes::len).sum());
