@@ -267,3 +267,111 @@ fn the_server_breaks_off() {
         },
     );
 }
+
+/// Two leaders die one after the other; the last replica serves alone.
+#[test]
+fn two_leaders_die() {
+    for seed in 0..150 {
+        for (app, script) in [
+            (
+                App::Echo,
+                Script {
+                    sends: 30_000,
+                    close: Close::AfterSending,
+                    ..script()
+                },
+            ),
+            (
+                App::Upload,
+                Script {
+                    sends: 60_000,
+                    close: Close::AfterSending,
+                    ..script()
+                },
+            ),
+            (
+                App::Download {
+                    bytes: 60_000,
+                    asks: true,
+                    closes: true,
+                },
+                script(),
+            ),
+        ] {
+            run(Plan {
+                app,
+                script,
+                ipv6: seed % 2 == 1,
+                offload: seed % 3 == 1,
+                seed: 7_000 + seed,
+                crash_at: Some(2 + (seed as usize * 7) % 60),
+                crash_again_after: Some((seed as usize * 5) % 40),
+                ..CALM
+            });
+        }
+    }
+}
+
+/// The same on a path that loses segments, both ways.
+#[test]
+fn on_a_lossy_path() {
+    for seed in 0..120 {
+        for (app, script) in [
+            (
+                App::Echo,
+                Script {
+                    sends: 30_000,
+                    close: Close::AfterSending,
+                    ..script()
+                },
+            ),
+            (
+                App::Upload,
+                Script {
+                    sends: 40_000,
+                    close: Close::AfterSending,
+                    ..script()
+                },
+            ),
+            (
+                App::Download {
+                    bytes: 60_000,
+                    asks: true,
+                    closes: true,
+                },
+                script(),
+            ),
+        ] {
+            run(Plan {
+                app,
+                script,
+                ipv6: seed % 2 == 1,
+                offload: seed % 3 == 1,
+                seed: 9_000 + seed,
+                crash_at: Some(2 + (seed as usize * 11) % 90),
+                crash_again_after: (seed % 4 == 0).then_some(30),
+                loss: Some(10 + 10 * (seed % 5)),
+                ..CALM
+            });
+        }
+    }
+}
+
+/// One seed, one run: byte for byte.
+#[test]
+fn a_seed_repeats_its_run() {
+    let plan = Plan {
+        app: App::Echo,
+        script: Script {
+            sends: 30_000,
+            close: Close::AfterSending,
+            ..script()
+        },
+        crash_at: Some(25),
+        crash_again_after: Some(20),
+        loss: Some(20),
+        seed: 77,
+        ..CALM
+    };
+    assert_eq!(run(plan), run(plan));
+}
