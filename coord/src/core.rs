@@ -473,7 +473,7 @@ impl Core {
             self.next_tick = now + self.config.tick;
         }
         if late > self.config.election_min {
-            self.restart_deadlines();
+            self.deadlines.postpone(late);
         }
         self.campaign_if_due();
         self.expire_sessions();

@@ -96,6 +96,15 @@ impl Deadlines {
         }
     }
 
+    /// The leader was asleep for `pause`, in which nobody could be heard: it does not count.
+    pub(crate) fn postpone(&mut self, pause: Duration) {
+        for (at, _) in self.by_session.values_mut() {
+            *at = *at + pause;
+        }
+        let later = std::mem::take(&mut self.by_time).into_iter();
+        self.by_time = later.map(|(at, session)| (at + pause, session)).collect();
+    }
+
     pub(crate) fn end(&mut self, session: SessionId) {
         if let Some((at, _)) = self.by_session.remove(&session) {
             self.by_time.remove(&(at, session));
@@ -153,6 +162,9 @@ mod tests {
             Some(b),
             "the first proposal was lost"
         );
+        deadlines.postpone(Duration::from_millis(1000));
+        assert_eq!(deadlines.pop_expired(ms(1100), again), None);
+        assert_eq!(deadlines.pop_expired(ms(1150), again), Some(a));
         deadlines.end(a);
         deadlines.end(b);
         deadlines.touch(a, ms(200));

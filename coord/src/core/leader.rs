@@ -48,7 +48,7 @@ impl Core {
         }
     }
 
-    /// A new leader, or one that was asleep, knows nothing of who was silent.
+    /// A new leader knows nothing of who was silent.
     pub(super) fn restart_deadlines(&mut self) {
         if self.leads() {
             let sessions: Vec<SessionId> = self.state.sessions.keys().copied().collect();

@@ -118,7 +118,12 @@ pub struct RaftMessage {
 }
 
 pub(super) fn entry_to_engine(entry: LogEntry) -> pb::Entry {
-    pb::Entry { index: entry.index, term: entry.term, data: entry.data, ..Default::default() }
+    pb::Entry {
+        index: entry.index,
+        term: entry.term,
+        data: entry.data,
+        ..Default::default()
+    }
 }
 
 pub(super) fn entry_from_engine(entry: &pb::Entry) -> LogEntry {
