@@ -3,11 +3,19 @@
 
 mod common;
 
-use std::time::Instant;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use common::Cluster;
-use unbroken_coord::client::ClientError;
-use unbroken_coord::wire::{Acl, CreateMode, ErrorCode};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::task::JoinSet;
+use unbroken_coord::client::{Client, ClientError};
+use unbroken_coord::wire::{
+    Acl, ConnectRequest, CreateMode, CreateOp, ErrorCode, Request, encode_connect_request,
+    encode_request,
+};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn writes_are_seen_everywhere_after_sync() {
@@ -81,4 +89,175 @@ async fn the_leader_dies_and_writes_go_on() {
         back.close().await.unwrap();
     }
     assert_eq!(version, 4);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn everything_survives_a_power_failure() {
+    let mut cluster = Cluster::start(|config| config.snapshot_every = 50).await;
+    let client = cluster.client("a", 4000).await;
+    client
+        .create("/d", "", CreateMode::Persistent, Acl::open())
+        .await
+        .unwrap();
+    for i in 0..130 {
+        client
+            .create(&format!("/d/{i}"), "x", CreateMode::Persistent, Acl::open())
+            .await
+            .unwrap();
+    }
+    client
+        .create("/d/mine", "", CreateMode::Ephemeral, Acl::open())
+        .await
+        .unwrap();
+    for name in ["a", "b", "c"] {
+        cluster.kill(name);
+    }
+    for name in ["c", "a", "b"] {
+        cluster.up(name).await;
+    }
+    // The session outlives its servers.
+    let stat = client
+        .exists("/d/mine")
+        .await
+        .unwrap()
+        .expect("the session lives");
+    assert_eq!(Some(stat.ephemeral_owner), client.session_id());
+    client.sync("/").await.unwrap();
+    assert_eq!(client.children("/d").await.unwrap().len(), 131);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_that_was_away_for_long_is_sent_a_snapshot() {
+    let mut cluster = Cluster::start(|config| config.snapshot_every = 50).await;
+    cluster.kill("c");
+    let client = cluster.client("a", 4000).await;
+    client
+        .create("/n", "", CreateMode::Persistent, Acl::open())
+        .await
+        .unwrap();
+    // More than the others keep for one that is a little behind.
+    let mut last = 0;
+    for _ in 0..60 {
+        last = last.max(set_at_once(&client, "/n", 100).await);
+    }
+    cluster.up("c").await;
+    let newest = u64::try_from(client.get("/n").await.unwrap().1.mzxid).unwrap();
+    let (_, server) = cluster.running().find(|(name, _)| *name == "c").unwrap();
+    server
+        .watch_status()
+        .wait_for(|status| status.zxid >= newest)
+        .await
+        .unwrap();
+    for other in ["a", "b"] {
+        cluster.kill(other);
+        cluster.up(other).await;
+    }
+    let late = cluster.client("c", 4000).await;
+    late.sync("/n").await.unwrap();
+    assert_eq!(late.get("/n").await.unwrap().1.version, last);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn short_sessions_hold_under_load_and_end_in_silence() {
+    let cluster = Cluster::start(|_| {}).await;
+    let mut holders = Vec::new();
+    for server in ["a", "b", "c"].into_iter().cycle().take(9) {
+        let client = cluster.client(server, 100).await;
+        let session = client.session_id().unwrap();
+        let path = format!("/held-{session:x}");
+        client
+            .create(&path, "", CreateMode::Ephemeral, Acl::open())
+            .await
+            .unwrap();
+        holders.push((client, session, path));
+    }
+    let writer = cluster.client("b", 10_000).await;
+    writer
+        .create("/load", "", CreateMode::Persistent, Acl::open())
+        .await
+        .unwrap();
+    // How long this machine made one of our own tasks wait: what it does to them, it does to pings.
+    let stall_ms = Arc::new(AtomicU64::new(0));
+    let canary = tokio::spawn({
+        let stall_ms = stall_ms.clone();
+        async move {
+            loop {
+                let before = Instant::now();
+                tokio::time::sleep(Duration::from_millis(2)).await;
+                let took = u64::try_from(before.elapsed().as_millis()).unwrap();
+                stall_ms.fetch_max(took, Ordering::Relaxed);
+            }
+        }
+    });
+    let started = Instant::now();
+    let mut writes = 0;
+    // Thirty times the session timeout.
+    while started.elapsed().as_millis() < 3000 {
+        writes = set_at_once(&writer, "/load", 64).await;
+    }
+    canary.abort();
+    let stall_ms = stall_ms.load(Ordering::Relaxed);
+    let sessions = cluster
+        .running()
+        .map(|(_, server)| server.status().sessions)
+        .max();
+    println!(
+        "sets: version {writes} in {:?}; longest stall {stall_ms} ms",
+        started.elapsed()
+    );
+    let kept = sessions == Some(holders.len() + 1);
+    assert!(
+        kept || stall_ms > 30,
+        "a session that was kept alive has expired"
+    );
+    for (client, session, path) in holders.iter().filter(|_| kept) {
+        assert_eq!(client.session_id(), Some(*session));
+        assert!(client.exists(path).await.unwrap().is_some());
+    }
+    // One that falls silent goes, with what it held, though its connection stays.
+    let mut silent = TcpStream::connect(&cluster.hosts("a")[0]).await.unwrap();
+    let hello = ConnectRequest {
+        protocol_version: 0,
+        last_zxid_seen: 0,
+        timeout_ms: 100,
+        session_id: 0,
+        password: None,
+        read_only: None,
+    };
+    silent
+        .write_all(&encode_connect_request(&hello))
+        .await
+        .unwrap();
+    let mut answer = [0; 40];
+    silent.read_exact(&mut answer).await.unwrap();
+    let create = Request::Create {
+        op: CreateOp::Create,
+        path: "/silent".into(),
+        data: None,
+        acl: Acl::open(),
+        flags: CreateMode::Ephemeral.flags(),
+    };
+    let (there, watch) = writer.exists_and_watch("/silent").await.unwrap();
+    assert_eq!(there, None);
+    silent.write_all(&encode_request(1, &create)).await.unwrap();
+    watch.await.unwrap();
+    let (there, watch) = writer.exists_and_watch("/silent").await.unwrap();
+    if there.is_some() {
+        watch.await.unwrap();
+    }
+    assert_eq!(writer.exists("/silent").await.unwrap(), None);
+}
+
+/// So many writes at the same time; the highest version that came back.
+async fn set_at_once(client: &Client, path: &'static str, count: usize) -> i32 {
+    let mut sets = JoinSet::new();
+    for _ in 0..count {
+        let client = client.clone();
+        sets.spawn(async move { client.set(path, vec![1; 512], -1).await });
+    }
+    let mut newest = 0;
+    while let Some(set) = sets.join_next().await {
+        newest = newest.max(set.unwrap().unwrap().version);
+    }
+    newest
 }

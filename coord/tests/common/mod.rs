@@ -79,7 +79,13 @@ impl Cluster {
 
     /// Ends a server without a goodbye.
     pub(crate) fn kill(&mut self, name: &str) {
-        drop(self.servers.get_mut(name).expect("a, b or c").take().expect("it runs"));
+        drop(
+            self.servers
+                .get_mut(name)
+                .expect("a, b or c")
+                .take()
+                .expect("it runs"),
+        );
     }
 
     pub(crate) fn running(&self) -> impl Iterator<Item = (&str, &Server)> {
