@@ -67,12 +67,19 @@ impl Driver {
         key: &[u8; 32],
         now: Instant,
     ) -> Result<Self, DriverError> {
-        let address = *members.get(me).ok_or_else(|| DriverError::NotAMember(me.to_owned()))?;
+        let address = *members
+            .get(me)
+            .ok_or_else(|| DriverError::NotAMember(me.to_owned()))?;
         let listen = |source| DriverError::Listen { address, source };
         let key = GroupKey::new(key);
         let (receiver, sender) = udp::open(me, members, &key).map_err(listen)?;
         let control = Control::open(me, members, &key, now).map_err(listen)?;
-        Ok(Self { receiver, sender, control, base: 0 })
+        Ok(Self {
+            receiver,
+            sender,
+            control,
+            base: 0,
+        })
     }
 
     /// Registers every socket under [`TOKENS`] tokens from `base` on.
@@ -81,7 +88,8 @@ impl Driver {
     /// The event loop refused.
     pub fn register(&mut self, registry: &Registry, base: usize) -> io::Result<()> {
         self.base = base;
-        self.receiver.register(registry, Token(base), Interest::READABLE)?;
+        self.receiver
+            .register(registry, Token(base), Interest::READABLE)?;
         self.control.register(registry, base + 1)
     }
 

@@ -631,6 +631,7 @@ impl Core {
                         joining.push(Joiner {
                             member: m.clone(),
                             since: id,
+                            cut,
                         });
                     }
                 }

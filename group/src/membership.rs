@@ -531,13 +531,16 @@ impl Core {
         // Step 5: deliver exactly up to the cut, forget the rest.
         match (was, full) {
             (Phase::Seeking, _) => {
-                self.log = EventLog::starting_after(view.cut);
-                self.assembler = Assembler::starting_after(view.cut);
-                self.delivered = view.cut;
-                self.seeking.joined_cut = view.cut;
+                let (since, cut) = view
+                    .joiner(&me)
+                    .map_or((view.id, view.cut), |j| (j.since, j.cut));
+                self.log = EventLog::starting_after(cut);
+                self.assembler = Assembler::starting_after(cut);
+                self.delivered = cut;
+                self.seeking.joined_cut = cut;
                 if !full {
                     self.receiving = Some(Receiving::new(now));
-                    self.joined_since = view.id.0;
+                    self.joined_since = since.0;
                 }
             }
             (_, true) => {

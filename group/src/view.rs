@@ -58,6 +58,8 @@ pub struct Joiner {
     pub member: MemberId,
     /// The view in which it began to join: its checkpoint is the leader's state at that view's cut.
     pub since: ViewId,
+    /// That view's cut: a joiner may hear of a later view first.
+    pub cut: u64,
 }
 
 /// What the group's znode holds.

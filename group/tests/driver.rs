@@ -35,7 +35,11 @@ impl Node {
         let poll = Poll::new().unwrap();
         let mut driver = Driver::open(me, members, &key, Instant::from_micros(0)).unwrap();
         driver.register(poll.registry(), 0).unwrap();
-        Self { poll, driver, started: Clock::now() }
+        Self {
+            poll,
+            driver,
+            started: Clock::now(),
+        }
     }
 
     fn now(&self) -> Instant {
@@ -61,7 +65,9 @@ impl Node {
                 return;
             }
             if !self.driver.receiver.readable() {
-                self.poll.poll(&mut events, Some(Duration::from_millis(5))).unwrap();
+                self.poll
+                    .poll(&mut events, Some(Duration::from_millis(5)))
+                    .unwrap();
                 for event in &events {
                     self.driver.handle_ready(event.token());
                 }
@@ -79,8 +85,10 @@ enum Input {
 #[test]
 fn datagrams_arrive_whole_and_once_sealed_by_their_sender() {
     let members = members(&["a", "b"]);
-    let (mut a, mut b) =
-        (Node::open("a", &members, [1; 32]), Node::open("b", &members, [1; 32]));
+    let (mut a, mut b) = (
+        Node::open("a", &members, [1; 32]),
+        Node::open("b", &members, [1; 32]),
+    );
     let me = MemberId::new("a", 77);
     a.driver.set_member(GROUP, me.clone());
     a.driver.set_instance(GROUP, 5);
@@ -107,17 +115,27 @@ fn datagrams_arrive_whole_and_once_sealed_by_their_sender() {
 #[test]
 fn whoever_has_not_the_key_is_not_heard() {
     let members = members(&["a", "b"]);
-    let (mut a, mut b) =
-        (Node::open("a", &members, [1; 32]), Node::open("b", &members, [2; 32]));
+    let (mut a, mut b) = (
+        Node::open("a", &members, [1; 32]),
+        Node::open("b", &members, [2; 32]),
+    );
     for node in [&mut a, &mut b] {
         node.driver.set_instance(GROUP, 5);
     }
     a.driver.set_member(GROUP, MemberId::new("a", 77));
-    a.driver.sender.send(GROUP, &[MemberId::new("b", 1)], &[Bytes::from_static(b"x")]);
+    a.driver
+        .sender
+        .send(GROUP, &[MemberId::new("b", 1)], &[Bytes::from_static(b"x")]);
     while b.driver.receiver.counters().forged == 0 {
-        assert!(b.started.elapsed() < Duration::from_secs(10), "the datagram never came");
+        assert!(
+            b.started.elapsed() < Duration::from_secs(10),
+            "the datagram never came"
+        );
         b.driver.handle_ready(mio::Token(0));
-        b.driver.receiver.receive(|_, _, _| panic!("heard without the key")).unwrap();
+        b.driver
+            .receiver
+            .receive(|_, _, _| panic!("heard without the key"))
+            .unwrap();
     }
     // And nothing is believed of who answers its control connection.
     b.driver.set_member(GROUP, MemberId::new("b", 9));
@@ -127,9 +145,14 @@ fn whoever_has_not_the_key_is_not_heard() {
         for node in [&mut a, &mut b] {
             let now = node.now();
             while let Some(input) = node.driver.control.poll_input(now) {
-                assert!(!matches!(input.event, ControlEvent::Connected { .. }), "{input:?}");
+                assert!(
+                    !matches!(input.event, ControlEvent::Connected { .. }),
+                    "{input:?}"
+                );
             }
-            node.poll.poll(&mut events, Some(Duration::from_millis(1))).unwrap();
+            node.poll
+                .poll(&mut events, Some(Duration::from_millis(1)))
+                .unwrap();
             for event in &events {
                 node.driver.handle_ready(event.token());
             }
@@ -153,7 +176,9 @@ fn a_death_ends_the_connection_and_the_listener_refuses() {
         while killed.try_recv() == Err(std::sync::mpsc::TryRecvError::Empty) {
             let now = b.now();
             while b.driver.control.poll_input(now).is_some() {}
-            b.poll.poll(&mut events, Some(Duration::from_millis(5))).unwrap();
+            b.poll
+                .poll(&mut events, Some(Duration::from_millis(5)))
+                .unwrap();
             for event in &events {
                 b.driver.handle_ready(event.token());
             }
@@ -164,7 +189,15 @@ fn a_death_ends_the_connection_and_the_listener_refuses() {
         Input::Control(input) => Some(input.event),
         Input::Datagram(..) => None,
     };
-    a.until(|i| matches!(control(i), Some(ControlEvent::Connected { incarnation: 42, .. })));
+    a.until(|i| {
+        matches!(
+            control(i),
+            Some(ControlEvent::Connected {
+                incarnation: 42,
+                ..
+            })
+        )
+    });
     kill.send(()).unwrap();
     b.join().unwrap();
     let mut ended = false;

@@ -63,12 +63,20 @@ fn main() -> ExitCode {
     }
     let (mut failed, mut steps, mut views, mut events, mut generations) = (0, 0, 0, 0, 0);
     for seed in from..from + seeds {
-        let report = run(&Options { seed, ..options.clone() });
+        let report = run(&Options {
+            seed,
+            ..options.clone()
+        });
         steps += report.steps;
         views += report.views;
         events += report.events;
         generations += u64::from(report.generations);
-        if let Outcome::Failed { invariant, what, at_us } = report.outcome {
+        if let Outcome::Failed {
+            invariant,
+            what,
+            at_us,
+        } = report.outcome
+        {
             failed += 1;
             println!("seed {seed}: {invariant} violated at {at_us} us: {what}");
         }

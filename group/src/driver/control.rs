@@ -75,10 +75,23 @@ struct Peer {
 }
 
 enum State {
-    Waiting { until: Instant },
-    Connecting { stream: TcpStream, since: Instant },
-    Asked { stream: TcpStream, since: Instant, challenge: [u8; CHALLENGE_BYTES], got: Vec<u8> },
-    Up { stream: TcpStream, groups: Vec<(u32, u128)> },
+    Waiting {
+        until: Instant,
+    },
+    Connecting {
+        stream: TcpStream,
+        since: Instant,
+    },
+    Asked {
+        stream: TcpStream,
+        since: Instant,
+        challenge: [u8; CHALLENGE_BYTES],
+        got: Vec<u8>,
+    },
+    Up {
+        stream: TcpStream,
+        groups: Vec<(u32, u128)>,
+    },
 }
 
 struct Accepted {
@@ -146,7 +159,11 @@ impl Control {
     /// This node lives as `incarnation` in a group from now on. Peers that were told of another life are cut off, so
     /// that they ask again.
     pub fn set_incarnation(&mut self, group: u32, incarnation: u128) {
-        if self.incarnations.insert(group, incarnation).is_some_and(|old| old != incarnation) {
+        if self
+            .incarnations
+            .insert(group, incarnation)
+            .is_some_and(|old| old != incarnation)
+        {
             for slot in &mut self.accepted {
                 *slot = None;
             }
@@ -181,7 +198,11 @@ impl Control {
         let peer = &self.peers[index].name;
         let groups: Vec<u32> = self.incarnations.keys().copied().collect();
         for group in groups {
-            self.inputs.push_back(ControlInput { group, peer: peer.clone(), event });
+            self.inputs.push_back(ControlInput {
+                group,
+                peer: peer.clone(),
+                event,
+            });
         }
     }
 
@@ -195,11 +216,18 @@ impl Control {
             State::Connecting { since, .. } if now >= since + ATTEMPT_MAX => {
                 State::Waiting { until: now }
             }
-            State::Connecting { stream, since } if ready => self.connected(now, index, stream, since),
-            State::Asked { since, .. } if now >= since + ATTEMPT_MAX => State::Waiting { until: now },
-            State::Asked { stream, since, challenge, got } if ready => {
-                self.hear(now, index, stream, since, challenge, got)
+            State::Connecting { stream, since } if ready => {
+                self.connected(now, index, stream, since)
             }
+            State::Asked { since, .. } if now >= since + ATTEMPT_MAX => {
+                State::Waiting { until: now }
+            }
+            State::Asked {
+                stream,
+                since,
+                challenge,
+                got,
+            } if ready => self.hear(now, index, stream, since, challenge, got),
             State::Up { stream, groups } if ready => self.watch(now, index, stream, groups),
             other => other,
         };
@@ -228,7 +256,13 @@ impl Control {
         State::Waiting { until: now + RETRY }
     }
 
-    fn connected(&mut self, now: Instant, index: usize, mut stream: TcpStream, since: Instant) -> State {
+    fn connected(
+        &mut self,
+        now: Instant,
+        index: usize,
+        mut stream: TcpStream,
+        since: Instant,
+    ) -> State {
         match stream.take_error() {
             Ok(None) => {}
             Ok(Some(error)) | Err(error) => return self.failed(now, index, since, &error),
@@ -240,11 +274,18 @@ impl Control {
             }
             Err(error) => return self.failed(now, index, since, &error),
         }
-        let keepalive = TcpKeepalive::new().with_time(KEEPALIVE).with_interval(KEEPALIVE).with_retries(2);
+        let keepalive = TcpKeepalive::new()
+            .with_time(KEEPALIVE)
+            .with_interval(KEEPALIVE)
+            .with_retries(2);
         let mut ask = [0; ASK_BYTES];
         ask[..MAGIC.len()].copy_from_slice(&MAGIC);
         let drawn = getrandom::fill(&mut ask[MAGIC.len()..]);
-        if drawn.is_err() || SockRef::from(&stream).set_tcp_keepalive(&keepalive).is_err() {
+        if drawn.is_err()
+            || SockRef::from(&stream)
+                .set_tcp_keepalive(&keepalive)
+                .is_err()
+        {
             return State::Waiting { until: now + RETRY };
         }
         match stream.write(&ask) {
@@ -271,35 +312,59 @@ impl Control {
         let open = read_some(&mut stream, &mut got, ANSWER_BYTES_MAX + 2);
         let Some(length) = got.get(..2) else {
             return if open {
-                State::Asked { stream, since, challenge, got }
+                State::Asked {
+                    stream,
+                    since,
+                    challenge,
+                    got,
+                }
             } else {
                 State::Waiting { until: now }
             };
         };
         let length = usize::from(u16::from_le_bytes([length[0], length[1]]));
         if got.len() < 2 + length && length <= ANSWER_BYTES_MAX && open {
-            return State::Asked { stream, since, challenge, got };
+            return State::Asked {
+                stream,
+                since,
+                challenge,
+                got,
+            };
         }
         let groups = got.get_mut(2..2 + length).and_then(|answer| {
             let (nonce, sealed) = answer.split_at_mut_checked(NONCE_BYTES)?;
             let nonce = Nonce::assume_unique_for_key((&*nonce).try_into().ok()?);
-            let plain = self.peers[index].key.open_in_place(nonce, Aad::from(challenge), sealed);
+            let plain = self.peers[index]
+                .key
+                .open_in_place(nonce, Aad::from(challenge), sealed);
             postcard::from_bytes::<Vec<(u32, u128)>>(plain.ok()?).ok()
         });
         let Some(groups) = groups else {
-            tracing::warn!(peer = self.peers[index].name, "not a member of this group answers");
-            return State::Waiting { until: now + ATTEMPT_MAX };
+            tracing::warn!(
+                peer = self.peers[index].name,
+                "not a member of this group answers"
+            );
+            return State::Waiting {
+                until: now + ATTEMPT_MAX,
+            };
         };
         for (group, incarnation) in &groups {
             if self.incarnations.contains_key(group) {
                 self.inputs.push_back(ControlInput {
                     group: *group,
                     peer: self.peers[index].name.clone(),
-                    event: ControlEvent::Connected { incarnation: *incarnation, since },
+                    event: ControlEvent::Connected {
+                        incarnation: *incarnation,
+                        since,
+                    },
                 });
             }
         }
-        if open { State::Up { stream, groups } } else { self.ended(now, index) }
+        if open {
+            State::Up { stream, groups }
+        } else {
+            self.ended(now, index)
+        }
     }
 
     fn watch(
@@ -324,7 +389,9 @@ impl Control {
     }
 
     fn accept(&mut self) {
-        let Some((registry, base)) = &self.registry else { return };
+        let Some((registry, base)) = &self.registry else {
+            return;
+        };
         while self.acceptable {
             let mut stream = match self.listener.accept() {
                 Ok((stream, _)) => stream,
@@ -335,10 +402,20 @@ impl Control {
                 // The peer gave up, or descriptors are short: the loop comes again.
                 Err(_) => return,
             };
-            let Some(slot) = self.accepted.iter().position(Option::is_none) else { continue };
+            let Some(slot) = self.accepted.iter().position(Option::is_none) else {
+                continue;
+            };
             let token = Token(base + 1 + PEERS_MAX + slot);
-            if registry.register(&mut stream, token, Interest::READABLE).is_ok() {
-                let accepted = Accepted { stream, got: Vec::new(), answered: false, ready: true };
+            if registry
+                .register(&mut stream, token, Interest::READABLE)
+                .is_ok()
+            {
+                let accepted = Accepted {
+                    stream,
+                    got: Vec::new(),
+                    answered: false,
+                    ready: true,
+                };
                 self.accepted[slot] = Some(accepted);
             }
         }
@@ -360,7 +437,12 @@ impl Control {
                         accepted.answered = true;
                         let challenge = accepted.got[MAGIC.len()..].to_vec();
                         sealed_answer(&self.key, &self.incarnations, &challenge).is_some_and(
-                            |answer| accepted.stream.write(&answer).is_ok_and(|n| n == answer.len()),
+                            |answer| {
+                                accepted
+                                    .stream
+                                    .write(&answer)
+                                    .is_ok_and(|n| n == answer.len())
+                            },
                         )
                     }
                     _ => false,

@@ -68,7 +68,9 @@ pub(super) fn open<'a>(
     head: &[u8],
     body: &'a mut [u8],
 ) -> Option<&'a [u8]> {
-    key.open_in_place(nonce(counter), Aad::from(head), body).ok().map(|plain| &*plain)
+    key.open_in_place(nonce(counter), Aad::from(head), body)
+        .ok()
+        .map(|plain| &*plain)
 }
 
 const WINDOW_WORDS: usize = 64;
@@ -84,14 +86,20 @@ pub(super) struct ReplayWindow {
 
 impl Default for ReplayWindow {
     fn default() -> Self {
-        Self { newest: 0, bits: [0; WINDOW_WORDS] }
+        Self {
+            newest: 0,
+            bits: [0; WINDOW_WORDS],
+        }
     }
 }
 
 impl ReplayWindow {
     fn place(counter: u64) -> (usize, u64) {
         let word = (counter / 64) % WINDOW_WORDS as u64;
-        (usize::try_from(word).expect("below 64"), 1 << (counter % 64))
+        (
+            usize::try_from(word).expect("below 64"),
+            1 << (counter % 64),
+        )
     }
 
     /// Whether `counter` would be accepted.

@@ -160,7 +160,13 @@ impl Receiver {
     /// The instance of a group is known: its members can be heard.
     pub fn set_instance(&mut self, group: u32, instance: u128) {
         let lives = self.names.iter().map(|_| VecDeque::new()).collect();
-        self.groups.insert(group, Lives { instance: Some(instance), lives });
+        self.groups.insert(
+            group,
+            Lives {
+                instance: Some(instance),
+                lives,
+            },
+        );
     }
 
     /// What happened so far.
@@ -180,9 +186,12 @@ impl Receiver {
         let mut slots = std::mem::take(&mut self.slots);
         let mut metas = [RecvMeta::default(); BATCH_SIZE];
         let received = {
-            let mut slices: Vec<IoSliceMut<'_>> =
-                slots.chunks_exact_mut(SLOT_BYTES).map(IoSliceMut::new).collect();
-            self.state.recv(UdpSockRef::from(&*self.socket), &mut slices, &mut metas)
+            let mut slices: Vec<IoSliceMut<'_>> = slots
+                .chunks_exact_mut(SLOT_BYTES)
+                .map(IoSliceMut::new)
+                .collect();
+            self.state
+                .recv(UdpSockRef::from(&*self.socket), &mut slices, &mut metas)
         };
         let outcome = match received {
             Ok(n) => {
@@ -232,7 +241,10 @@ impl Receiver {
             return;
         };
         let lives = &mut known.lives[rank];
-        if let Some(life) = lives.iter_mut().find(|l| l.member.incarnation == incarnation) {
+        if let Some(life) = lives
+            .iter_mut()
+            .find(|l| l.member.incarnation == incarnation)
+        {
             if !life.window.fresh(counter) {
                 self.counters.replayed += 1;
                 return;
@@ -262,7 +274,11 @@ impl Receiver {
         let member = MemberId::new(name.clone(), incarnation);
         self.counters.received += 1;
         f(group, &member, plain);
-        lives.push_back(Life { member, key, window });
+        lives.push_back(Life {
+            member,
+            key,
+            window,
+        });
     }
 }
 
@@ -290,8 +306,12 @@ impl Sender {
     /// Seals each body once and sends it to each of `to`. All bodies but the last must be of equal size. What the
     /// kernel does not take is lost, as it could be on the way.
     pub fn send(&mut self, group: u32, to: &[MemberId], bodies: &[Bytes]) {
-        let Some(own) = self.groups.get_mut(&group) else { return };
-        let (Some(me), Some(key)) = (&own.me, &own.key) else { return };
+        let Some(own) = self.groups.get_mut(&group) else {
+            return;
+        };
+        let (Some(me), Some(key)) = (&own.me, &own.key) else {
+            return;
+        };
         let stride = HEADER_BYTES + bodies.first().map_or(0, Bytes::len) + TAG_BYTES;
         let most = (BURST_BYTES / stride).clamp(1, self.state.max_gso_segments().max(1));
         for burst in bodies.chunks(most) {
@@ -308,7 +328,9 @@ impl Sender {
                 seal::seal(key, own.counter, &mut self.buf, start, from);
             }
             for member in to {
-                let Some(destination) = self.addresses.get(&member.name) else { continue };
+                let Some(destination) = self.addresses.get(&member.name) else {
+                    continue;
+                };
                 let transmit = Transmit {
                     destination: *destination,
                     ecn: None,
@@ -316,7 +338,11 @@ impl Sender {
                     segment_size: (burst.len() > 1).then_some(stride),
                     src_ip: None,
                 };
-                if self.state.try_send(UdpSockRef::from(&*self.socket), &transmit).is_err() {
+                if self
+                    .state
+                    .try_send(UdpSockRef::from(&*self.socket), &transmit)
+                    .is_err()
+                {
                     self.refused += burst.len() as u64;
                 }
             }

@@ -17,11 +17,13 @@ pub(super) fn mix(mut z: u64) -> u64 {
 }
 
 pub(super) fn digest(bytes: &[u8]) -> u64 {
-    bytes.chunks(8).fold(bytes.len() as u64 ^ 0x9e37_79b9_7f4a_7c15, |h, c| {
-        let mut word = [0; 8];
-        word[..c.len()].copy_from_slice(c);
-        mix(h ^ u64::from_le_bytes(word)).wrapping_add(1)
-    })
+    bytes
+        .chunks(8)
+        .fold(bytes.len() as u64 ^ 0x9e37_79b9_7f4a_7c15, |h, c| {
+            let mut word = [0; 8];
+            word[..c.len()].copy_from_slice(c);
+            mix(h ^ u64::from_le_bytes(word)).wrapping_add(1)
+        })
 }
 
 impl App {
@@ -74,7 +76,10 @@ impl App {
             let bytes = self.image[i..i + 8].try_into().expect("eight bytes");
             u64::from_le_bytes(bytes)
         };
-        let fine = self.image[16..].iter().enumerate().all(|(i, b)| *b == self.image[i % 16]);
+        let fine = self.image[16..]
+            .iter()
+            .enumerate()
+            .all(|(i, b)| *b == self.image[i % 16]);
         if !fine {
             return Err("the checkpoint's filler is damaged".into());
         }

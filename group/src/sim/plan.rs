@@ -24,7 +24,11 @@ pub(super) enum Trouble {
     Pause(usize, u64),
     Cut(Vec<(usize, usize)>),
     Heal,
-    Noise { loss: u64, duplicates: u64, reorder: u64 },
+    Noise {
+        loss: u64,
+        duplicates: u64,
+        reorder: u64,
+    },
     RegistryOff(usize),
     RegistryOn,
     HandOver,

@@ -16,12 +16,20 @@ impl Request {
         Some(match output {
             Output::ReadView => Self::ReadView,
             Output::ReadLease => Self::ReadLease,
-            Output::CompareAndSet { expected_version, value } => {
-                Self::CompareAndSet { expected: *expected_version, value: value.clone() }
-            }
-            Output::RenewLease { view_version, value } => {
-                Self::RenewLease { view_version: *view_version, value: value.clone() }
-            }
+            Output::CompareAndSet {
+                expected_version,
+                value,
+            } => Self::CompareAndSet {
+                expected: *expected_version,
+                value: value.clone(),
+            },
+            Output::RenewLease {
+                view_version,
+                value,
+            } => Self::RenewLease {
+                view_version: *view_version,
+                value: value.clone(),
+            },
             _ => return None,
         })
     }
@@ -64,7 +72,10 @@ impl Registry {
                     CasResult::BadVersion
                 })
             }
-            Request::RenewLease { view_version, value } => {
+            Request::RenewLease {
+                view_version,
+                value,
+            } => {
                 let have = self.view.as_ref().map(|(_, v)| *v);
                 RegistryReply::Renew(if have == Some(*view_version) {
                     let version = self.lease.as_ref().map_or(0, |(_, v)| v + 1);

@@ -5,7 +5,10 @@ use crate::config::Fault;
 
 fn seeds(from: u64, count: u64) {
     for seed in from..from + count {
-        let report = run(&Options { seed, ..Options::default() });
+        let report = run(&Options {
+            seed,
+            ..Options::default()
+        });
         assert_eq!(
             report.outcome,
             Outcome::Passed,
@@ -22,14 +25,21 @@ fn many_seeds_pass() {
 #[test]
 fn one_seed_is_one_run() {
     for seed in 1..6 {
-        let options = Options { seed, ..Options::default() };
+        let options = Options {
+            seed,
+            ..Options::default()
+        };
         assert_eq!(run(&options), run(&options));
     }
 }
 
 fn found(fault: Fault, invariants: &[&str]) {
     for seed in 1..2000 {
-        let report = run(&Options { seed, fault: Some(fault), ..Options::default() });
+        let report = run(&Options {
+            seed,
+            fault: Some(fault),
+            ..Options::default()
+        });
         if let Outcome::Failed { invariant, .. } = report.outcome
             && invariants.contains(&invariant.as_str())
         {
@@ -56,7 +66,10 @@ fn cutting_at_ones_own_highest_is_found() {
 
 #[test]
 fn delivering_beyond_the_cut_is_found() {
-    found(Fault::DeliverBeyondCut, &["view synchrony", "no ack after wedge"]);
+    found(
+        Fault::DeliverBeyondCut,
+        &["view synchrony", "no ack after wedge"],
+    );
 }
 
 #[test]
@@ -66,7 +79,10 @@ fn stability_with_one_holder_too_few_is_found() {
 
 #[test]
 fn a_restarted_process_that_survives_is_found() {
-    found(Fault::RestartSurvives, &["view synchrony", "stable survives", "fifo"]);
+    found(
+        Fault::RestartSurvives,
+        &["view synchrony", "stable survives", "fifo"],
+    );
 }
 
 #[test]

@@ -58,14 +58,44 @@ pub struct Report {
 }
 
 enum Happening {
-    Timer { node: usize, epoch: u64 },
-    Arrives { node: usize, life: u64, what: Incoming },
-    Registry { node: usize, epoch: u64, request: Request, answer_after: Option<u64> },
-    Dial { from: usize, to: usize, attempt: u64 },
-    Ends { at: usize, peer: usize, incarnation: u128, attempt: u64 },
-    Ready { node: usize, epoch: u64 },
-    Respawn { node: usize, life: u64 },
-    Resume { node: usize, life: u64 },
+    Timer {
+        node: usize,
+        epoch: u64,
+    },
+    Arrives {
+        node: usize,
+        life: u64,
+        what: Incoming,
+    },
+    Registry {
+        node: usize,
+        epoch: u64,
+        request: Request,
+        answer_after: Option<u64>,
+    },
+    Dial {
+        from: usize,
+        to: usize,
+        attempt: u64,
+    },
+    Ends {
+        at: usize,
+        peer: usize,
+        incarnation: u128,
+        attempt: u64,
+    },
+    Ready {
+        node: usize,
+        epoch: u64,
+    },
+    Respawn {
+        node: usize,
+        life: u64,
+    },
+    Resume {
+        node: usize,
+        life: u64,
+    },
     Load,
     Trouble(Trouble),
     Heal,
@@ -125,10 +155,15 @@ struct World {
 pub fn run(options: &Options) -> Report {
     let mut w = World::new(options.clone());
     while w.failure.is_none() {
-        let Some(((at, _), what)) = w.queue.pop_first() else { break };
+        let Some(((at, _), what)) = w.queue.pop_first() else {
+            break;
+        };
         w.now = at;
         if at > HEALED_AT + LIVE_WITHIN {
-            w.fail("liveness", format!("not together: {}", w.where_everyone_is()));
+            w.fail(
+                "liveness",
+                format!("not together: {}", w.where_everyone_is()),
+            );
             break;
         }
         w.steps += 1;
@@ -140,7 +175,11 @@ pub fn run(options: &Options) -> Report {
     }
     let outcome = match w.failure.take() {
         None => Outcome::Passed,
-        Some((invariant, what)) => Outcome::Failed { invariant, what, at_us: w.now },
+        Some((invariant, what)) => Outcome::Failed {
+            invariant,
+            what,
+            at_us: w.now,
+        },
     };
     Report {
         outcome,
@@ -273,7 +312,12 @@ impl World {
                 }
                 self.arrives(node, what);
             }
-            Happening::Registry { node, epoch, request, answer_after } => {
+            Happening::Registry {
+                node,
+                epoch,
+                request,
+                answer_after,
+            } => {
                 let reply = self.registry.apply(&request);
                 self.log(|| format!("registry: r{} {request:?} -> {}", node + 1, brief(&reply)));
                 if let Some(us) = answer_after {
@@ -281,12 +325,25 @@ impl World {
                 }
             }
             Happening::Dial { from, to, attempt } => self.dial(from, to, attempt),
-            Happening::Ends { at, peer, incarnation, attempt } => {
+            Happening::Ends {
+                at,
+                peer,
+                incarnation,
+                attempt,
+            } => {
                 if self.nodes[at].connections[peer].0.attempt != attempt {
                     return;
                 }
                 if !self.network.both_ways(at, peer) {
-                    self.after(100_000, Happening::Ends { at, peer, incarnation, attempt });
+                    self.after(
+                        100_000,
+                        Happening::Ends {
+                            at,
+                            peer,
+                            incarnation,
+                            attempt,
+                        },
+                    );
                     return;
                 }
                 self.nodes[at].connections[peer].0.up = None;
@@ -345,7 +402,9 @@ impl World {
             return;
         }
         let now = self.local(node, self.now);
-        let Some(mut core) = self.nodes[node].core.take() else { return };
+        let Some(mut core) = self.nodes[node].core.take() else {
+            return;
+        };
         f(&mut core, now);
         while let Some(output) = core.poll_output() {
             self.execute(node, &mut core, now, output);
@@ -374,6 +433,7 @@ impl World {
                 }
             }
             Output::Deliver { number, payload } => {
+                self.log(|| format!("{me} is given {number}"));
                 self.observe(&me, &Observed::Delivered { number });
                 self.nodes[node].app.apply(number, &payload);
             }
@@ -381,7 +441,12 @@ impl World {
                 let n = &self.nodes[node];
                 let (generation, view) = (n.generation, n.view);
                 if let Some(chain) = n.app.at(number) {
-                    let what = Observed::Stable { generation, view, number, chain };
+                    let what = Observed::Stable {
+                        generation,
+                        view,
+                        number,
+                        chain,
+                    };
                     self.observe(&me, &what);
                 }
                 self.stable_since_heal |= self.healed && core.can_multicast();
@@ -400,15 +465,30 @@ impl World {
             Output::Instance(_) => {}
             Output::CheckpointWanted { joiner, .. } => {
                 let filler = usize::try_from(below(&mut self.rng, 100_000)).expect("small");
-                let filler = if chance(&mut self.rng, 500) { 0 } else { filler };
+                let filler = if chance(&mut self.rng, 500) {
+                    0
+                } else {
+                    filler
+                };
                 let app = &self.nodes[node].app;
                 let (applied, chain) = (app.applied, app.now());
                 let segments = app.checkpoint(filler);
-                self.observe(&me, &Observed::Gave { joiner: &joiner, applied, chain });
+                self.observe(
+                    &me,
+                    &Observed::Gave {
+                        joiner: &joiner,
+                        applied,
+                        chain,
+                    },
+                );
                 core.handle_command(now, Command::Checkpoint { joiner, segments })
                     .expect("the checkpoint was asked for");
             }
-            Output::CheckpointChunk { offset, total, bytes } => {
+            Output::CheckpointChunk {
+                offset,
+                total,
+                bytes,
+            } => {
                 if offset == 0 {
                     self.nodes[node].checkpoint_bytes = Some(total);
                 }
@@ -489,11 +569,23 @@ impl World {
     }
 
     fn transmit(&mut self, node: usize, me: &MemberId, to: &MemberId, body: &Bytes) {
-        let Some(target) = self.nodes.iter().position(|n| n.name == to.name) else { return };
+        let Some(target) = self.nodes.iter().position(|n| n.name == to.name) else {
+            return;
+        };
         for us in self.network.delays(&mut self.rng, node, target) {
             let life = self.nodes[target].life;
-            let what = Incoming::Datagram { from: me.clone(), body: body.clone() };
-            self.after(us, Happening::Arrives { node: target, life, what });
+            let what = Incoming::Datagram {
+                from: me.clone(),
+                body: body.clone(),
+            };
+            self.after(
+                us,
+                Happening::Arrives {
+                    node: target,
+                    life,
+                    what,
+                },
+            );
         }
     }
 
@@ -502,7 +594,11 @@ impl World {
         let epoch = self.nodes[node].epoch;
         let there = 200 + below(&mut self.rng, 3000);
         let back = 200 + below(&mut self.rng, 3000);
-        let fate = if self.nodes[node].registry_off { 3 } else { below(&mut self.rng, 60) };
+        let fate = if self.nodes[node].registry_off {
+            3
+        } else {
+            below(&mut self.rng, 60)
+        };
         match fate {
             // Lost on the way; or applied, and the answer lost; or late, long after it was given up.
             0 | 3 => {
@@ -511,20 +607,38 @@ impl World {
             }
             1 => {
                 let reply = request.unknown();
-                let what = Happening::Registry { node, epoch, request, answer_after: None };
+                let what = Happening::Registry {
+                    node,
+                    epoch,
+                    request,
+                    answer_after: None,
+                };
                 self.after(there, what);
                 self.answer(node, epoch, REGISTRY_GIVES_UP, reply);
             }
             2 => {
                 let reply = request.unknown();
                 let late = below(&mut self.rng, 300_000);
-                let what = Happening::Registry { node, epoch, request, answer_after: None };
+                let what = Happening::Registry {
+                    node,
+                    epoch,
+                    request,
+                    answer_after: None,
+                };
                 self.after(late, what);
                 self.answer(node, epoch, 20_000, reply);
             }
             _ => {
                 let answer_after = Some(back);
-                self.after(there, Happening::Registry { node, epoch, request, answer_after });
+                self.after(
+                    there,
+                    Happening::Registry {
+                        node,
+                        epoch,
+                        request,
+                        answer_after,
+                    },
+                );
             }
         }
     }
@@ -540,7 +654,14 @@ impl World {
     fn tell(&mut self, at: usize, peer: usize, us: u64, event: ControlEvent) {
         let life = self.nodes[at].life;
         let what = Incoming::Control { peer, event };
-        self.after(us, Happening::Arrives { node: at, life, what });
+        self.after(
+            us,
+            Happening::Arrives {
+                node: at,
+                life,
+                what,
+            },
+        );
     }
 
     fn redial(&mut self, from: usize, to: usize, us: u64) {
@@ -568,23 +689,42 @@ impl World {
             return self.redial(from, to, 50_000);
         };
         let incarnation = core.me().incarnation;
-        self.nodes[from].connections[to] =
-            (Connection { up: Some(incarnation), attempt }, since);
+        self.nodes[from].connections[to] = (
+            Connection {
+                up: Some(incarnation),
+                attempt,
+            },
+            since,
+        );
         let us = 100 + below(&mut self.rng, 300);
         self.tell(from, to, us, ControlEvent::Connected { incarnation, since });
     }
 
     /// The incarnation of `node` is over: its connections end at the other ends.
     fn hang_up(&mut self, node: usize) {
-        let Some(core) = &self.nodes[node].core else { return };
+        let Some(core) = &self.nodes[node].core else {
+            return;
+        };
         let mine = core.me().incarnation;
         for at in 0..self.nodes.len() {
             let c = self.nodes[at].connections[node].0;
             if at != node && self.nodes[at].alive && c.up == Some(mine) {
                 let us = 50 + below(&mut self.rng, 100);
-                let us = if self.network.both_ways(at, node) { us } else { 1_000_000 };
+                let us = if self.network.both_ways(at, node) {
+                    us
+                } else {
+                    1_000_000
+                };
                 let attempt = c.attempt;
-                self.after(us, Happening::Ends { at, peer: node, incarnation: mine, attempt });
+                self.after(
+                    us,
+                    Happening::Ends {
+                        at,
+                        peer: node,
+                        incarnation: mine,
+                        attempt,
+                    },
+                );
             }
         }
     }
@@ -616,11 +756,17 @@ impl World {
         for peer in 0..self.nodes.len() {
             let (c, since) = self.nodes[node].connections[peer];
             if let Some(incarnation) = c.up {
-                self.tell(node, peer, 0, ControlEvent::Connected { incarnation, since });
+                self.tell(
+                    node,
+                    peer,
+                    0,
+                    ControlEvent::Connected { incarnation, since },
+                );
             }
         }
         self.call(node, |core, now| {
-            core.handle_command(now, Command::Join).expect("a new core joins once");
+            core.handle_command(now, Command::Join)
+                .expect("a new core joins once");
         });
     }
 
@@ -682,7 +828,9 @@ impl World {
 
     fn leader(&self) -> Option<usize> {
         let leads = |n: &Node| n.core.as_ref().is_some_and(Core::can_multicast);
-        self.nodes.iter().position(|n| n.alive && !n.stopped && leads(n))
+        self.nodes
+            .iter()
+            .position(|n| n.alive && !n.stopped && leads(n))
     }
 
     fn trouble(&mut self, trouble: Trouble) {
@@ -693,7 +841,11 @@ impl World {
             Trouble::Pause(n, us) => self.stop(n, us),
             Trouble::Cut(ways) => ways.into_iter().for_each(|(a, b)| self.network.cut(a, b)),
             Trouble::Heal => self.network.heal(),
-            Trouble::Noise { loss, duplicates, reorder } => {
+            Trouble::Noise {
+                loss,
+                duplicates,
+                reorder,
+            } => {
                 self.network.loss = loss;
                 self.network.duplicates = duplicates;
                 self.network.reorder = reorder;
@@ -776,7 +928,9 @@ impl World {
                 self.events += 1;
                 // The leader applies its own events itself, and at once.
                 self.nodes[node].app.apply(number, &payload);
-                self.call(node, |core, now| core.multicast(now, number, payload, urgent));
+                self.call(node, |core, now| {
+                    core.multicast(now, number, payload, urgent)
+                });
             }
         }
     }
@@ -806,18 +960,24 @@ impl World {
     }
 
     fn all_is_well(&self) -> bool {
-        let Some(leader) = self.leader() else { return false };
-        let Some(core) = &self.nodes[leader].core else { return false };
+        let Some(leader) = self.leader() else {
+            return false;
+        };
+        let Some(core) = &self.nodes[leader].core else {
+            return false;
+        };
         let id = self.nodes[leader].view;
         let status = core.status();
-        let whole = status.view.is_some_and(|v| v.full.len() == self.nodes.len());
+        let whole = status
+            .view
+            .is_some_and(|v| v.full.len() == self.nodes.len());
         let together = self.nodes.iter().all(|n| {
-            n.view == id && n.core.as_ref().is_some_and(|c| c.status().view.is_some() && !c.status().wedged)
+            n.view == id
+                && n.core
+                    .as_ref()
+                    .is_some_and(|c| c.status().view.is_some() && !c.status().wedged)
         });
-        whole
-            && together
-            && self.stable_since_heal
-            && core.may_emit(self.local(leader, self.now))
+        whole && together && self.stable_since_heal && core.may_emit(self.local(leader, self.now))
     }
 
     fn where_everyone_is(&self) -> String {

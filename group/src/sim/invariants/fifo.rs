@@ -19,7 +19,12 @@ impl Invariant for Fifo {
             Observed::Restored { applied, .. } => {
                 self.last.insert(who.clone(), *applied);
             }
-            Observed::Installed { cut, survivor, role, .. } if *role != crate::Role::Joining => {
+            Observed::Installed {
+                cut,
+                survivor,
+                role,
+                ..
+            } if *role != crate::Role::Joining => {
                 // As a leader it applied its own; what it applied is judged by view synchrony.
                 let last = self.last.insert(who.clone(), *cut);
                 if let (Some(last), true) = (last, *survivor)

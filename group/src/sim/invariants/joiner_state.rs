@@ -16,12 +16,19 @@ impl Invariant for JoinerState {
 
     fn observe(&mut self, who: &MemberId, what: &Observed<'_>) -> Result<(), String> {
         match what {
-            Observed::Gave { joiner, applied, chain } => {
+            Observed::Gave {
+                joiner,
+                applied,
+                chain,
+            } => {
                 self.gave.insert((*joiner).clone(), (*applied, *chain));
             }
             Observed::Restored { applied, chain } => {
                 if self.gave.get(who) != Some(&(*applied, *chain)) {
-                    return Err(format!("{who} restored {applied}, given was {:?}", self.gave.get(who)));
+                    return Err(format!(
+                        "{who} restored {applied}, given was {:?}",
+                        self.gave.get(who)
+                    ));
                 }
             }
             _ => {}

@@ -29,13 +29,22 @@ pub(crate) enum Observed<'a> {
         chain_at: &'a dyn Fn(u64) -> Option<u64>,
     },
     /// The leader was told that an event is stable; the digest of its state there.
-    Stable { generation: u32, view: u64, number: u64, chain: u64 },
+    Stable {
+        generation: u32,
+        view: u64,
+        number: u64,
+        chain: u64,
+    },
     /// A datagram's body left.
     Sent { body: &'a [u8] },
     /// A checkpoint came in whole: what it says.
     Restored { applied: u64, chain: u64 },
     /// A checkpoint was given: what it says.
-    Gave { joiner: &'a MemberId, applied: u64, chain: u64 },
+    Gave {
+        joiner: &'a MemberId,
+        applied: u64,
+        chain: u64,
+    },
     /// These may emit at this moment.
     Emitters(&'a [MemberId]),
 }

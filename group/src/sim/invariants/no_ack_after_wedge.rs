@@ -26,7 +26,9 @@ impl Invariant for NoAckAfterWedge {
                 if let Some(Some(last)) = self.wedged.remove(who)
                     && last > *cut
                 {
-                    return Err(format!("{who}, wedged, delivered {last}; view {view} cuts at {cut}"));
+                    return Err(format!(
+                        "{who}, wedged, delivered {last}; view {view} cuts at {cut}"
+                    ));
                 }
             }
             Observed::Delivered { number } => {
@@ -39,7 +41,9 @@ impl Invariant for NoAckAfterWedge {
                     if let Some(n) = delivered {
                         return Err(format!("{who}, wedged, delivered {n} and did not install"));
                     }
-                    let Some((header, items)) = Reader::new(body) else { return Ok(()) };
+                    let Some((header, items)) = Reader::new(body) else {
+                        return Ok(());
+                    };
                     if header.has(wire::ACK) || header.has(wire::LEASE) {
                         return Err(format!("{who}, wedged, acknowledged {}", header.held));
                     }

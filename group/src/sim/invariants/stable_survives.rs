@@ -19,21 +19,37 @@ impl Invariant for StableSurvives {
 
     fn observe(&mut self, who: &MemberId, what: &Observed<'_>) -> Result<(), String> {
         match what {
-            Observed::Stable { generation, view, number, chain } => {
+            Observed::Stable {
+                generation,
+                view,
+                number,
+                chain,
+            } => {
                 let of = self.stable.entry(*generation).or_default();
                 let entry = of.entry(*view).or_insert((*number, *chain));
                 if entry.0 < *number {
                     *entry = (*number, *chain);
                 }
                 let cuts = self.cuts.entry(*generation).or_default();
-                if let Some((later, cut)) = cuts.range(view + 1..).find(|(_, cut)| **cut < *number) {
+                if let Some((later, cut)) = cuts.range(view + 1..).find(|(_, cut)| **cut < *number)
+                {
                     return Err(format!(
                         "{who} took {number} for stable in view {view}; view {later} cut at {cut}"
                     ));
                 }
             }
-            Observed::Installed { generation, view, cut, survivor, chain_at, .. } => {
-                self.cuts.entry(*generation).or_default().insert(*view, *cut);
+            Observed::Installed {
+                generation,
+                view,
+                cut,
+                survivor,
+                chain_at,
+                ..
+            } => {
+                self.cuts
+                    .entry(*generation)
+                    .or_default()
+                    .insert(*view, *cut);
                 let of = self.stable.entry(*generation).or_default();
                 for (earlier, (number, chain)) in of.range(..view) {
                     if number > cut {

@@ -15,15 +15,31 @@ impl Invariant for ViewSynchrony {
     }
 
     fn observe(&mut self, who: &MemberId, what: &Observed<'_>) -> Result<(), String> {
-        let Observed::Installed { view, cut, survivor: true, applied, chain, .. } = what else {
+        let Observed::Installed {
+            view,
+            cut,
+            survivor: true,
+            applied,
+            chain,
+            ..
+        } = what
+        else {
             return Ok(());
         };
         if applied != cut {
-            return Err(format!("{who} installs view {view} at {applied}, the cut is {cut}"));
+            return Err(format!(
+                "{who} installs view {view} at {applied}, the cut is {cut}"
+            ));
         }
-        let first = self.states.entry(*view).or_insert_with(|| (who.clone(), *cut, *chain));
+        let first = self
+            .states
+            .entry(*view)
+            .or_insert_with(|| (who.clone(), *cut, *chain));
         if (first.1, first.2) != (*cut, *chain) {
-            return Err(format!("{who} and {} install view {view} with different states", first.0));
+            return Err(format!(
+                "{who} and {} install view {view} with different states",
+                first.0
+            ));
         }
         Ok(())
     }
