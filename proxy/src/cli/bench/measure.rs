@@ -32,9 +32,13 @@ pub(super) const MEASUREMENTS: &[Measurement] = &[
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) enum Sample {
     /// Microseconds.
-    RoundTrip { p50_us: f64, p99_us: f64 },
+    RoundTrip {
+        p50_us: f64,
+        p99_us: f64,
+        requests: u64,
+    },
     /// Gigabits of payload a second.
-    Bulk { gbps: f64 },
+    Bulk { gbps: f64, bytes: u64 },
 }
 
 /// How long a measurement goes on.
@@ -120,6 +124,7 @@ fn round_trips(address: SocketAddr, bytes: usize, limits: Limits) -> anyhow::Res
     Ok(Sample::RoundTrip {
         p50_us: percentile_us(&took, 50),
         p99_us: percentile_us(&took, 99),
+        requests: took.len() as u64 + u64::from(WARM_UP),
     })
 }
 
@@ -148,14 +153,19 @@ fn bulk(
         bytes += transfer(&stream, left)?;
         took += start.elapsed();
     }
-    #[expect(
-        clippy::cast_precision_loss,
-        reason = "15 digits are more than a benchmark has"
-    )]
-    let bits = bytes as f64 * 8.0;
     Ok(Sample::Bulk {
-        gbps: bits / took.as_secs_f64() / 1e9,
+        gbps: figure(bytes) * 8.0 / took.as_secs_f64() / 1e9,
+        bytes,
     })
+}
+
+/// A count as a figure to divide.
+#[expect(
+    clippy::cast_precision_loss,
+    reason = "15 digits are more than a benchmark has"
+)]
+pub(super) fn figure(count: u64) -> f64 {
+    count as f64
 }
 
 /// Two requests are always on their way, so that the server never waits for the next.

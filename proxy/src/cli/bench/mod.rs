@@ -7,6 +7,7 @@ mod measure;
 mod protocol;
 mod report;
 pub(super) mod server;
+mod usage;
 
 use std::io::{IsTerminal as _, Write as _};
 use std::net::{SocketAddr, ToSocketAddrs as _};
@@ -18,6 +19,7 @@ use clap::Args;
 
 use measure::{Limits, MEASUREMENTS, Measurement};
 use report::Report;
+use usage::{Process, Usage};
 
 /// Measures the price of the virtual IP: round trips and bulk, direct and through it
 ///
@@ -50,10 +52,17 @@ pub struct BenchArgs {
     /// connection that lives is kept by the replicas
     #[arg(long, value_name = "MIB", default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..=65536))]
     bulk_mib: u32,
+    /// A process of this machine whose CPU time and wake-ups are shown, as used through the virtual
+    /// IP; may be repeated
+    #[arg(long, value_name = "NAME=PID")]
+    process: Vec<String>,
     /// Print everything as one JSON object
     #[arg(long)]
     json: bool,
 }
+
+/// Number of the target that processes are charged for.
+const THROUGH: usize = 1;
 
 /// One thing to measure against.
 #[derive(Debug, Clone)]
@@ -78,6 +87,11 @@ pub(super) fn run(args: &BenchArgs) -> anyhow::Result<ExitCode> {
             .with_context(|| format!("--also {also}: expected NAME=HOST:PORT"))?;
         targets.push(target(name, address)?);
     }
+    let processes = args
+        .process
+        .iter()
+        .map(|process| Process::parse(process).with_context(|| format!("--process {process}")));
+    let processes: Vec<Process> = processes.collect::<Result<_, _>>()?;
     let limits = Limits {
         duration: Duration::from_secs_f64(args.seconds),
         connection_bytes: u64::from(args.bulk_mib) << 20,
@@ -91,6 +105,7 @@ pub(super) fn run(args: &BenchArgs) -> anyhow::Result<ExitCode> {
                 let index = (turn + usize::try_from(round)?) % targets.len();
                 let target = &targets[index];
                 progress.show(round, measurement, &target.name);
+                let before = usages(&processes)?;
                 let sample = measurement.run(target.address, limits).with_context(|| {
                     format!(
                         "{} on {} ({})",
@@ -99,6 +114,12 @@ pub(super) fn run(args: &BenchArgs) -> anyhow::Result<ExitCode> {
                         target.address
                     )
                 })?;
+                if index == THROUGH {
+                    let used = usages(&processes)?.into_iter().zip(before);
+                    for (process, (after, before)) in processes.iter().zip(used) {
+                        report.charge(measurement, process, after - before, sample);
+                    }
+                }
                 report.add(measurement, index, sample);
             }
         }
@@ -110,6 +131,10 @@ pub(super) fn run(args: &BenchArgs) -> anyhow::Result<ExitCode> {
         println!("{}", report.table());
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn usages(processes: &[Process]) -> anyhow::Result<Vec<Usage>> {
+    processes.iter().map(Process::usage).collect()
 }
 
 fn target(name: &str, address: &str) -> anyhow::Result<Target> {

@@ -3,7 +3,8 @@
 use serde_json::{Value, json};
 
 use super::Target;
-use super::measure::{MEASUREMENTS, Measurement, Sample};
+use super::measure::{MEASUREMENTS, Measurement, Sample, figure};
+use super::usage::{Process, Usage};
 
 /// All samples of a run.
 #[derive(Debug)]
@@ -12,6 +13,19 @@ pub(super) struct Report {
     rounds: u32,
     seconds: f64,
     rows: Vec<Row>,
+    costs: Vec<Cost>,
+}
+
+/// What a process used for one measurement through the virtual IP, round by round.
+#[derive(Debug)]
+struct Cost {
+    process: String,
+    measurement: String,
+    title: String,
+    /// "request", or "GB".
+    per: &'static str,
+    cpu_us: Vec<f64>,
+    wakeups: Vec<f64>,
 }
 
 /// One figure of one measurement, as in "round trip 64 B, p99".
@@ -73,6 +87,7 @@ impl Report {
             rounds,
             seconds,
             rows: rows.collect(),
+            costs: Vec::new(),
         }
     }
 
@@ -80,8 +95,8 @@ impl Report {
     pub(super) fn add(&mut self, measurement: &Measurement, target: usize, sample: Sample) {
         let key = measurement.key();
         let figures = match sample {
-            Sample::RoundTrip { p50_us, p99_us } => vec![("p50", p50_us), ("p99", p99_us)],
-            Sample::Bulk { gbps } => vec![("throughput", gbps)],
+            Sample::RoundTrip { p50_us, p99_us, .. } => vec![("p50", p50_us), ("p99", p99_us)],
+            Sample::Bulk { gbps, .. } => vec![("throughput", gbps)],
         };
         for (metric, figure) in figures {
             let row = self
@@ -92,7 +107,47 @@ impl Report {
         }
     }
 
+    /// Adds what `process` used while `measurement` found `sample`.
+    pub(super) fn charge(
+        &mut self,
+        measurement: &Measurement,
+        process: &Process,
+        used: Usage,
+        sample: Sample,
+    ) {
+        let (per, count) = match sample {
+            Sample::RoundTrip { requests, .. } => ("request", figure(requests)),
+            Sample::Bulk { bytes, .. } => ("GB", figure(bytes) / 1e9),
+        };
+        let key = measurement.key();
+        let same = |cost: &Cost| cost.process == process.name && cost.measurement == key;
+        let at = self.costs.iter().position(same).unwrap_or_else(|| {
+            self.costs.push(Cost {
+                process: process.name.clone(),
+                measurement: key.clone(),
+                title: measurement.title(),
+                per,
+                cpu_us: Vec::new(),
+                wakeups: Vec::new(),
+            });
+            self.costs.len() - 1
+        });
+        self.costs[at]
+            .cpu_us
+            .push(figure(used.cpu_ns) / 1e3 / count);
+        self.costs[at].wakeups.push(figure(used.wakeups) / count);
+    }
+
     pub(super) fn to_json(&self) -> Value {
+        let costs = self.costs.iter().map(|cost| {
+            json!({
+                "process": cost.process,
+                "measurement": cost.measurement,
+                "per": cost.per,
+                "cpu_us": Spread::of(&cost.cpu_us).to_json(),
+                "wakeups": Spread::of(&cost.wakeups).to_json(),
+            })
+        });
         let rows = self.rows.iter().map(|row| {
             let targets = self
                 .targets
@@ -128,6 +183,7 @@ impl Report {
             "seconds": self.seconds,
             "targets": targets.collect::<serde_json::Map<_, _>>(),
             "figures": rows.collect::<Vec<_>>(),
+            "costs": costs.collect::<Vec<_>>(),
         })
     }
 
@@ -156,32 +212,34 @@ impl Report {
             }
             lines.push(line);
         }
-        let columns = lines[0].len();
-        let widths: Vec<usize> = (0..columns)
-            .map(|column| {
-                lines
-                    .iter()
-                    .map(|line| line[column].len())
-                    .max()
-                    .unwrap_or(0)
-            })
-            .collect();
-        let mut text: Vec<String> = lines
-            .iter()
-            .map(|line| {
-                let cells: Vec<String> = line
-                    .iter()
-                    .zip(&widths)
-                    .map(|(cell, width)| format!("{cell:<width$}"))
-                    .collect();
-                cells.join("  ").trim_end().to_owned()
-            })
-            .collect();
+        let mut text = align(&lines);
         text.push(format!(
             "Medians of {} rounds (smallest-largest); ratios to direct are taken within each round.",
             self.rounds
         ));
+        if !self.costs.is_empty() {
+            text.push(String::new());
+            text.extend(align(&self.cost_lines()));
+            text.push("Of each process, through the virtual IP alone.".to_owned());
+        }
         text.join("\n")
+    }
+
+    fn cost_lines(&self) -> Vec<Vec<String>> {
+        let head = ["", "process", "CPU [us]", "wake-ups", "per"]
+            .map(str::to_owned)
+            .to_vec();
+        let lines = self.costs.iter().map(|cost| {
+            let (cpu, wakeups) = (Spread::of(&cost.cpu_us), Spread::of(&cost.wakeups));
+            vec![
+                cost.title.clone(),
+                cost.process.clone(),
+                digits(cpu.median),
+                digits(wakeups.median),
+                cost.per.to_owned(),
+            ]
+        });
+        std::iter::once(head).chain(lines).collect()
     }
 }
 
@@ -192,6 +250,29 @@ impl Row {
         let ratios: Vec<f64> = pairs.map(|(sample, direct)| sample / direct).collect();
         Spread::of(&ratios)
     }
+}
+
+/// Pads each column to its widest cell.
+fn align(lines: &[Vec<String>]) -> Vec<String> {
+    let columns = lines.first().map_or(0, Vec::len);
+    let widths: Vec<usize> = (0..columns)
+        .map(|column| {
+            lines
+                .iter()
+                .map(|line| line[column].len())
+                .max()
+                .unwrap_or(0)
+        })
+        .collect();
+    let padded = |line: &Vec<String>| {
+        let cells: Vec<String> = line
+            .iter()
+            .zip(&widths)
+            .map(|(cell, width)| format!("{cell:<width$}"))
+            .collect();
+        cells.join("  ").trim_end().to_owned()
+    };
+    lines.iter().map(padded).collect()
 }
 
 /// Three significant digits, more or less.

@@ -1,6 +1,7 @@
 use std::io::{Read as _, Write as _};
 use std::net::{Shutdown, TcpListener, TcpStream};
 
+use super::measure::Sample;
 use super::report::Spread;
 use super::*;
 use crate::cli::bench::measure::percentile_us;
@@ -70,19 +71,38 @@ fn every_measurement_works_and_is_reported() {
         connection_bytes: 1 << 20,
     };
     let mut report = Report::new(&targets, 2, 0.02);
+    let process = Process::parse(&format!("test={}", std::process::id())).unwrap();
     for _ in 0..2 {
         for measurement in MEASUREMENTS {
             for (index, target) in targets.iter().enumerate() {
-                report.add(
-                    measurement,
-                    index,
-                    measurement.run(target.address, limits).unwrap(),
-                );
+                let sample = measurement.run(target.address, limits).unwrap();
+                report.add(measurement, index, sample);
             }
+            // 2 ms of CPU for 1,000 requests, or for 1 GB.
+            let used = Usage {
+                cpu_ns: 2_000_000,
+                wakeups: 500,
+            };
+            let sample = match measurement {
+                Measurement::RoundTrip { .. } => Sample::RoundTrip {
+                    p50_us: 1.0,
+                    p99_us: 1.0,
+                    requests: 1_000,
+                },
+                Measurement::Down | Measurement::Up => Sample::Bulk {
+                    gbps: 1.0,
+                    bytes: 1_000_000_000,
+                },
+            };
+            report.charge(measurement, &process, used, sample);
         }
     }
     let table = report.table();
-    assert_eq!(table.lines().count(), 1 + 8 + 1, "{table}");
+    assert_eq!(
+        table.lines().count(),
+        (1 + 8 + 1) + 1 + (1 + 5 + 1),
+        "{table}"
+    );
     let json = report.to_json();
     let figures = json["figures"].as_array().unwrap();
     assert_eq!(figures.len(), 8);
@@ -105,6 +125,29 @@ fn every_measurement_works_and_is_reported() {
                 > 0.0,
             "{figure}"
         );
+    }
+    let costs = json["costs"].as_array().unwrap();
+    let cpu_of = |at: usize| (&costs[at]["per"], &costs[at]["cpu_us"]["median"]);
+    assert_eq!(cpu_of(0), (&"request".into(), &2.0.into()));
+    assert_eq!(cpu_of(4), (&"GB".into(), &2_000.0.into()));
+    assert_eq!(costs[0]["wakeups"]["median"], 0.5);
+}
+
+#[test]
+fn a_process_is_charged_for_what_it_does() {
+    let process = Process::parse(&format!("test={}", std::process::id())).unwrap();
+    let before = process.usage().unwrap();
+    let mut sum = 0_u64;
+    let used = loop {
+        sum = std::hint::black_box((0..100_000).fold(sum, u64::wrapping_add));
+        let used = process.usage().unwrap() - before;
+        if used.cpu_ns > 0 {
+            break used;
+        }
+    };
+    assert!(used.cpu_ns < 60_000_000_000, "{used:?}");
+    for wrong in ["test", "test=one", "test=4294967295"] {
+        assert!(Process::parse(wrong).is_err(), "{wrong}");
     }
 }
 
