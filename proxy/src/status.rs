@@ -5,6 +5,7 @@
 
 use std::net::IpAddr;
 use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 use unbroken_coord::driver;
@@ -245,13 +246,16 @@ pub struct ServiceCounters {
 
 /// The node's status, shared between those who write it and the admin page.
 #[derive(Debug, Clone)]
-pub struct Board(Arc<RwLock<Status>>);
+pub struct Board {
+    started: Instant,
+    status: Arc<RwLock<Status>>,
+}
 
 impl Board {
     /// A board for a node that is starting.
     #[must_use]
     pub fn new(node: &str, services: Vec<ServiceStatus>) -> Self {
-        Self(Arc::new(RwLock::new(Status {
+        let status = Status {
             node: node.to_owned(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             pid: std::process::id(),
@@ -259,18 +263,22 @@ impl Board {
             stopping: false,
             coordinator: CoordinatorStatus::default(),
             services,
-        })))
+        };
+        Self {
+            started: Instant::now(),
+            status: Arc::new(RwLock::new(status)),
+        }
     }
 
     /// Changes the status; may wait for a reader.
     pub fn update(&self, change: impl FnOnce(&mut Status)) {
-        change(&mut self.0.write().unwrap_or_else(PoisonError::into_inner));
+        change(&mut self.status.write().unwrap_or_else(PoisonError::into_inner));
     }
 
     /// Changes the status unless somebody is at it right now, and says whether it did. For the data
     /// plane, which must not wait for a reader that was put to sleep: it writes again soon anyway.
     pub fn try_update(&self, change: impl FnOnce(&mut Status)) -> bool {
-        match self.0.try_write() {
+        match self.status.try_write() {
             Ok(mut status) => {
                 change(&mut status);
                 true
@@ -282,10 +290,12 @@ impl Board {
     /// The status as it is now.
     #[must_use]
     pub fn read(&self) -> Status {
-        self.0
-            .read()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+        let status = self.status.read().unwrap_or_else(PoisonError::into_inner);
+        let uptime_ms = u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX);
+        Status {
+            uptime_ms,
+            ..status.clone()
+        }
     }
 }
 

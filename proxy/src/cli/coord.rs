@@ -3,7 +3,6 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use clap::Args;
@@ -15,9 +14,6 @@ use crate::admin::{self, Admin};
 use crate::config::CoordinatorConfig;
 use crate::metrics::NodeMetrics;
 use crate::status::{Board, CoordinatorStatus};
-
-/// The uptime on the status page is at most this old.
-const UPTIME_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Runs a coordinator server alone, without a group member or a proxy
 ///
@@ -63,7 +59,6 @@ async fn serve(config: CoordinatorConfig) -> anyhow::Result<()> {
     .context("starting the coordinator")?;
     info!(name = %config.node.name, clients = %server.client_address(), "coordinator started");
 
-    let started = Instant::now();
     let page = Admin {
         board: board.clone(),
         metrics,
@@ -72,16 +67,12 @@ async fn serve(config: CoordinatorConfig) -> anyhow::Result<()> {
     let mut status = server.watch_status();
     let result = loop {
         let seen = CoordinatorStatus::from(&*status.borrow_and_update());
-        board.update(|status| {
-            status.coordinator = seen;
-            status.uptime_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
-        });
+        board.update(|status| status.coordinator = seen);
         tokio::select! {
             error = server.failed() => break Err(anyhow::Error::new(error).context("the coordinator stopped")),
             result = &mut admin => break result,
             _ = shutdown.wait_for(|stop| *stop) => break Ok(()),
             _ = status.changed() => {}
-            () = tokio::time::sleep(UPTIME_INTERVAL) => {}
         }
     };
     board.update(|status| status.stopping = true);

@@ -243,12 +243,14 @@ mod tests {
         service.counters.stable_event = 11;
         let board = Board::new("r1", vec![service]);
         board.update(|status| {
-            status.uptime_ms = 61_500;
             status.coordinator.role = CoordinatorRole::Follower;
             status.coordinator.zxid = 123;
             status.coordinator.sessions = 4;
         });
-        let up = Outcome::Status(Box::new(board.read()));
+        let up = Outcome::Status(Box::new(Status {
+            uptime_ms: 61_500,
+            ..board.read()
+        }));
         let down = Outcome::Error("connecting: refused".to_owned());
         vec![
             Answer {
