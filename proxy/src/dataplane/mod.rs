@@ -4,6 +4,7 @@
 mod checkpoint;
 mod context;
 mod input;
+mod liveness;
 mod plane;
 mod report;
 mod role;
@@ -25,6 +26,7 @@ use unbroken_group as group;
 use unbroken_group::driver::Driver;
 use unbroken_tcpstate as tcp;
 
+use self::liveness::Liveness;
 use self::context::{Context, Deferred, group_id, plane_of};
 use self::plane::{Plane, PlaneConfig, group_time};
 use self::report::Reporter;
@@ -134,12 +136,14 @@ impl Dataplane {
         let vips = config.vips();
         anyhow::ensure!(vips.len() <= WIRES_MAX, "more than {WIRES_MAX} VIPs");
         let mut planes = Vec::with_capacity(vips.len());
+        let targets = config.services.iter().map(|s| Target::from(&s.upstream));
+        let liveness = Liveness::watch(targets).context("watching the local servers")?;
         for (index, vip) in vips.iter().enumerate() {
             let mut wire = Wire::open(vip.interface, vip.vip)?;
             poll.registry()
                 .register(&mut wire, Token(WIRES + index), Interest::READABLE)
                 .with_context(|| format!("registering the packet socket of {}", vip.vip))?;
-            let plane = open_plane(config, index, vip, wire, now);
+            let plane = open_plane(config, index, vip, wire, liveness.clone(), now);
             driver.set_member(group_id(index), plane.group.me().clone());
             planes.push(plane);
         }
@@ -357,6 +361,7 @@ fn open_plane(
     index: usize,
     vip: &VipConfig<'_>,
     wire: Wire,
+    liveness: Liveness,
     now: Micros,
 ) -> Plane {
     let targets = crate::node::targets(&vip.services);
@@ -365,7 +370,7 @@ fn open_plane(
     tcp_config.segmentation_offload = true;
     tcp_config.checksum_offload = true;
     let history = vip.services.iter().map(|s| s.history.memory_bytes_max).sum();
-    let servers = Servers::new(index, targets, history);
+    let servers = Servers::new(index, targets, history, liveness);
     let plane = PlaneConfig {
         index,
         vip: vip.vip,

@@ -40,6 +40,8 @@ pub(crate) type GroupTemplate = Box<dyn Fn() -> group::Config + Send>;
 const BATCHES_PER_TURN: usize = 2;
 /// How often progress is reported to the group.
 const PROGRESS_EVERY: Duration = Duration::from_millis(10);
+/// A leader without a server hands over no more often than this.
+const HAND_OVER_EVERY: Duration = Duration::from_secs(1);
 /// A server that is further behind than this cannot take over without being waited for.
 pub(crate) const BEHIND_BYTES_MAX: u64 = 4 << 20;
 
@@ -65,6 +67,7 @@ pub(crate) struct Plane {
     stopping: bool,
     wire_readable: bool,
     progress_at: Micros,
+    hand_over_at: Micros,
     recycled: Vec<Vec<u8>>,
     stable: EventNo,
     /// What of it the stack has been told.
@@ -94,6 +97,7 @@ impl Plane {
             stopping: false,
             wire_readable: true,
             progress_at: now,
+            hand_over_at: now,
             recycled: Vec::new(),
             stable: EventNo(0),
             stable_told: EventNo(0),
@@ -181,10 +185,12 @@ impl Plane {
             {
                 stack.handle_timeout(tcp_time(now));
             }
-            self.servers.handle_timeout(now, cx.registry);
             let bytes_out = &mut self.client_bytes_out;
-            self.servers.pump(now, &mut Keeper { role: &mut self.role, now, bytes_out });
+            let mut keeper = Keeper { role: &mut self.role, now, bytes_out };
+            self.servers.handle_timeout(now, cx.registry, &mut keeper);
+            self.servers.pump(now, &mut keeper);
             self.settle(now, cx);
+            self.hand_over_if_dead(now, cx);
         }
         self.report_progress(now);
         self.wire.handle_timeout(BootTime::from_micros(now.0));
@@ -566,6 +572,20 @@ impl Plane {
         cx.renew(self.config.index, config.me.clone());
         self.group = group::Core::new(config, super::seed(), group_time(now));
         self.command(now, Command::Join);
+    }
+
+    /// A leader whose server died lets another lead (R5).
+    fn hand_over_if_dead(&mut self, now: Micros, cx: &mut Context<'_>) {
+        if self.servers.take_dead()
+            && matches!(self.role, Role::Leader(_))
+            && now >= self.hand_over_at
+        {
+            self.hand_over_at = now + HAND_OVER_EVERY;
+            self.group.set_progress(group::Lag { behind_bytes: 0, unfit: true });
+            warn!(vip = %self.config.vip, "the server behind the leader is gone: handing over");
+            self.command(now, Command::HandOver);
+            self.settle(now, cx);
+        }
     }
 
     fn report_progress(&mut self, now: Micros) {

@@ -93,6 +93,14 @@ impl OutputKeeper for Keeper<'_> {
         }
     }
 
+    fn give_up(&mut self, conn: ConnId) {
+        let now = self.now();
+        // A backup goes on trying: it is not the one whom the client asks.
+        if let Role::Leader(stack) = &mut *self.role {
+            stack.handle_server_reset(now, conn);
+        }
+    }
+
     fn consumed(&mut self, conn: ConnId, offset: u64) {
         let now = self.now();
         if let Role::Leader(stack) = &mut *self.role {

@@ -3,7 +3,7 @@
 //! Leader and backup run the same code here (R3: every replica's server is fed from the event log);
 //! they differ only in who keeps the output, which is [`OutputKeeper`].
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::io;
 use std::time::Duration;
 
@@ -13,6 +13,7 @@ use tracing::{debug, warn};
 use unbroken_tcpstate::{ConnId, Event, EventNo};
 
 use super::input::Input;
+use super::liveness::{self, Life, Liveness};
 use super::upstream::{ReadOutcome, Target, Upstream};
 use crate::clock::Micros;
 
@@ -27,18 +28,25 @@ pub(crate) trait OutputKeeper {
     fn bytes(&mut self, conn: ConnId, bytes: &[u8], tag: EventNo);
     /// The server closed its side.
     fn fin(&mut self, conn: ConnId);
-    /// The server broke the connection off, or could not be reached.
+    /// The server broke the connection off.
     fn reset(&mut self, conn: ConnId);
+    /// The server has not been there for too long to be waited for.
+    fn give_up(&mut self, conn: ConnId);
     /// The server has taken the input up to `offset`.
     fn consumed(&mut self, conn: ConnId, offset: u64);
 }
 
-/// How long a server that refuses is tried again, and how often.
+/// How often a server that is not there is tried again.
 const CONNECT_RETRY: Duration = Duration::from_millis(20);
-/// After this long without an answer the client is told (a server that is down resets).
+/// After this long without a server a leader tells the client.
 const CONNECT_GIVE_UP: Duration = Duration::from_secs(1);
+/// Where the server's process is unknown, a close counts as one if the server still accepts
+/// connections after this long (R5).
+const CLOSE_PROBE: Duration = Duration::from_millis(50);
 /// One connection's turn: others wait no longer than this many bytes take.
 const TURN_BYTES: usize = 512 * 1024;
+/// Waiting connections served in one turn.
+const LATER_PER_TURN: usize = 64;
 /// Bytes read from the server at once.
 const READ_BYTES: usize = 128 * 1024;
 
@@ -52,12 +60,30 @@ struct Server {
     upstream: Option<Upstream>,
     /// Offset of the server's output read so far, in this run of the server.
     server_offset: u64,
-    opened_at: Micros,
-    retry_at: Option<Micros>,
-    /// The server broke this connection off, or its input is gone: nothing more is asked of it.
+    /// Since when there has been no connection to the server.
+    absent_since: Micros,
+    /// What is to be done later, and when.
+    later: Option<(Micros, Later)>,
+    /// Nothing more is asked of the server: it broke the connection off, or its input is gone.
     lost: bool,
     queued: bool,
     ended: bool,
+}
+
+/// What a connection waits for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Later {
+    /// Connect to the server, and replay.
+    Connect,
+    /// See whether the server still accepts: then this was its close (R5).
+    JudgeClose(Close),
+}
+
+/// How a connection to the server ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Close {
+    Fin,
+    Reset,
 }
 
 /// Every connection's server side, with the bound on what is kept for replay.
@@ -67,7 +93,11 @@ pub(crate) struct Servers {
     targets: BTreeMap<u16, Target>,
     servers: HashMap<ConnId, Server>,
     ready: VecDeque<ConnId>,
-    retrying: usize,
+    /// Connections that wait for a moment, by it.
+    waiting: BTreeSet<(Micros, ConnId)>,
+    liveness: Liveness,
+    /// The server died, or is not there: somebody else should lead.
+    dead: bool,
     history_max_bytes: u64,
     history_bytes: u64,
     scratch: Vec<u8>,
@@ -88,13 +118,16 @@ impl Servers {
         plane: usize,
         targets: BTreeMap<u16, Target>,
         history_max_bytes: u64,
+        liveness: Liveness,
     ) -> Self {
         Self {
             plane,
             targets,
             servers: HashMap::new(),
             ready: VecDeque::new(),
-            retrying: 0,
+            waiting: BTreeSet::new(),
+            liveness,
+            dead: false,
             history_max_bytes,
             history_bytes: 0,
             scratch: vec![0; READ_BYTES],
@@ -170,8 +203,8 @@ impl Servers {
             input,
             upstream: None,
             server_offset: 0,
-            opened_at: now,
-            retry_at: None,
+            absent_since: now,
+            later: None,
             queued: false,
             ended: false,
         };
@@ -190,18 +223,26 @@ impl Servers {
             Ok(upstream) => server.upstream = Some(upstream),
             Err(error) => {
                 debug!(%error, target = ?server.target, "the local server did not answer");
-                server.upstream = None;
-                server.retry_at = Some(now + CONNECT_RETRY);
-                self.retrying += 1;
+                self.later(conn, now + CONNECT_RETRY, Later::Connect);
             }
+        }
+    }
+
+    /// Lets a connection wait.
+    fn later(&mut self, conn: ConnId, at: Micros, what: Later) {
+        if let Some(server) = self.servers.get_mut(&conn) {
+            if let Some((old, _)) = server.later.replace((at, what)) {
+                self.waiting.remove(&(old, conn));
+            }
+            self.waiting.insert((at, conn));
         }
     }
 
     fn remove(&mut self, conn: ConnId) -> Option<Upstream> {
         let server = self.servers.remove(&conn)?;
         self.history_bytes -= server.input.cost_bytes();
-        if server.retry_at.is_some() {
-            self.retrying -= 1;
+        if let Some((at, _)) = server.later {
+            self.waiting.remove(&(at, conn));
         }
         server.upstream
     }
@@ -308,21 +349,70 @@ impl Servers {
                 Err(e) => outcome = Err(e),
             }
         }
-        if ended && !server.ended {
-            server.ended = true;
-            keeper.fin(conn);
+        let close = match (outcome, ended && !server.ended) {
+            (Err(error), _) => {
+                debug!(conn = conn.0, %error, "the connection to the server broke");
+                Close::Reset
+            }
+            (Ok(()), true) => Close::Fin,
+            (Ok(()), false) => return,
+        };
+        self.on_close(now, conn, close, keeper);
+    }
+
+    /// The connection to the server ended. Whether that was a close or a crash is the process's to
+    /// say (R5).
+    fn on_close(
+        &mut self,
+        now: Micros,
+        conn: ConnId,
+        close: Close,
+        keeper: &mut impl OutputKeeper,
+    ) {
+        let Some(server) = self.servers.get(&conn) else { return };
+        match self.liveness.of(&server.target) {
+            Life::Alive => self.closed(conn, close, keeper),
+            Life::Dead => self.died(now, conn),
+            Life::Unknown => self.later(conn, now + CLOSE_PROBE, Later::JudgeClose(close)),
         }
-        if let Err(error) = outcome {
-            debug!(conn = conn.0, %error, "the server broke the connection off");
-            server.upstream = None;
-            if !server.lost {
+    }
+
+    /// The server closed its side on purpose.
+    fn closed(&mut self, conn: ConnId, close: Close, keeper: &mut impl OutputKeeper) {
+        let Some(server) = self.servers.get_mut(&conn) else { return };
+        match close {
+            Close::Fin if !server.ended => {
+                server.ended = true;
+                keeper.fin(conn);
+            }
+            Close::Fin => {}
+            Close::Reset => {
+                server.upstream = None;
                 server.lost = true;
                 keeper.reset(conn);
             }
         }
     }
 
-    /// The server is not there (yet): try again, and tell the client in the end.
+    /// The server died. The client is told nothing; should the server come back, it is brought to
+    /// the same point by replay.
+    fn died(&mut self, now: Micros, conn: ConnId) {
+        let Some(server) = self.servers.get_mut(&conn) else { return };
+        if !self.dead {
+            warn!(target = ?server.target, "the local server died");
+        }
+        self.dead = true;
+        server.upstream = None;
+        server.ended = false;
+        server.absent_since = now;
+        if server.input.complete() {
+            self.later(conn, now + CONNECT_RETRY, Later::Connect);
+        } else {
+            server.lost = true;
+        }
+    }
+
+    /// The server is not there (yet): try again, and let a leader tell the client in the end.
     fn refused(
         &mut self,
         now: Micros,
@@ -332,42 +422,51 @@ impl Servers {
     ) {
         let Some(server) = self.servers.get_mut(&conn) else { return };
         server.upstream = None;
-        if now.since(server.opened_at) > CONNECT_GIVE_UP {
-            warn!(conn = conn.0, %error, target = ?server.target, "the local server is not there");
-            server.lost = true;
-            keeper.reset(conn);
-        } else {
-            server.retry_at = Some(now + CONNECT_RETRY);
-            self.retrying += 1;
-        }
-    }
-
-    /// When the next retry is due.
-    pub(crate) fn poll_timeout(&self) -> Option<Micros> {
-        if self.retrying == 0 {
-            return None;
-        }
-        self.servers.values().filter_map(|s| s.retry_at).min()
-    }
-
-    /// Tries again the servers that refused.
-    pub(crate) fn handle_timeout(&mut self, now: Micros, reg: &Registry) {
-        if self.retrying == 0 {
-            return;
-        }
-        let mut due: Vec<ConnId> = self
-            .servers
-            .iter()
-            .filter(|(_, s)| s.retry_at.is_some_and(|at| at <= now))
-            .map(|(c, _)| *c)
-            .collect();
-        due.sort_unstable();
-        for conn in due {
-            if let Some(server) = self.servers.get_mut(&conn) {
-                server.retry_at = None;
-                self.retrying -= 1;
+        if now.since(server.absent_since) > CONNECT_GIVE_UP {
+            if !self.dead {
+                warn!(conn = conn.0, %error, target = ?server.target, "the local server is not there");
             }
-            self.connect(now, conn, reg);
+            self.dead = true;
+            keeper.give_up(conn);
+        }
+        self.later(conn, now + CONNECT_RETRY, Later::Connect);
+    }
+
+    /// Whether the server died or was not there since this was last asked.
+    pub(crate) fn take_dead(&mut self) -> bool {
+        std::mem::take(&mut self.dead)
+    }
+
+    /// When something waits to be done.
+    pub(crate) fn poll_timeout(&self) -> Option<Micros> {
+        self.waiting.first().map(|(at, _)| *at)
+    }
+
+    /// Does what has waited long enough.
+    pub(crate) fn handle_timeout(
+        &mut self,
+        now: Micros,
+        reg: &Registry,
+        keeper: &mut impl OutputKeeper,
+    ) {
+        for _ in 0..LATER_PER_TURN {
+            let Some((at, conn)) = self.waiting.first().copied().filter(|(at, _)| *at <= now)
+            else {
+                return;
+            };
+            self.waiting.remove(&(at, conn));
+            let Some(server) = self.servers.get_mut(&conn) else { continue };
+            match server.later.take() {
+                Some((_, Later::Connect)) => self.connect(now, conn, reg),
+                Some((_, Later::JudgeClose(close))) => {
+                    if liveness::accepts(&server.target) {
+                        self.closed(conn, close, keeper);
+                    } else {
+                        self.died(now, conn);
+                    }
+                }
+                None => {}
+            }
         }
     }
 
@@ -379,7 +478,8 @@ impl Servers {
         for server in self.servers.values() {
             let taken = server.upstream.as_ref().map_or(0, Upstream::taken);
             bytes += server.input.end() - taken.min(server.input.end());
-            lost += usize::from(server.lost);
+            let absent = !server.upstream.as_ref().is_some_and(Upstream::connected);
+            lost += usize::from(server.lost || absent);
         }
         (bytes, lost)
     }
@@ -414,7 +514,8 @@ impl Servers {
             }
         }
         self.ready.clear();
-        self.retrying = 0;
+        self.waiting.clear();
+        self.dead = false;
         self.history_bytes = 0;
     }
 

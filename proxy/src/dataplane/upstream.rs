@@ -15,7 +15,7 @@ use socket2::SockRef;
 use super::input::Input;
 
 /// Where the local server listens.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Target {
     Tcp(SocketAddr),
     Unix(PathBuf),
