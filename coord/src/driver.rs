@@ -16,13 +16,15 @@ use std::collections::BTreeMap;
 use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use thiserror::Error;
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
 
-use self::engine::{Clock, Engine, Input, InputSender, while_alive};
+use self::disk::{Claimed, Identity, KnownPeers};
+use self::engine::{Alive, Clock, Engine, Input, InputSender, while_alive};
 use self::peers::Peers;
 use crate::core::{Config, ConfigError, Core};
 use crate::snapshot::SnapshotError;
@@ -127,6 +129,17 @@ pub enum ServerError {
     /// What it acknowledges would not be durable: it must not go on.
     #[error("the disk failed: {0}")]
     Disk(io::Error),
+    /// Its data directory is empty, and a peer knows it as a server that had something there. It has
+    /// forgotten what it voted and acknowledged, and could undo what the cluster has promised. Give
+    /// it back its data directory.
+    #[error("the data directory is empty, but server {peer:?} knows that this server had one")]
+    Forgotten {
+        /// Who knows.
+        peer: String,
+    },
+    /// A server with an empty disk has waited for its peers, and then could not start.
+    #[error("{0}")]
+    Start(StartError),
     /// A defect: its core has stopped.
     #[error("the coordinator's core has stopped unexpectedly")]
     Stopped,
@@ -138,11 +151,18 @@ pub struct Server {
     engine: InputSender,
     ids: BTreeMap<String, u64>,
     status: watch::Receiver<Status>,
-    failed: watch::Receiver<Option<std::sync::Arc<ServerError>>>,
+    failed: watch::Receiver<Option<Arc<ServerError>>>,
     client_address: SocketAddr,
+    /// A server with an empty disk first asks the others.
+    beginning: Option<tokio::task::JoinHandle<()>>,
 }
 
 /// Starts a server in the current tokio runtime.
+///
+/// A server with an empty data directory takes part only when it has asked the others whether they
+/// know it as one that had something there. The first time it begins when all have answered, or,
+/// after a second, as many as make a majority with it; one that they know has lost its disk, and
+/// [`Server::failed`] says so.
 ///
 /// # Errors
 /// [`StartError`]. Nothing is left running then.
@@ -168,18 +188,14 @@ pub async fn start(config: ServerConfig) -> Result<Server, StartError> {
     let peer_listener = listen("peers", peer_listen).await?;
     let client_address = client_listener.local_addr().map_err(StartError::System)?;
 
-    let log_id = random()?;
-    let opened = disk::open(&config.data_dir, &config.name, &names, log_id)?;
-    let clock = Clock::start();
+    let claimed = disk::claim(&config.data_dir, &config.name, &names)?;
+    let known = KnownPeers::open(&config.data_dir)?;
+    let identity = Identity {
+        log_id: random()?,
+        name: config.name.clone(),
+        servers: names.clone(),
+    };
     let (engine, inputs) = engine::inputs();
-    let core = Core::new(
-        core_config,
-        opened.recovered.clone(),
-        random()?,
-        clock.now(),
-    )?;
-    let disk = opened.start(&engine).map_err(StartError::System)?;
-
     let addresses = config
         .peers
         .iter()
@@ -190,6 +206,7 @@ pub async fn start(config: ServerConfig) -> Result<Server, StartError> {
         ids.clone(),
         addresses,
         &config.key,
+        known,
         engine.clone(),
     );
     let (alive_sender, alive) = watch::channel(());
@@ -197,45 +214,102 @@ pub async fn start(config: ServerConfig) -> Result<Server, StartError> {
     tokio::spawn(while_alive(alive.clone(), accept));
     let accept = peers.clone().accept(peer_listener, alive.clone());
     tokio::spawn(while_alive(alive.clone(), accept));
-    let mut queues = BTreeMap::new();
-    for peer in ids.values().filter(|id| **id != ids[&config.name]) {
-        let (queue, messages) = mpsc::channel(peers::QUEUE_MAX);
-        queues.insert(*peer, queue);
-        tokio::spawn(while_alive(
-            alive.clone(),
-            peers.clone().dial(*peer, messages),
-        ));
-    }
-    let (status_sender, status) = watch::channel(core.status());
+    let this = core_config.id;
+    let (status_sender, status) = watch::channel(Status::starting(&config.name));
     let (failed_sender, failed) = watch::channel(None);
-    let engine_thread = Engine {
-        core,
-        clock,
+    let launch = Launch {
+        core: core_config,
+        seed: random()?,
+        identity,
         inputs,
-        disk,
-        peers: queues,
-        names,
-        _alive: alive_sender,
+        engine: engine.clone(),
+        peers: peers.clone(),
+        alive: (alive_sender, alive),
         status: status_sender,
+        failed: failed_sender,
     };
-    let run = move || {
-        if let Err(error) = engine_thread.run() {
-            tracing::error!(%error, "coordinator stopped");
-            failed_sender.send_replace(Some(std::sync::Arc::new(error)));
-        }
+    let beginning = if claimed.is_fresh() {
+        let begin = async move {
+            match peers.may_begin(this).await {
+                Ok(()) => {
+                    let failed = launch.failed.clone();
+                    let launched = tokio::task::spawn_blocking(move || launch.go(claimed));
+                    if let Ok(Err(error)) = launched.await {
+                        fail(&failed, ServerError::Start(error));
+                    }
+                }
+                Err(peer) => fail(&launch.failed, ServerError::Forgotten { peer }),
+            }
+        };
+        Some(tokio::spawn(begin))
+    } else {
+        launch.go(claimed)?;
+        None
     };
-    // The tasks end with the engine, so with an error here, too.
-    std::thread::Builder::new()
-        .name("coord".into())
-        .spawn(run)
-        .map_err(StartError::System)?;
     Ok(Server {
         engine,
         ids,
         status,
         failed,
         client_address,
+        beginning,
     })
+}
+
+fn fail(failed: &watch::Sender<Option<Arc<ServerError>>>, error: ServerError) {
+    tracing::error!(%error, "coordinator stopped");
+    failed.send_replace(Some(Arc::new(error)));
+}
+
+/// Everything that the engine needs, but for the disk.
+struct Launch {
+    core: Config,
+    seed: u64,
+    identity: Identity,
+    inputs: std::sync::mpsc::Receiver<Input>,
+    engine: InputSender,
+    peers: Peers,
+    alive: (watch::Sender<()>, Alive),
+    status: watch::Sender<Status>,
+    failed: watch::Sender<Option<Arc<ServerError>>>,
+}
+
+impl Launch {
+    /// Reads the disk and starts the threads.
+    fn go(self, claimed: Claimed) -> Result<(), StartError> {
+        let opened = claimed.open(self.identity)?;
+        let clock = Clock::start();
+        let recovered = opened.recovered.clone();
+        let core = Core::new(self.core.clone(), recovered, self.seed, clock.now())?;
+        let disk = opened.start(&self.engine).map_err(StartError::System)?;
+        let (alive_sender, alive) = self.alive;
+        let mut queues = BTreeMap::new();
+        for peer in self.core.servers.keys().filter(|id| **id != self.core.id) {
+            let (queue, messages) = mpsc::channel(peers::QUEUE_MAX);
+            queues.insert(*peer, queue);
+            let dial = self.peers.clone().dial(*peer, messages);
+            tokio::spawn(while_alive(alive.clone(), dial));
+        }
+        let engine = Engine {
+            core,
+            clock,
+            inputs: self.inputs,
+            disk,
+            peers: queues,
+            names: self.core.servers,
+            _alive: alive_sender,
+            status: self.status,
+        };
+        let failed = self.failed;
+        let run = move || {
+            if let Err(error) = engine.run() {
+                fail(&failed, error);
+            }
+        };
+        // The tasks end with the engine, so with an error here, too.
+        let thread = std::thread::Builder::new().name("coord".into()).spawn(run);
+        thread.map(drop).map_err(StartError::System)
+    }
 }
 
 impl Server {
@@ -276,11 +350,11 @@ impl Server {
     }
 
     /// Waits until the server has stopped by itself, and tells why. Never returns while it works.
-    pub async fn failed(&self) -> std::sync::Arc<ServerError> {
+    pub async fn failed(&self) -> Arc<ServerError> {
         let mut failed = self.failed.clone();
         match failed.wait_for(Option::is_some).await {
             Ok(error) => error.clone().expect("waited for"),
-            Err(_) => std::sync::Arc::new(ServerError::Stopped),
+            Err(_) => Arc::new(ServerError::Stopped),
         }
     }
 
@@ -292,6 +366,9 @@ impl Server {
             let handed_over = status.wait_for(|status| status.role != Role::Leader);
             let _ = tokio::time::timeout(Duration::from_millis(500), handed_over).await;
         }
+        if let Some(beginning) = &self.beginning {
+            beginning.abort();
+        }
         self.engine.send(Input::Stop).await;
         // The status ends with the thread, after the disk has been closed.
         while self.status.changed().await.is_ok() {}
@@ -300,7 +377,14 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        self.engine.send_blocking(Input::Stop);
+        match &self.beginning {
+            // Nobody reads the inputs yet, so there may be no room.
+            Some(beginning) if !beginning.is_finished() => {
+                beginning.abort();
+                self.engine.try_send(Input::Stop);
+            }
+            _ => self.engine.send_blocking(Input::Stop),
+        }
     }
 }
 

@@ -12,6 +12,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 use unbroken_coord::client::{Client, ClientError};
+use unbroken_coord::driver::ServerError;
 use unbroken_coord::wire::{
     Acl, ConnectRequest, CreateMode, CreateOp, ErrorCode, Request, encode_connect_request,
     encode_request,
@@ -246,6 +247,29 @@ async fn short_sessions_hold_under_load_and_end_in_silence() {
         watch.await.unwrap();
     }
     assert_eq!(writer.exists("/silent").await.unwrap(), None);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_that_lost_its_disk_is_refused() {
+    let mut cluster = Cluster::start(|_| {}).await;
+    let client = cluster.client("a", 4000).await;
+    client
+        .create("/x", "1", CreateMode::Persistent, Acl::open())
+        .await
+        .unwrap();
+    let mut status = cluster.running().last().unwrap().1.watch_status();
+    status
+        .wait_for(|status| status.leader.is_some())
+        .await
+        .unwrap();
+    drop(status);
+    cluster.stop("c").await;
+    cluster.wipe("c");
+    cluster.up("c").await;
+    let (_, server) = cluster.running().find(|(name, _)| *name == "c").unwrap();
+    let error = server.failed().await;
+    assert!(matches!(*error, ServerError::Forgotten { .. }), "{error}");
+    assert_eq!(client.set("/x", "2", 0).await.unwrap().version, 1);
 }
 
 /// So many writes at the same time; the highest version that came back.

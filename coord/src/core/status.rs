@@ -51,6 +51,29 @@ pub struct Status {
     pub proposals_dropped: u64,
 }
 
+impl Status {
+    /// That of a server which has not begun to take part.
+    pub(crate) fn starting(name: &str) -> Self {
+        Self {
+            name: name.to_owned(),
+            role: Role::Follower,
+            leader: None,
+            term: 0,
+            zxid: 0,
+            committed: 0,
+            sessions: 0,
+            connections: 0,
+            outstanding: 0,
+            znodes: 0,
+            ephemerals: 0,
+            watches: 0,
+            frames_received: 0,
+            frames_sent: 0,
+            proposals_dropped: 0,
+        }
+    }
+}
+
 /// The version that `srvr` shows first; kazoo reads it.
 const VERSION: &str = concat!("3.8.0-unbroken-", env!("CARGO_PKG_VERSION"));
 

@@ -3,14 +3,16 @@
 //! ```text
 //! data_dir/lock              held while a server runs
 //! data_dir/identity          which server this is, of which cluster
+//! data_dir/known-peers        peers that were seen with something on their disk
 //! data_dir/wal-*.log         the log: see `wal`
 //! data_dir/snapshot-*.state  the newest snapshot
 //! ```
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 
@@ -101,13 +103,20 @@ pub(super) struct Opened {
     pub(super) recovered: Recovered,
 }
 
-/// Reads the directory, and makes it if it is not there. `log_id` is used for a new one.
-pub(super) fn open(
+/// A directory that is ours alone, and was not read yet.
+pub(super) struct Claimed {
+    dir: PathBuf,
+    lock: File,
+    /// None if no server has been here.
+    identity: Option<Identity>,
+}
+
+/// Takes the directory, and makes it if it is not there.
+pub(super) fn claim(
     dir: &Path,
     name: &str,
     servers: &BTreeMap<u64, String>,
-    log_id: u64,
-) -> Result<Opened, DiskError> {
+) -> Result<Claimed, DiskError> {
     std::fs::create_dir_all(dir)?;
     let path = dir.join("lock");
     let lock = OpenOptions::new()
@@ -131,21 +140,53 @@ pub(super) fn open(
                 expected_servers: servers.values().cloned().collect(),
             });
         }
-        found
+        Some(found)
     } else {
-        let new = Identity {
-            log_id,
-            name: name.to_owned(),
-            servers: servers.clone(),
-        };
-        write_checked(&path, IDENTITY_MAGIC, &new)?;
-        new
+        None
     };
+    Ok(Claimed {
+        dir: dir.to_owned(),
+        lock,
+        identity,
+    })
+}
+
+impl Claimed {
+    /// Whether no server has been running here: its disk is new, or was lost.
+    pub(super) fn is_fresh(&self) -> bool {
+        self.identity.is_none()
+    }
+
+    /// Reads the directory. A fresh one becomes that of `new`.
+    pub(super) fn open(self, new: Identity) -> Result<Opened, DiskError> {
+        let Self {
+            dir,
+            lock,
+            identity,
+        } = self;
+        let identity = match identity {
+            Some(identity) => identity,
+            None => {
+                write_checked(&dir.join("identity"), IDENTITY_MAGIC, &new)?;
+                new
+            }
+        };
+        let (wal, recovered) = read(&dir, identity.log_id)?;
+        Ok(Opened {
+            dir,
+            wal,
+            lock,
+            recovered,
+        })
+    }
+}
+
+fn read(dir: &Path, log_id: u64) -> Result<(Wal, Recovered), DiskError> {
     let snapshot = match newest_snapshot(dir)? {
         Some(path) => Some(read_checked::<SnapshotImage>(&path, SNAPSHOT_MAGIC)?),
         None => None,
     };
-    let (mut wal, replay) = Wal::open(dir, identity.log_id)?;
+    let (mut wal, replay) = Wal::open(dir, log_id)?;
     let base = snapshot.as_ref().map_or(0, |image| image.index);
     let mut entries = replay.entries;
     if entries.last().is_some_and(|entry| entry.index < base) {
@@ -166,12 +207,7 @@ pub(super) fn open(
         hard_state: replay.hard_state,
         entries,
     };
-    Ok(Opened {
-        dir: dir.to_owned(),
-        wal,
-        lock,
-        recovered,
-    })
+    Ok((wal, recovered))
 }
 
 impl Opened {
@@ -365,4 +401,48 @@ fn read_checked<T: DeserializeOwned>(path: &Path, magic: [u8; 8]) -> Result<T, D
 /// Makes the names in a directory durable.
 pub(super) fn sync_dir(dir: &Path) -> io::Result<()> {
     File::open(dir)?.sync_all()
+}
+
+/// The peers that have been seen with something on their disk. If one of them comes back with
+/// nothing, it has forgotten what it promised.
+#[derive(Debug)]
+pub(super) struct KnownPeers {
+    path: PathBuf,
+    names: Mutex<BTreeSet<String>>,
+}
+
+const KNOWN_MAGIC: [u8; 8] = *b"UBCPEER\x01";
+
+impl KnownPeers {
+    pub(super) fn open(dir: &Path) -> Result<Self, DiskError> {
+        let path = dir.join("known-peers");
+        let names = if path.exists() {
+            read_checked(&path, KNOWN_MAGIC)?
+        } else {
+            BTreeSet::new()
+        };
+        Ok(Self {
+            path,
+            names: Mutex::new(names),
+        })
+    }
+
+    pub(super) fn contains(&self, name: &str) -> bool {
+        self.names
+            .lock()
+            .expect("no thread panics while it holds this")
+            .contains(name)
+    }
+
+    /// Remembers a peer for good before it is listened to. Blocks for a moment, once for each peer.
+    pub(super) fn note(&self, name: &str) -> io::Result<()> {
+        let mut names = self
+            .names
+            .lock()
+            .expect("no thread panics while it holds this");
+        if names.insert(name.to_owned()) {
+            write_checked(&self.path, KNOWN_MAGIC, &*names)?;
+        }
+        Ok(())
+    }
 }

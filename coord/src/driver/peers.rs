@@ -20,8 +20,10 @@ use thiserror::Error;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
+use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
+use super::disk::KnownPeers;
 use super::engine::{Alive, Input, InputSender, while_alive};
 use crate::core::PeerMessage;
 
@@ -48,6 +50,9 @@ const HANDSHAKE_MAX: Duration = Duration::from_secs(2);
 const DIAL_AGAIN_MIN: Duration = Duration::from_millis(10);
 const DIAL_AGAIN_MAX: Duration = Duration::from_millis(500);
 
+/// A new cluster begins without those that have not answered after this long, if a majority has.
+const BEGIN_WITH_MAJORITY: Duration = Duration::from_secs(1);
+
 /// Inbound connections in their handshake at most.
 const HANDSHAKES_MAX: usize = 64;
 
@@ -57,6 +62,15 @@ struct Hello {
     version: u16,
     from: String,
     to: String,
+    /// It has nothing on its disk, and only wants to know whether that was always so.
+    fresh: bool,
+}
+
+/// The answer.
+#[derive(Debug, Serialize, Deserialize)]
+struct Welcome {
+    /// The dialler has been here before with something on its disk.
+    known: bool,
 }
 
 /// Why a link could not be made, or ended.
@@ -81,6 +95,7 @@ pub(super) struct Peers {
     ids: Arc<BTreeMap<String, u64>>,
     addresses: Arc<BTreeMap<u64, SocketAddr>>,
     psk: [u8; 32],
+    known: Arc<KnownPeers>,
     engine: InputSender,
 }
 
@@ -90,6 +105,7 @@ impl Peers {
         ids: BTreeMap<String, u64>,
         addresses: BTreeMap<u64, SocketAddr>,
         key: &[u8; 32],
+        known: KnownPeers,
         engine: InputSender,
     ) -> Self {
         let salt = ring::hkdf::Salt::new(ring::hkdf::HKDF_SHA256, b"unbroken coord peers 1");
@@ -103,6 +119,7 @@ impl Peers {
             ids: Arc::new(ids),
             addresses: Arc::new(addresses),
             psk,
+            known: Arc::new(known),
             engine,
         }
     }
@@ -127,7 +144,8 @@ impl Peers {
                 let opened = timeout(HANDSHAKE_MAX, peers.answer(stream)).await;
                 drop(slot);
                 match opened.unwrap_or(Err(LinkError::Slow)) {
-                    Ok((stream, noise, from)) => peers.listen(stream, noise, from).await,
+                    Ok(Some((stream, noise, from))) => peers.listen(stream, noise, from).await,
+                    Ok(None) => {}
                     Err(error) => tracing::warn!(%address, %error, "peer refused"),
                 }
             };
@@ -135,24 +153,69 @@ impl Peers {
         }
     }
 
+    /// The handshake of one who has dialled; `None` if it only asked.
     async fn answer(
         &self,
         mut stream: TcpStream,
-    ) -> Result<(TcpStream, TransportState, u64), LinkError> {
+    ) -> Result<Option<(TcpStream, TransportState, u64)>, LinkError> {
         stream.set_nodelay(true)?;
         let mut noise = self.builder()?.build_responder()?;
-        let hello = read_record(&mut stream).await?;
-        let mut plain = vec![0; RECORD_MAX];
-        let length = noise.read_message(&hello, &mut plain)?;
+        let record = read_record(&mut stream).await?;
+        let mut buffer = vec![0; RECORD_MAX];
+        let length = noise.read_message(&record, &mut buffer)?;
         let hello: Hello =
-            postcard::from_bytes(&plain[..length]).map_err(|_| LinkError::Malformed)?;
+            postcard::from_bytes(&buffer[..length]).map_err(|_| LinkError::Malformed)?;
         let from = match self.ids.get(&hello.from) {
             Some(id) if hello.version == VERSION && hello.to == *self.name => *id,
             _ => return Err(LinkError::Stranger(hello)),
         };
-        let length = noise.write_message(&[], &mut plain)?;
-        write_record(&mut stream, &plain[..length]).await?;
-        Ok((stream, noise.into_transport_mode()?, from))
+        if !hello.fresh {
+            self.known.note(&hello.from)?;
+        }
+        let welcome = Welcome {
+            known: self.known.contains(&hello.from),
+        };
+        let welcome = postcard::to_allocvec(&welcome).map_err(|_| LinkError::Malformed)?;
+        let length = noise.write_message(&welcome, &mut buffer)?;
+        write_record(&mut stream, &buffer[..length]).await?;
+        let noise = noise.into_transport_mode()?;
+        Ok((!hello.fresh).then_some((stream, noise, from)))
+    }
+
+    /// Asks the others whether they know this server, whose disk is empty, as one that had
+    /// something on it. `Err` names one that does. A new cluster begins when all have been asked,
+    /// or, after a while, as many as make a majority with this one.
+    pub(super) async fn may_begin(&self, this: u64) -> Result<(), String> {
+        let mut silent: Vec<u64> = self
+            .ids
+            .values()
+            .copied()
+            .filter(|id| *id != this)
+            .collect();
+        let few_enough = silent.len() / 2;
+        let patience = sleep(BEGIN_WITH_MAJORITY);
+        tokio::pin!(patience);
+        loop {
+            let mut asks = JoinSet::new();
+            for peer in &silent {
+                let (peers, peer) = (self.clone(), *peer);
+                asks.spawn(async move { (peer, peers.connect(peer, true).await) });
+            }
+            while let Some(asked) = asks.join_next().await {
+                match asked {
+                    Ok((peer, Ok((_, _, true)))) => return Err(self.name_of(peer).to_owned()),
+                    Ok((peer, Ok((_, _, false)))) => silent.retain(|id| *id != peer),
+                    Ok((_, Err(_))) | Err(_) => {}
+                }
+            }
+            if silent.is_empty() || (patience.is_elapsed() && silent.len() <= few_enough) {
+                return Ok(());
+            }
+            tokio::select! {
+                () = &mut patience, if !patience.is_elapsed() => {}
+                () = sleep(DIAL_AGAIN_MIN) => {}
+            }
+        }
     }
 
     /// Hands on what a peer says, until it stops.
@@ -208,8 +271,8 @@ impl Peers {
     pub(super) async fn dial(self, peer: u64, mut queue: mpsc::Receiver<PeerMessage>) {
         let mut again = DIAL_AGAIN_MIN;
         loop {
-            match self.connect(peer).await {
-                Ok((stream, noise)) => {
+            match self.connect(peer, false).await {
+                Ok((stream, noise, _)) => {
                     again = DIAL_AGAIN_MIN;
                     // It is old by now; the engine repeats what still matters.
                     while queue.try_recv().is_ok() {}
@@ -233,7 +296,12 @@ impl Peers {
         }
     }
 
-    async fn connect(&self, peer: u64) -> Result<(TcpStream, TransportState), LinkError> {
+    /// Dials; the last part of the answer is [`Welcome::known`].
+    async fn connect(
+        &self,
+        peer: u64,
+        fresh: bool,
+    ) -> Result<(TcpStream, TransportState, bool), LinkError> {
         let address = self.addresses.get(&peer).ok_or(LinkError::Malformed)?;
         let mut stream = timeout(DIAL_MAX, TcpStream::connect(address))
             .await
@@ -243,6 +311,7 @@ impl Peers {
             version: VERSION,
             from: self.name.to_string(),
             to: self.name_of(peer).to_owned(),
+            fresh,
         };
         let hello = postcard::to_allocvec(&hello).map_err(|_| LinkError::Malformed)?;
         let handshake = async {
@@ -251,13 +320,15 @@ impl Peers {
             let length = noise.write_message(&hello, &mut buffer)?;
             write_record(&mut stream, &buffer[..length]).await?;
             let answer = read_record(&mut stream).await?;
-            noise.read_message(&answer, &mut buffer)?;
-            Ok::<_, LinkError>(noise.into_transport_mode()?)
+            let length = noise.read_message(&answer, &mut buffer)?;
+            let welcome: Welcome =
+                postcard::from_bytes(&buffer[..length]).map_err(|_| LinkError::Malformed)?;
+            Ok::<_, LinkError>((noise.into_transport_mode()?, welcome.known))
         };
-        let noise = timeout(HANDSHAKE_MAX, handshake)
+        let (noise, known) = timeout(HANDSHAKE_MAX, handshake)
             .await
             .map_err(|_| LinkError::Slow)??;
-        Ok((stream, noise))
+        Ok((stream, noise, known))
     }
 
     async fn send(

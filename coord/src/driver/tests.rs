@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
 
-use super::disk::{self, DiskError};
+use super::disk::{self, DiskError, Identity, KnownPeers, Opened};
 use super::engine::{Input, inputs};
 use super::wal::{Record, Wal};
 use crate::quorum::{HardState, LogEntry, Recovered, SnapshotImage, Write};
@@ -211,6 +211,15 @@ fn servers() -> BTreeMap<u64, String> {
     ])
 }
 
+fn open(dir: &Path, name: &str) -> Result<Opened, DiskError> {
+    let identity = Identity {
+        log_id: ID,
+        name: name.to_owned(),
+        servers: servers(),
+    };
+    disk::claim(dir, name, &servers())?.open(identity)
+}
+
 fn image(index: u64) -> SnapshotImage {
     let data = crate::snapshot::encode(&crate::txn::State::default());
     SnapshotImage {
@@ -224,10 +233,7 @@ fn image(index: u64) -> SnapshotImage {
 /// Opens the directory, has these written, and reads it again.
 fn written(dir: &Path, writes: Vec<Write>, save: Option<SnapshotImage>) -> Recovered {
     let (engine, queue) = inputs();
-    let disk = disk::open(dir, "a", &servers(), ID)
-        .unwrap()
-        .start(&engine)
-        .unwrap();
+    let disk = open(dir, "a").unwrap().start(&engine).unwrap();
     let count = u64::try_from(writes.len()).unwrap();
     for (token, write) in (1..).zip(writes) {
         disk.write(token, write);
@@ -246,7 +252,7 @@ fn written(dir: &Path, writes: Vec<Write>, save: Option<SnapshotImage>) -> Recov
         }
     }
     drop(disk);
-    disk::open(dir, "a", &servers(), ID).unwrap().recovered
+    open(dir, "a").unwrap().recovered
 }
 
 fn entries(range: std::ops::RangeInclusive<u64>) -> Write {
@@ -350,13 +356,13 @@ fn a_lost_or_damaged_snapshot_is_not_passed_over() {
     let middle = bytes.len() / 2;
     bytes[middle] ^= 1;
     std::fs::write(&path, &bytes).unwrap();
-    let refused = disk::open(&dir.0, "a", &servers(), ID).map(|opened| opened.recovered);
+    let refused = open(&dir.0, "a").map(|opened| opened.recovered);
     assert!(
         matches!(refused, Err(DiskError::Damaged { .. })),
         "{refused:?}"
     );
     std::fs::remove_file(&path).unwrap();
-    let refused = disk::open(&dir.0, "a", &servers(), ID).map(|opened| opened.recovered);
+    let refused = open(&dir.0, "a").map(|opened| opened.recovered);
     assert!(
         matches!(refused, Err(DiskError::Damaged { .. })),
         "{refused:?}"
@@ -366,17 +372,28 @@ fn a_lost_or_damaged_snapshot_is_not_passed_over() {
 #[test]
 fn a_directory_has_one_server() {
     let dir = TempDir::new();
-    let opened = disk::open(&dir.0, "a", &servers(), ID).unwrap();
-    let second = disk::open(&dir.0, "a", &servers(), ID).map(|opened| opened.recovered);
+    let opened = open(&dir.0, "a").unwrap();
+    let second = open(&dir.0, "a").map(|opened| opened.recovered);
     assert!(
         matches!(second, Err(DiskError::Locked { .. })),
         "{second:?}"
     );
     drop(opened);
-    let other = disk::open(&dir.0, "b", &servers(), ID).map(|opened| opened.recovered);
+    let other = open(&dir.0, "b").map(|opened| opened.recovered);
     assert!(matches!(other, Err(DiskError::NotOurs { .. })), "{other:?}");
     let mut fewer = servers();
     fewer.remove(&3);
-    let other = disk::open(&dir.0, "a", &fewer, ID).map(|opened| opened.recovered);
+    let other = disk::claim(&dir.0, "a", &fewer).map(|claimed| claimed.is_fresh());
     assert!(matches!(other, Err(DiskError::NotOurs { .. })), "{other:?}");
+}
+
+#[test]
+fn known_peers_are_known_for_good() {
+    let dir = TempDir::new();
+    let known = KnownPeers::open(&dir.0).unwrap();
+    assert!(!known.contains("b"));
+    known.note("b").unwrap();
+    known.note("b").unwrap();
+    let known = KnownPeers::open(&dir.0).unwrap();
+    assert!(known.contains("b") && !known.contains("c"));
 }

@@ -88,6 +88,18 @@ impl Cluster {
         );
     }
 
+    /// Ends a server and waits until nothing of it is left.
+    pub(crate) async fn stop(&mut self, name: &str) {
+        let server = self.servers.get_mut(name).expect("a, b or c").take();
+        server.expect("it runs").shutdown().await;
+    }
+
+    /// Throws away the disk of a server that is down.
+    pub(crate) fn wipe(&self, name: &str) {
+        let dir = &self.configs[name].data_dir;
+        std::fs::remove_dir_all(dir).expect("it was there");
+    }
+
     pub(crate) fn running(&self) -> impl Iterator<Item = (&str, &Server)> {
         self.servers
             .iter()
