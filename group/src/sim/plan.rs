@@ -37,6 +37,10 @@ pub(super) enum Trouble {
     CrashLeader,
     PauseLeader(u64),
     CutLeader,
+    /// Somebody on the way ends the leader's control connections, and then perhaps lets nothing through.
+    ResetLeader { cut: bool },
+    /// The leader dies while some of the others do not hear each other.
+    CrashLeaderAndCut,
 }
 
 /// Microseconds at which all is healed.
@@ -48,7 +52,7 @@ pub(super) fn draw(rng: &mut Rng, nodes: usize) -> Vec<(u64, Trouble)> {
     let troubles = 2 + below(rng, 7);
     for _ in 0..troubles {
         let at = 100_000 + below(rng, HEALED_AT - 200_000);
-        let trouble = match below(rng, 13) {
+        let trouble = match below(rng, 17) {
             0 => Trouble::Crash(node(rng)),
             1 | 2 => Trouble::CrashLeader,
             3 => Trouble::Pause(node(rng), 5_000 + below(rng, 300_000)),
@@ -81,6 +85,8 @@ pub(super) fn draw(rng: &mut Rng, nodes: usize) -> Vec<(u64, Trouble)> {
             }
             9 => Trouble::RegistryOff(node(rng)),
             10 => Trouble::HandOver,
+            12 | 13 => Trouble::ResetLeader { cut: chance(rng, 700) },
+            14 | 15 => Trouble::CrashLeaderAndCut,
             11 => Trouble::Leave(node(rng)),
             _ => Trouble::Noise {
                 loss: below(rng, 300),
@@ -92,7 +98,10 @@ pub(super) fn draw(rng: &mut Rng, nodes: usize) -> Vec<(u64, Trouble)> {
             Trouble::Crash(n) => {
                 plan.push((at + below(rng, 400_000), Trouble::Restart(*n)));
             }
-            Trouble::Cut(_) | Trouble::CutLeader => {
+            Trouble::Cut(_)
+            | Trouble::CutLeader
+            | Trouble::ResetLeader { .. }
+            | Trouble::CrashLeaderAndCut => {
                 plan.push((at + 10_000 + below(rng, 500_000), Trouble::Heal));
             }
             Trouble::RegistryOff(_) => {

@@ -96,6 +96,7 @@ enum Happening {
         node: usize,
         life: u64,
     },
+    Kill { node: usize, life: u64 },
     Load,
     Trouble(Trouble),
     Heal,
@@ -351,7 +352,9 @@ impl World {
                 self.redial(at, peer, 1);
             }
             Happening::Ready { node, epoch } => {
-                if self.nodes[node].epoch == epoch {
+                if self.nodes[node].stopped {
+                    self.after(10_000, Happening::Ready { node, epoch });
+                } else if self.nodes[node].epoch == epoch {
                     self.call(node, |core, now| {
                         // It may have been excluded in the meantime.
                         let _ = core.handle_command(now, Command::ReadyToBeFull);
@@ -359,13 +362,22 @@ impl World {
                 }
             }
             Happening::Respawn { node, life } => {
-                if self.nodes[node].alive && self.nodes[node].life == life {
+                if self.nodes[node].stopped {
+                    self.after(10_000, Happening::Respawn { node, life });
+                } else if self.nodes[node].alive && self.nodes[node].life == life {
                     self.new_core(node);
                 }
             }
             Happening::Resume { node, life } => {
                 if self.nodes[node].life == life {
                     self.resume(node);
+                }
+            }
+            Happening::Kill { node, life } => {
+                if self.nodes[node].life == life {
+                    self.crash(node);
+                    let us = 2000 + below(&mut self.rng, 600_000);
+                    self.after(us, Happening::Trouble(Trouble::Restart(node)));
                 }
             }
             Happening::Load => self.load(),
@@ -840,7 +852,10 @@ impl World {
             Trouble::Restart(n) => self.start(n),
             Trouble::Pause(n, us) => self.stop(n, us),
             Trouble::Cut(ways) => ways.into_iter().for_each(|(a, b)| self.network.cut(a, b)),
-            Trouble::Heal => self.network.heal(),
+            Trouble::Heal => {
+                self.network.heal();
+                self.network.loss = self.network.loss.min(300);
+            }
             Trouble::Noise {
                 loss,
                 duplicates,
@@ -876,12 +891,46 @@ impl World {
             }
             Trouble::CutLeader => {
                 if let Some(n) = self.leader() {
-                    for other in (0..self.nodes.len()).filter(|o| *o != n) {
-                        self.network.cut(n, other);
-                        self.network.cut(other, n);
+                    self.isolate(n);
+                }
+            }
+            Trouble::ResetLeader { cut } => {
+                if let Some(n) = self.leader() {
+                    for at in (0..self.nodes.len()).filter(|o| *o != n) {
+                        if self.nodes[at].connections[n].0.up.take().is_some() {
+                            self.tell(at, n, 50, ControlEvent::Ended);
+                            self.redial(at, n, 100);
+                        }
+                    }
+                    if cut {
+                        self.isolate(n);
                     }
                 }
             }
+            Trouble::CrashLeaderAndCut => {
+                if let Some(n) = self.leader() {
+                    for a in 0..self.nodes.len() {
+                        for b in 0..a {
+                            if chance(&mut self.rng, 350) {
+                                self.network.cut(a, b);
+                                self.network.cut(b, a);
+                            }
+                        }
+                    }
+                    // What it sent last may have reached some and not others.
+                    self.network.loss = self.network.loss.max(below(&mut self.rng, 600));
+                    let life = self.nodes[n].life;
+                    let us = below(&mut self.rng, 10_000);
+                    self.after(us, Happening::Kill { node: n, life });
+                }
+            }
+        }
+    }
+
+    fn isolate(&mut self, node: usize) {
+        for other in (0..self.nodes.len()).filter(|o| *o != node) {
+            self.network.cut(node, other);
+            self.network.cut(other, node);
         }
     }
 

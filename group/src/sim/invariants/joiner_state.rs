@@ -6,7 +6,9 @@ use std::collections::BTreeMap;
 
 #[derive(Default)]
 pub(super) struct JoinerState {
-    gave: BTreeMap<MemberId, (u64, u64)>,
+    /// By joiner and the event at which the checkpoint stands. (A leader that was stopped may give one for a view that
+    /// is over; nobody restores it.)
+    gave: BTreeMap<(MemberId, u64), u64>,
 }
 
 impl Invariant for JoinerState {
@@ -21,14 +23,12 @@ impl Invariant for JoinerState {
                 applied,
                 chain,
             } => {
-                self.gave.insert((*joiner).clone(), (*applied, *chain));
+                self.gave.insert(((*joiner).clone(), *applied), *chain);
             }
             Observed::Restored { applied, chain } => {
-                if self.gave.get(who) != Some(&(*applied, *chain)) {
-                    return Err(format!(
-                        "{who} restored {applied}, given was {:?}",
-                        self.gave.get(who)
-                    ));
+                let given = self.gave.get(&(who.clone(), *applied));
+                if given != Some(chain) {
+                    return Err(format!("{who} restored {applied}, given was {given:?}"));
                 }
             }
             _ => {}
