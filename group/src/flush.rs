@@ -432,7 +432,8 @@ impl Core {
         let missing = |m: &MemberId| *m != me && !p.acks.contains_key(m) && !self.proofs.dead(m);
         let slow = |m: &MemberId| {
             let hears = self.phase == Phase::Leading || *m == leader;
-            waited >= patience || (hears && self.silent(m, patience))
+            let hinted = *m == leader && self.proofs.ended(m).is_some();
+            waited >= patience || hinted || (hears && self.silent(m, patience))
         };
         if view.full.iter().any(|m| missing(m) && !slow(m)) {
             return;

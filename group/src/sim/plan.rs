@@ -38,7 +38,9 @@ pub(super) enum Trouble {
     PauseLeader(u64),
     CutLeader,
     /// Somebody on the way ends the leader's control connections, and then perhaps lets nothing through.
-    ResetLeader { cut: bool },
+    ResetLeader {
+        cut: bool,
+    },
     /// The leader dies while some of the others do not hear each other.
     CrashLeaderAndCut,
 }
@@ -85,7 +87,9 @@ pub(super) fn draw(rng: &mut Rng, nodes: usize) -> Vec<(u64, Trouble)> {
             }
             9 => Trouble::RegistryOff(node(rng)),
             10 => Trouble::HandOver,
-            12 | 13 => Trouble::ResetLeader { cut: chance(rng, 700) },
+            12 | 13 => Trouble::ResetLeader {
+                cut: chance(rng, 700),
+            },
             14 | 15 => Trouble::CrashLeaderAndCut,
             11 => Trouble::Leave(node(rng)),
             _ => Trouble::Noise {

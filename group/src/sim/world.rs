@@ -96,7 +96,10 @@ enum Happening {
         node: usize,
         life: u64,
     },
-    Kill { node: usize, life: u64 },
+    Kill {
+        node: usize,
+        life: u64,
+    },
     Load,
     Trouble(Trouble),
     Heal,
