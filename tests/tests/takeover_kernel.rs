@@ -179,10 +179,10 @@ struct Cluster {
     /// Event n at n - 1, as encoded.
     log: Vec<Bytes>,
     stable: u64,
-    /// Events that there were when the backups last took some.
-    offered: u64,
     /// Outputs until the next crash, and its range.
     countdown: u64,
+    /// It dies as soon as it holds events alone.
+    doomed: bool,
     between_crashes: u64,
     crashes: u32,
     rng: Rng,
@@ -226,8 +226,8 @@ impl Cluster {
             leader: 0,
             log: Vec::new(),
             stable: 0,
-            offered: 0,
             countdown: u64::MAX,
+            doomed: false,
             between_crashes,
             crashes: 0,
             rng: Rng(seed),
@@ -247,6 +247,7 @@ impl Cluster {
 
     fn claim(&mut self) {
         self.countdown = 1 + self.rng.below(self.between_crashes);
+        self.doomed = false;
         let wire = &mut self.nodes[self.leader].wire;
         let at = BootTime::now();
         wire.discard_input();
@@ -257,6 +258,9 @@ impl Cluster {
 
     /// One turn of every node. False if nothing is waiting for another.
     fn turn(&mut self) -> bool {
+        if self.doomed && self.alone_with_events() {
+            self.crash();
+        }
         let busy = self.lead();
         self.replicate() | busy
     }
@@ -329,11 +333,12 @@ impl Cluster {
                 }
                 Output::Room(_) | Output::Notice(_) => {}
             }
-            self.countdown -= 1;
-            if self.countdown == 0 && !self.worth_a_crash() {
-                self.countdown = 1 + self.rng.below(20);
+            self.countdown = self.countdown.saturating_sub(1);
+            if self.countdown == 0 && self.rng.below(2) == 0 {
+                // The other half: between turns, at the next moment at which it costs most.
+                self.doomed = true;
             }
-            if self.countdown == 0 {
+            if self.countdown == 0 && !self.doomed {
                 // Half of the crashes come after what was emitted has left, half before.
                 if self.rng.below(2) == 0 {
                     let _ = self.nodes[self.leader].wire.flush(&mut self.spare).unwrap();
@@ -344,11 +349,11 @@ impl Cluster {
         }
     }
 
-    /// Most crashes shall cost events that the backups were offered before this turn and do not hold.
-    fn worth_a_crash(&mut self) -> bool {
+    /// Whether only the leader holds some events, after it had every chance to show what depends on
+    /// them.
+    fn alone_with_events(&self) -> bool {
         let backups = (0..REPLICAS).filter(|i| *i != self.leader);
-        let held = backups.map(|i| self.nodes[i].held).max().unwrap();
-        self.offered > held || self.rng.below(8) == 0
+        self.log.len() as u64 > backups.map(|i| self.nodes[i].held).max().unwrap()
     }
 
     fn event(&self, number: u64) -> Event {
@@ -366,7 +371,6 @@ impl Cluster {
     /// The backups take what they take, and the leader learns what is stable.
     fn replicate(&mut self) -> bool {
         let newest = self.log.len() as u64;
-        self.offered = newest;
         for i in (0..REPLICAS)
             .filter(|i| *i != self.leader)
             .collect::<Vec<_>>()
@@ -435,7 +439,7 @@ impl Cluster {
             stack.handle_consumed(now(), *conn, one.taken);
         }
         node.role = Role::Leader(Box::new(stack));
-        (self.stable, self.offered) = (0, cut);
+        self.stable = 0;
         self.claim();
 
         let back = &mut self.nodes[dead];
@@ -466,7 +470,7 @@ impl Cluster {
                 self.rest();
             }
         }
-        self.countdown = u64::MAX;
+        (self.countdown, self.doomed) = (u64::MAX, false);
         let patience = Instant::now() + client::PATIENCE;
         while self.nodes.iter().any(|node| !node.served.is_empty()) {
             assert!(
