@@ -13,6 +13,7 @@
 //! their session, between the writes around them.
 
 mod client;
+mod convert;
 mod leader;
 mod status;
 
@@ -49,7 +50,7 @@ const RESEND_MIN: Duration = Duration::from_millis(250);
 const RESEND_MAX: Duration = Duration::from_secs(2);
 
 /// A read barrier that has not been answered after this long is asked again.
-const BARRIER_AGAIN: Duration = Duration::from_millis(50);
+const BARRIER_AGAIN: Duration = Duration::from_millis(25);
 
 /// How long a server waits for the one before it to campaign when all know that the leader is dead.
 const CAMPAIGN_STEP: Duration = Duration::from_millis(15);
@@ -84,6 +85,8 @@ pub struct Config {
     pub snapshot_every: u64,
     /// Log entries kept in memory behind a snapshot, for followers that are a little behind.
     pub entries_kept: u64,
+    /// A leader whose oldest write has not become durable for this long hands over.
+    pub disk_stuck_max: Duration,
     /// How often the leader looks for containers to delete.
     pub container_check: Duration,
 }
@@ -105,6 +108,7 @@ impl Config {
             handshake_max: Duration::from_secs(10),
             snapshot_every: 20_000,
             entries_kept: 5_000,
+            disk_stuck_max: Duration::from_secs(1),
             container_check: Duration::from_secs(10),
         }
     }
@@ -300,9 +304,15 @@ pub struct Core {
     next_barrier: u64,
     /// The barrier that syncs may still join: it has not been asked for yet.
     open_barrier: Option<u64>,
+    /// The newest term of which an entry has been applied. A leader answers no barrier before.
+    settled_term: u64,
     /// Syncs whose barrier is known and not applied yet.
     waiting: BTreeSet<(u64, ConnId)>,
 
+    /// Writes that are not durable yet, and when they were asked for.
+    writes: VecDeque<(u64, Instant)>,
+    /// Not before this does a leader with a stuck disk hand over again.
+    next_hand_over: Instant,
     /// Only of use while this server leads.
     deadlines: Deadlines,
     /// Index of the newest snapshot taken, and of the newest that is durable.
@@ -377,7 +387,10 @@ impl Core {
             barriers: BTreeMap::new(),
             next_barrier: 0,
             open_barrier: None,
+            settled_term: 0,
             waiting: BTreeSet::new(),
+            writes: VecDeque::new(),
+            next_hand_over: now,
             deadlines: Deadlines::default(),
             snapshot_taken,
             outputs: VecDeque::new(),
@@ -418,6 +431,13 @@ impl Core {
     /// The write of this token, and every one before it, is durable.
     pub fn handle_persisted(&mut self, now: Instant, token: u64) {
         self.advance(now);
+        while self
+            .writes
+            .front()
+            .is_some_and(|(first, _)| *first <= token)
+        {
+            self.writes.pop_front();
+        }
         self.quorum.persisted(token);
     }
 
@@ -479,6 +499,7 @@ impl Core {
         self.expire_sessions();
         self.send_touches();
         self.resend();
+        self.check_disk();
         self.check_handshakes();
         self.check_containers();
         if let Some(since) = self.leaderless_since
@@ -532,11 +553,16 @@ impl Core {
                 });
             }
             QuorumOutput::Persist { token, write } => {
+                self.writes.push_back((token, self.now));
                 self.outputs.push_back(Output::Persist { token, write });
             }
             QuorumOutput::Restore(image) => self.on_restore(&image),
             QuorumOutput::Apply(entry) => {
                 self.on_apply(entry.index, &entry.data);
+                if entry.term > self.settled_term {
+                    self.settled_term = entry.term;
+                    self.ask_barriers();
+                }
                 self.on_applied();
             }
             QuorumOutput::Barrier { context, index } => {
@@ -697,14 +723,19 @@ impl Core {
                 .values()
                 .map(|out| out.proposal.clone())
                 .collect();
-            for (context, barrier) in &mut self.barriers {
-                if Some(*context) != self.open_barrier {
-                    barrier.asked = self.now;
-                    self.quorum.barrier(*context);
-                }
-            }
+            self.ask_barriers();
         }
         true
+    }
+
+    /// Asks again for every barrier that has been asked for.
+    fn ask_barriers(&mut self) {
+        for (context, barrier) in &mut self.barriers {
+            if Some(*context) != self.open_barrier {
+                barrier.asked = self.now;
+                self.quorum.barrier(*context);
+            }
+        }
     }
 
     /// Sends what was collected since the last drain. True if there was anything.

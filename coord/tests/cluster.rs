@@ -281,7 +281,7 @@ async fn set_at_once(client: &Client, path: &'static str, count: usize) -> i32 {
     }
     let mut newest = 0;
     while let Some(set) = sets.join_next().await {
-        newest = newest.max(set.unwrap().unwrap().version);
+        newest = newest.max(set.expect("it ended").expect("it was taken").version);
     }
     newest
 }

@@ -106,6 +106,24 @@ impl Core {
         }
     }
 
+    /// A leader whose disk hangs can lead no longer, though its heartbeats go on.
+    pub(super) fn check_disk(&mut self) {
+        let limit = self.config.disk_stuck_max;
+        let stuck = self
+            .writes
+            .front()
+            .is_some_and(|(_, asked)| self.now.since(*asked) > limit);
+        if stuck
+            && self.leads()
+            && self.now >= self.next_hand_over
+            && let Some(to) = self.quorum.best_peer()
+        {
+            self.next_hand_over = self.now + limit;
+            tracing::warn!(to, "the disk does not answer: handing leadership over");
+            self.quorum.transfer(to);
+        }
+    }
+
     pub(super) fn check_containers(&mut self) {
         if self.now < self.next_container_check {
             return;

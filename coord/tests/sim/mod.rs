@@ -215,6 +215,7 @@ impl World {
             snapshot_every: 60,
             entries_kept: 20,
             container_check: Duration::from_millis(500),
+            disk_stuck_max: Duration::from_millis(150),
             ..Config::new(id, (1..=SERVERS).map(|id| (id, format!("s{id}"))).collect())
         };
         let now = Instant::from_micros(self.now);
