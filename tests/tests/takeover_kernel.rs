@@ -26,6 +26,8 @@ const PORT: u16 = 80;
 const REPLICAS: usize = 3;
 /// The most events by which a member that holds least lags behind.
 const LAG_MAX: u64 = 8;
+/// Outputs that a leader whose end is decided may still make.
+const DOOMED_OUTPUTS_MAX: u64 = 30;
 /// For how long a member lags by the same, at most.
 const LAG_STAYS_MAX_US: u64 = 4_000;
 /// For how long nobody leads after a crash, at most.
@@ -333,12 +335,15 @@ impl Cluster {
                 }
                 Output::Room(_) | Output::Notice(_) => {}
             }
-            self.countdown = self.countdown.saturating_sub(1);
-            if self.countdown == 0 && self.rng.below(2) == 0 {
-                // The other half: between turns, at the next moment at which it costs most.
-                self.doomed = true;
+            self.countdown -= 1;
+            if self.countdown > 0 {
+                continue;
             }
-            if self.countdown == 0 && !self.doomed {
+            if !self.doomed && self.rng.below(2) == 0 {
+                // Between turns then, at the next moment at which it costs most, if one comes soon.
+                self.doomed = true;
+                self.countdown = DOOMED_OUTPUTS_MAX;
+            } else {
                 // Half of the crashes come after what was emitted has left, half before.
                 if self.rng.below(2) == 0 {
                     let _ = self.nodes[self.leader].wire.flush(&mut self.spare).unwrap();
@@ -585,7 +590,7 @@ fn many_short(vip: IpAddr, seed: u64) {
             Box::new(move || {
                 let mut rng = Rng(seed ^ lane << 32);
                 let mut outcomes = Vec::new();
-                for _ in 0..25 {
+                for _ in 0..40 {
                     let (progress, length) = (Progress::shared(), 1 + rng.below(40_000));
                     let stream = connect(vip)?;
                     outcomes.push(match rng.below(3) {
