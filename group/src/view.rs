@@ -192,6 +192,7 @@ mod tests {
             joining: vec![Joiner {
                 member: MemberId::new("r3", 3),
                 since: ViewId(3),
+                cut: 107,
             }],
             k: 1,
             lease_us: 30_000,

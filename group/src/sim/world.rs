@@ -567,7 +567,7 @@ impl World {
         if installed.role != Role::Joining && !installed.survivor {
             n.app.start_at(installed.cut, u64::from(view.generation));
         }
-        let app = n.app.clone();
+        let app = std::mem::take(&mut n.app);
         self.observe(
             &me,
             &Observed::Installed {
@@ -581,6 +581,7 @@ impl World {
                 chain_at: &|number| app.at(number),
             },
         );
+        self.nodes[node].app = app;
     }
 
     fn transmit(&mut self, node: usize, me: &MemberId, to: &MemberId, body: &Bytes) {
