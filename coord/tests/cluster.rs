@@ -12,7 +12,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 use unbroken_coord::client::{Client, ClientError};
-use unbroken_coord::driver::ServerError;
+use unbroken_coord::driver::{Role, ServerError};
 use unbroken_coord::wire::{
     Acl, ConnectRequest, CreateMode, CreateOp, ErrorCode, Request, encode_connect_request,
     encode_request,
@@ -269,6 +269,55 @@ async fn a_server_that_lost_its_disk_is_refused() {
     let (_, server) = cluster.running().find(|(name, _)| *name == "c").unwrap();
     let error = server.failed().await;
     assert!(matches!(*error, ServerError::Forgotten { .. }), "{error}");
+    assert_eq!(client.set("/x", "2", 0).await.unwrap().version, 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn words_are_answered_and_monstrous_frames_are_not() {
+    let cluster = Cluster::start(|_| {}).await;
+    let leader = cluster.leader().await;
+    let _client = cluster.client(&leader, 4000).await;
+    let host = &cluster.hosts(&leader)[0];
+    for (word, answer) in [
+        ("ruok", "imok"),
+        ("srvr", "Mode: leader"),
+        ("mntr", "zk_znode_count\t4"),
+    ] {
+        let mut stream = TcpStream::connect(host).await.unwrap();
+        stream.write_all(word.as_bytes()).await.unwrap();
+        let mut text = String::new();
+        stream.read_to_string(&mut text).await.unwrap();
+        assert!(text.contains(answer), "{word}: {text}");
+    }
+    for length in [i32::MAX, -1, 1 << 20] {
+        let mut stream = TcpStream::connect(host).await.unwrap();
+        stream.write_all(&length.to_be_bytes()).await.unwrap();
+        let mut nothing = Vec::new();
+        // Closed or reset, without a word.
+        let _ = stream.read_to_end(&mut nothing).await;
+        assert!(nothing.is_empty());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn leadership_is_handed_over_on_demand() {
+    let cluster = Cluster::start(|_| {}).await;
+    let old = cluster.leader().await;
+    let client = cluster.client(&old, 4000).await;
+    client
+        .create("/x", "1", CreateMode::Persistent, Acl::open())
+        .await
+        .unwrap();
+    let to = if old == "a" { "b" } else { "a" };
+    let mut status = cluster.servers[to].as_ref().unwrap().watch_status();
+    cluster.servers[&old]
+        .as_ref()
+        .unwrap()
+        .transfer_leadership(Some(to));
+    status
+        .wait_for(|status| status.role == Role::Leader)
+        .await
+        .unwrap();
     assert_eq!(client.set("/x", "2", 0).await.unwrap().version, 1);
 }
 

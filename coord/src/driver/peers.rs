@@ -7,6 +7,9 @@
 //! When the connection that a peer has dialled ends and its listener refuses, its process is dead:
 //! the core is told, and need not wait for the silence.
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::io;
