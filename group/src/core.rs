@@ -337,7 +337,7 @@ impl Core {
 
     /// Until when this member, as leader, may emit (R2). `None`: not at all.
     pub fn lease_until(&self) -> Option<Instant> {
-        if !self.can_multicast() {
+        if !self.can_multicast() || self.now < self.silent_before {
             return None;
         }
         let view = self.view();
@@ -357,7 +357,7 @@ impl Core {
 
     /// Whether this member may emit at `now`: ask before every flush to the wire.
     pub fn may_emit(&self, now: Instant) -> bool {
-        now >= self.silent_before && self.lease_until().is_some_and(|until| now < until)
+        self.lease_until().is_some_and(|until| now < until)
     }
 
     /// A service clock value seen elsewhere (a checkpoint, a record).

@@ -90,6 +90,7 @@ enum State {
     },
     Up {
         stream: TcpStream,
+        since: Instant,
         groups: Vec<(u32, u128)>,
     },
 }
@@ -167,6 +168,16 @@ impl Control {
             for slot in &mut self.accepted {
                 *slot = None;
             }
+            // The new life has heard nothing yet: who is there is told again, with the time of the old challenge.
+            for peer in &self.peers {
+                let State::Up { groups, since, .. } = &peer.state else { continue };
+                let there = groups.iter().filter(|(g, _)| *g == group);
+                self.inputs.extend(there.map(|(_, incarnation)| ControlInput {
+                    group,
+                    peer: peer.name.clone(),
+                    event: ControlEvent::Connected { incarnation: *incarnation, since: *since },
+                }));
+            }
         }
     }
 
@@ -228,7 +239,9 @@ impl Control {
                 challenge,
                 got,
             } if ready => self.hear(now, index, stream, since, challenge, got),
-            State::Up { stream, groups } if ready => self.watch(now, index, stream, groups),
+            State::Up { stream, since, groups } if ready => {
+                self.watch(now, index, stream, since, groups)
+            }
             other => other,
         };
         self.peers[index].state = next;
@@ -361,7 +374,7 @@ impl Control {
             }
         }
         if open {
-            State::Up { stream, groups }
+            State::Up { stream, since, groups }
         } else {
             self.ended(now, index)
         }
@@ -372,11 +385,12 @@ impl Control {
         now: Instant,
         index: usize,
         mut stream: TcpStream,
+        since: Instant,
         groups: Vec<(u32, u128)>,
     ) -> State {
         let mut more = Vec::new();
         if read_some(&mut stream, &mut more, 1) && more.is_empty() {
-            return State::Up { stream, groups };
+            return State::Up { stream, since, groups };
         }
         drop(stream);
         self.ended(now, index)
