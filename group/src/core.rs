@@ -426,6 +426,12 @@ impl Core {
         Some(at)
     }
 
+    /// The next output that is already decided, without the acknowledgements and bursts that [`Core::poll_output`] forms
+    /// when nothing else is left: use it between the datagrams of one batch, so that one acknowledgement covers them all.
+    pub fn poll_ready(&mut self) -> Option<Output> {
+        self.outputs.pop_front()
+    }
+
     /// The next output; drain to `None`.
     pub fn poll_output(&mut self) -> Option<Output> {
         if self.outputs.is_empty() {

@@ -170,13 +170,19 @@ impl Control {
             }
             // The new life has heard nothing yet: who is there is told again, with the time of the old challenge.
             for peer in &self.peers {
-                let State::Up { groups, since, .. } = &peer.state else { continue };
+                let State::Up { groups, since, .. } = &peer.state else {
+                    continue;
+                };
                 let there = groups.iter().filter(|(g, _)| *g == group);
-                self.inputs.extend(there.map(|(_, incarnation)| ControlInput {
-                    group,
-                    peer: peer.name.clone(),
-                    event: ControlEvent::Connected { incarnation: *incarnation, since: *since },
-                }));
+                self.inputs
+                    .extend(there.map(|(_, incarnation)| ControlInput {
+                        group,
+                        peer: peer.name.clone(),
+                        event: ControlEvent::Connected {
+                            incarnation: *incarnation,
+                            since: *since,
+                        },
+                    }));
             }
         }
     }
@@ -239,9 +245,11 @@ impl Control {
                 challenge,
                 got,
             } if ready => self.hear(now, index, stream, since, challenge, got),
-            State::Up { stream, since, groups } if ready => {
-                self.watch(now, index, stream, since, groups)
-            }
+            State::Up {
+                stream,
+                since,
+                groups,
+            } if ready => self.watch(now, index, stream, since, groups),
             other => other,
         };
         self.peers[index].state = next;
@@ -374,7 +382,11 @@ impl Control {
             }
         }
         if open {
-            State::Up { stream, since, groups }
+            State::Up {
+                stream,
+                since,
+                groups,
+            }
         } else {
             self.ended(now, index)
         }
@@ -390,7 +402,11 @@ impl Control {
     ) -> State {
         let mut more = Vec::new();
         if read_some(&mut stream, &mut more, 1) && more.is_empty() {
-            return State::Up { stream, since, groups };
+            return State::Up {
+                stream,
+                since,
+                groups,
+            };
         }
         drop(stream);
         self.ended(now, index)

@@ -159,7 +159,11 @@ impl Receiver {
 
     /// The instance of a group is known: its members can be heard.
     pub fn set_instance(&mut self, group: u32, instance: u128) {
-        if self.groups.get(&group).is_some_and(|g| g.instance == Some(instance)) {
+        if self
+            .groups
+            .get(&group)
+            .is_some_and(|g| g.instance == Some(instance))
+        {
             return; // the replay windows stay
         }
         let lives = self.names.iter().map(|_| VecDeque::new()).collect();
