@@ -282,26 +282,23 @@ fn read_segment(
         }
         offset = end;
     }
-    if bytes[offset.min(bytes.len())..]
-        .iter()
-        .all(|byte| *byte == 0)
-    {
-        return Ok(());
+    let rest = &bytes[offset.min(bytes.len())..];
+    if rest.iter().any(|byte| *byte != 0) {
+        if !last {
+            return Err(damaged(offset, "a frame is broken and segments follow"));
+        }
+        let mut after = (offset + 8..bytes.len()).step_by(8);
+        if after.any(|later| frame_at(&bytes, later, log_id).is_some()) {
+            return Err(damaged(offset, "a frame is broken and sound ones follow"));
+        }
+        tracing::warn!(path = %segment.path.display(), offset, "cut off an unfinished write");
     }
-    if !last {
-        return Err(damaged(offset, "a frame is broken and segments follow"));
+    if !rest.is_empty() {
+        // Nothing more is written here: give back what was set aside, too.
+        let file = OpenOptions::new().write(true).open(&segment.path)?;
+        file.set_len(offset as u64)?;
+        file.sync_all()?;
     }
-    let after = (offset + 8..bytes.len()).step_by(8);
-    if after
-        .into_iter()
-        .any(|later| frame_at(&bytes, later, log_id).is_some())
-    {
-        return Err(damaged(offset, "a frame is broken and sound ones follow"));
-    }
-    tracing::warn!(path = %segment.path.display(), offset, "cut off an unfinished write");
-    let file = OpenOptions::new().write(true).open(&segment.path)?;
-    file.set_len(offset as u64)?;
-    file.sync_all()?;
     Ok(())
 }
 
