@@ -57,7 +57,7 @@ impl Liveness {
     /// Looks at the targets now, and goes on looking until the last handle is gone.
     pub(crate) fn watch(targets: impl IntoIterator<Item = Target>) -> std::io::Result<Self> {
         let mut table: Table = targets.into_iter().map(|t| (t, Vec::new())).collect();
-        look(&mut table, &mut BTreeMap::new());
+        look(&mut table);
         let shared = Arc::new(Mutex::new(table));
         let weak = Arc::downgrade(&shared);
         thread::Builder::new().name("liveness".into()).spawn(move || keep_looking(&weak))?;
@@ -85,27 +85,26 @@ pub(crate) fn accepts(target: &Target) -> bool {
 }
 
 fn keep_looking(shared: &Weak<Mutex<Table>>) {
-    let mut seen = BTreeMap::new();
     loop {
         thread::sleep(LOOK_EVERY);
         let Some(table) = shared.upgrade() else { return };
         let mut copy = table.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        look(&mut copy, &mut seen);
+        look(&mut copy);
         *table.lock().unwrap_or_else(PoisonError::into_inner) = copy;
     }
 }
 
-/// Brings the table up to date. `seen` holds the listening sockets of the last look: `/proc` is
-/// searched only when they changed. A target without a listener keeps its last processes: that they
-/// are dead is what will be asked.
-fn look(table: &mut Table, seen: &mut BTreeMap<Target, BTreeSet<u64>>) {
+/// Brings the table up to date: looks for the processes of targets that have none, or whose have all
+/// ended. (Looking is dear: the kernel walks its whole table of connections.) A target without a
+/// listener keeps its last processes: that they are dead is what will be asked.
+fn look(table: &mut Table) {
     let mut wanted = BTreeMap::new();
-    for target in table.keys() {
-        let inodes = listeners(target);
-        if !inodes.is_empty() && seen.get(target) != Some(&inodes) {
-            wanted.insert(target.clone(), inodes);
+    for (target, known) in table.iter() {
+        if !known.iter().any(|p| lives(*p)) {
+            wanted.insert(target.clone(), listeners(target));
         }
     }
+    wanted.retain(|_, inodes| !inodes.is_empty());
     if wanted.is_empty() {
         return;
     }
@@ -120,12 +119,7 @@ fn look(table: &mut Table, seen: &mut BTreeMap<Target, BTreeSet<u64>>) {
             }
         }
     }
-    for (target, processes) in found {
-        if let Some(inodes) = wanted.remove(&target) {
-            seen.insert(target.clone(), inodes);
-        }
-        table.insert(target, processes);
-    }
+    table.extend(found);
 }
 
 /// Inodes of the sockets that listen at `target` in this network namespace.

@@ -92,6 +92,8 @@ const WIRES_MAX: usize = 63;
 const DRIVER: usize = 64;
 const OWN_TOKENS_END: usize = 256;
 
+/// Priority of the data plane's thread (-20 is the highest, 0 ordinary).
+const NICE: i32 = -15;
 /// At most this many batches of datagrams a round.
 const DATAGRAM_BATCHES: usize = 4;
 
@@ -171,6 +173,10 @@ impl Dataplane {
     /// The event loop failed.
     pub(crate) fn run(mut self) -> anyhow::Result<()> {
         let mut events = Events::with_capacity(1024);
+        // A leader that is not scheduled is a silent leader. Without the privilege: as it is.
+        if let Err(error) = rustix::process::setpriority_process(None, NICE) {
+            tracing::debug!(%error, "the data plane runs at ordinary priority");
+        }
         self.each_plane(Micros::now(), Plane::join);
         loop {
             let timeout = self.sleep(Micros::now());
@@ -215,6 +221,9 @@ impl Dataplane {
             t if t < DRIVER => {
                 let plane = &mut self.planes[t - WIRES];
                 plane.handle_wire_readable();
+                if event.is_writable() {
+                    self.listen_wire(t - WIRES, Interest::READABLE);
+                }
             }
             t if t < OWN_TOKENS_END => {
                 self.driver.handle_ready(token);
@@ -265,20 +274,13 @@ impl Dataplane {
             if !self.driver.receiver.readable() {
                 break;
             }
-            let group::driver::Driver { receiver, sender, .. } = &mut self.driver;
-            let Self { poll, planes, requests, notes, want_writable, deferred, .. } = self;
-            let received = receiver.receive(|group, from, body| {
-                let Some(plane) = planes.get_mut(plane_of(group)) else { return };
-                let mut cx = Context {
-                    registry: poll.registry(),
-                    sender,
-                    requests,
-                    notes,
-                    want_writable,
-                    deferred,
-                };
-                plane.handle_datagram(now, from, body, &mut cx);
+            let planes = &mut self.planes;
+            let received = self.driver.receiver.receive(|group, from, body| {
+                if let Some(plane) = planes.get_mut(plane_of(group)) {
+                    plane.handle_datagram(now, from, body);
+                }
             });
+            self.each_plane(now, Plane::handle_datagrams_end);
             if let Err(error) = received {
                 tracing::warn!(%error, "receiving the group's datagrams");
                 break;
@@ -325,13 +327,15 @@ impl Dataplane {
     /// Asks to be woken when a wire that was full takes more, and only then: a packet socket
     /// becomes writable with nearly every frame that has left.
     fn arm_writable(&mut self) {
-        for index in self.want_writable.drain(..) {
-            let interest = Interest::READABLE | Interest::WRITABLE;
-            let wire = &mut self.planes[index].wire;
-            if let Err(error) = self.poll.registry().reregister(wire, Token(WIRES + index), interest)
-            {
-                tracing::error!(%error, "waiting for the wire");
-            }
+        for index in std::mem::take(&mut self.want_writable) {
+            self.listen_wire(index, Interest::READABLE | Interest::WRITABLE);
+        }
+    }
+
+    fn listen_wire(&mut self, index: usize, interest: Interest) {
+        let wire = &mut self.planes[index].wire;
+        if let Err(error) = self.poll.registry().reregister(wire, Token(WIRES + index), interest) {
+            tracing::error!(%error, "listening to the wire");
         }
     }
 }

@@ -69,6 +69,7 @@ pub(crate) struct Plane {
     progress_at: Micros,
     hand_over_at: Micros,
     recycled: Vec<Vec<u8>>,
+    datagrams_taken: bool,
     stable: EventNo,
     /// What of it the stack has been told.
     stable_told: EventNo,
@@ -99,6 +100,7 @@ impl Plane {
             progress_at: now,
             hand_over_at: now,
             recycled: Vec::new(),
+            datagrams_taken: false,
             stable: EventNo(0),
             stable_told: EventNo(0),
             image_at_cut: None,
@@ -124,16 +126,18 @@ impl Plane {
         }
     }
 
-    /// A datagram of the group arrived.
-    pub(crate) fn handle_datagram(
-        &mut self,
-        now: Micros,
-        from: &group::MemberId,
-        body: &[u8],
-        cx: &mut Context<'_>,
-    ) {
+    /// A datagram of the group arrived. [`Self::handle_datagrams_end`] must follow the last of a batch: many datagrams
+    /// are acknowledged by one.
+    pub(crate) fn handle_datagram(&mut self, now: Micros, from: &group::MemberId, body: &[u8]) {
         self.group.handle_datagram(group_time(now), from, body);
-        self.settle(now, cx);
+        self.datagrams_taken = true;
+    }
+
+    /// No further datagram waits.
+    pub(crate) fn handle_datagrams_end(&mut self, now: Micros, cx: &mut Context<'_>) {
+        if std::mem::take(&mut self.datagrams_taken) {
+            self.settle(now, cx);
+        }
     }
 
     /// A peer's control connection came or went.
