@@ -271,17 +271,6 @@ impl Sender {
         Ok(())
     }
 
-    /// Repeats what the socket was last told. It starts its persist timer only when an ACK finds a
-    /// zero window and bytes waiting; bytes pushed later would wait for ever.
-    pub(crate) fn remind(
-        &mut self,
-        library: &mut Library,
-        now: Instant,
-    ) -> Result<(), LibraryFault> {
-        let (una, window) = (self.una, self.window);
-        self.feed_ack(library, now, una, window)
-    }
-
     fn feed_ack(
         &mut self,
         library: &mut Library,

@@ -16,7 +16,7 @@ use crate::syn::COOKIE_LIFETIME;
 use crate::time::{Instant, micros_of};
 
 /// How long a tuple is remembered. TIME-WAIT (2 MSL, Linux uses 60 s) lies within.
-pub(crate) const REMEMBERED: Duration = COOKIE_LIFETIME;
+const REMEMBERED: Duration = COOKIE_LIFETIME;
 
 /// How a connection ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -72,6 +72,16 @@ pub(crate) struct ClosedTuples {
 pub(crate) struct Remembered {
     pub(crate) past: Past,
     pub(crate) remaining_us: u64,
+}
+
+impl Remembered {
+    /// One that ends now.
+    pub(crate) fn new(past: Past) -> Self {
+        Self {
+            past,
+            remaining_us: micros_of(REMEMBERED),
+        }
+    }
 }
 
 impl ClosedTuples {

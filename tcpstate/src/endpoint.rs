@@ -23,7 +23,7 @@ use crate::gate::Gate;
 use crate::output::{Notice, Output, Packet};
 use crate::receive::Reassembly;
 use crate::recovery::Recovery;
-use crate::segment::{Reply, Segment, flag};
+use crate::segment::{Reply, Segment, TIMESTAMP_LEN, flag};
 use crate::seq::SeqNum;
 use crate::time::{Instant, ServiceClock};
 
@@ -31,6 +31,9 @@ use crate::time::{Instant, ServiceClock};
 const ACKED_LATE_MAX: Duration = Duration::from_millis(5);
 /// Between two challenge ACKs of one connection (RFC 5961 §7).
 const CHALLENGE_INTERVAL: Duration = Duration::from_millis(100);
+
+/// After a takeover, a client tells within this time what an earlier leader has sent it.
+const ADOPTED_ACK_TIME: Duration = Duration::from_secs(300);
 
 /// What a connection works with during one call.
 #[derive(Debug)]
@@ -115,6 +118,8 @@ pub(crate) struct Endpoint {
     /// Last.ACK.sent, and the largest right edge sent.
     last_ack: u64,
     edge_sent: u64,
+    /// The most that an earlier leader can have advertised.
+    edge_inherited: u64,
     ts_recent: u32,
     /// Segments in order whose TSval counts once the ACK has reached them.
     ts_pending: VecDeque<(u64, u32)>,
@@ -128,6 +133,8 @@ pub(crate) struct Endpoint {
     heard_at: Instant,
 
     // --- sending ---
+    /// The most payload in one segment.
+    payload_max: u16,
     sender: Option<Sender>,
     recovery: Recovery,
     gate: Gate,
@@ -142,8 +149,9 @@ pub(crate) struct Endpoint {
     peer_edge: u64,
     snd_wl1: i64,
     snd_wl2: u64,
-    /// Taken over: an earlier leader may have sent more than the record says.
-    adopted: bool,
+    /// Taken over, and until then an acknowledgement of more than we know of is believed: an earlier
+    /// leader may have sent more than the record says.
+    adopted_until: Option<Instant>,
     /// The FIN may leave.
     fin_allowed: bool,
     /// `Reset` was announced by us: nothing is taken or sent any more until it is stable.
@@ -170,7 +178,15 @@ impl Endpoint {
         let received = state.received + u64::from(state.peer_fin);
         let mut gate = Gate::default();
         gate.append(retained, EventNo(0));
-        let mss = state.negotiated.mss.min(config.local_mss());
+        let timestamp_len = u16::try_from(TIMESTAMP_LEN).expect("a small constant");
+        let options = if state.negotiated.timestamps {
+            timestamp_len
+        } else {
+            0
+        };
+        let payload_max = state.negotiated.mss.min(config.local_mss()) - options;
+        let edge = state.received + state.receive_window_max();
+        let rounding = state.receive_shift().map_or(0, |shift| (1u64 << shift) - 1);
         Self {
             id,
             unstable: VecDeque::new(),
@@ -178,9 +194,10 @@ impl Endpoint {
             reassembly: Reassembly::default(),
             stable_received: received,
             consumed: 0,
-            edge: state.received + state.receive_window_max(),
+            edge,
             last_ack: received,
             edge_sent: 0,
+            edge_inherited: if adopted { edge + rounding } else { 0 },
             ts_recent: state.ts_recent,
             ts_pending: VecDeque::new(),
             ack_now: false,
@@ -188,8 +205,9 @@ impl Endpoint {
             ack_due: None,
             challenge_after: now,
             heard_at: now,
+            payload_max,
             sender: None,
-            recovery: Recovery::new(now, mss),
+            recovery: Recovery::new(now, payload_max),
             gate,
             produced,
             peer_acked: state.acked,
@@ -197,7 +215,7 @@ impl Endpoint {
             peer_edge: state.acked + u64::from(state.window),
             snd_wl1: i64::MIN,
             snd_wl2: 0,
-            adopted,
+            adopted_until: adopted.then(|| now + ADOPTED_ACK_TIME),
             fin_allowed: state.local_fin.is_some(),
             resetting: false,
             reset_allowed: false,
@@ -209,6 +227,11 @@ impl Endpoint {
 
     pub(crate) fn state(&self) -> &ConnState {
         &self.state
+    }
+
+    /// Whether we have announced that it is broken off.
+    pub(crate) fn resetting(&self) -> bool {
+        self.resetting
     }
 
     /// Announces an event of this connection.
@@ -352,13 +375,9 @@ impl Endpoint {
         self.gate.waits_for().filter(|tag| *tag > stable)
     }
 
-    /// Right after a takeover: say something, so that the client need not wait for its timers.
+    /// Right after a takeover: say something, so that the client need not wait for its timers. (With a closed
+    /// window the library probes as soon as there is output.)
     pub(crate) fn greet(&mut self, cx: &mut Context<'_>) -> Fate {
-        if self.state.window == 0 {
-            // A number from before its window: it must answer with its true ACK and window.
-            let probe = self.state.iss.at_offset(self.peer_acked).plus(u32::MAX);
-            self.send_header(cx, probe, 0);
-        }
         self.ack_now = true;
         self.pump(cx)
     }

@@ -38,14 +38,18 @@ impl Gate {
         self.runs.front().map(|(tag, _)| *tag)
     }
 
-    /// A contiguous piece at the front that is released when `stable` is.
-    pub(crate) fn released(&self, stable: EventNo) -> &[u8] {
-        let released: usize = self
-            .runs
+    /// How many bytes are released when `stable` is.
+    pub(crate) fn released_len(&self, stable: EventNo) -> usize {
+        self.runs
             .iter()
             .take_while(|(tag, _)| *tag <= stable)
             .map(|(_, n)| n)
-            .sum();
+            .sum()
+    }
+
+    /// A contiguous piece at the front that is released when `stable` is.
+    pub(crate) fn released(&self, stable: EventNo) -> &[u8] {
+        let released = self.released_len(stable);
         let (head, _) = self.bytes.as_slices();
         &head[..released.min(head.len())]
     }

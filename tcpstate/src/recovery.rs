@@ -3,8 +3,7 @@
 //!
 //! smoltcp retransmits one segment on exactly three duplicate ACKs, knows no partial ACKs and waits
 //! at least a second otherwise. So duplicate ACKs stay here: this module decides when the segment at
-//! SND.UNA goes out again (the caller then makes the socket do it), and how much may be in flight;
-//! the socket is told the smaller of the client's window and ours.
+//! SND.UNA goes out again (the caller then makes the socket do it), and how much may be in flight.
 
 use std::time::Duration;
 
@@ -61,6 +60,15 @@ impl Recovery {
     /// How many bytes may be in flight.
     pub(crate) fn cwnd(&self) -> u64 {
         self.cwnd
+    }
+
+    /// How far the library may send. Bytes enter it as the window allows; while a loss is repaired
+    /// that is not enough, since a timeout of its own sends everything again.
+    pub(crate) fn edge(&self, una: u64) -> u64 {
+        match self.recover {
+            Some(_) => una + self.cwnd,
+            None => u64::MAX,
+        }
     }
 
     /// Bytes up to `end` left; `una` was the oldest outstanding before.

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
 use crate::adopt::Library;
-use crate::closed::{ClosedTuples, Ending, Past};
+use crate::closed::{ClosedTuples, Ending, Past, Remembered};
 use crate::config::Config;
 use crate::conn_state::{ConnState, LinkAddr, Tuple};
 use crate::endpoint::{Context, Endpoint, Fate, Log};
@@ -366,17 +366,23 @@ impl Stack {
 
     /// What a joiner needs to know: exactly as after the last announced event.
     pub fn snapshot(&self, now: Instant) -> Image {
-        let mut connections: Vec<_> = self
-            .endpoints
-            .iter()
-            .map(|(id, e)| (*id, e.state().clone()))
-            .collect();
+        let mut connections = Vec::new();
+        let mut closed = self.closed.image(now);
+        for (id, endpoint) in &self.endpoints {
+            let state = endpoint.state();
+            if endpoint.resetting() {
+                // To whoever applies events it is over already; here its RST waits to be stable.
+                closed.push(Remembered::new(Past::of(state, Ending::ByUs)));
+            } else {
+                connections.push((*id, state.clone()));
+            }
+        }
         connections.extend(self.inherited.iter().map(|(id, r)| (*id, r.state.clone())));
         connections.sort_by_key(|(id, _)| *id);
         Image {
             connections,
             half_open: self.half_open.announced(),
-            closed: self.closed.image(now),
+            closed,
         }
     }
 

@@ -194,7 +194,8 @@ pub(crate) enum Due {
 impl HalfOpens {
     /// Notes a handshake, unless `max` are known. A later SYN replaces an earlier one.
     pub(crate) fn note(&mut self, now: Instant, half: HalfOpen, max: usize) {
-        let announced = self.entries.get(&half.tuple).is_some_and(|e| e.announced);
+        let before = self.entries.get(&half.tuple);
+        let announced = before.is_some_and(|e| e.announced && e.half.iss == half.iss);
         self.remove(&half.tuple);
         if self.entries.len() < max {
             let wait = if announced {

@@ -1,5 +1,7 @@
 //! The leader dies at every output it makes, in every kind of conversation and every order of
 //! closing; the client and every server must end with exactly the bytes they would have had.
+#![allow(clippy::cast_possible_truncation, reason = "small numbers, in tests")]
+#![allow(clippy::unwrap_used, reason = "helpers of tests are tests")]
 
 mod sim;
 

@@ -3,9 +3,10 @@
 //! In a network namespace of its own (as root, or in a user namespace): a veth pair, one end with an
 //! address for the kernel's sockets, the other read and written by the replicas. The leader dies at
 //! random moments, again and again; a fresh replica joins from a snapshot each time.
+#![allow(clippy::cast_possible_truncation, reason = "small numbers, in tests")]
+#![allow(clippy::disallowed_methods, reason = "real clients, in real time")]
+#![allow(clippy::unwrap_used, reason = "helpers of tests are tests")]
 
-// Not all of the simulation is needed here.
-#[allow(dead_code, reason = "shared with the simulation")]
 #[path = "sim/app.rs"]
 mod app;
 
@@ -106,7 +107,7 @@ fn connect(vip: IpAddr, port: u16) -> TcpStream {
 
 /// Downloads until the cluster has had its crashes.
 fn download(vip: IpAddr) {
-    for _ in 0..10 {
+    for _ in 0..4 {
         let mut stream = connect(vip, 7001);
         stream.write_all(b"GET file").unwrap();
         let mut got = Vec::new();
@@ -121,7 +122,7 @@ fn download(vip: IpAddr) {
 }
 
 fn upload(vip: IpAddr) {
-    for _ in 0..10 {
+    for _ in 0..4 {
         let bytes: Vec<u8> = (0..BYTES).map(|o| pattern(o, 0x33)).collect();
         let mut stream = connect(vip, 7003);
         stream.write_all(&bytes).unwrap();
@@ -134,7 +135,7 @@ fn upload(vip: IpAddr) {
 
 fn echo(vip: IpAddr) {
     let mut stream = connect(vip, 7002);
-    for round in 0..6_000u64 {
+    for round in 0..2_500u64 {
         let question: Vec<u8> = (0..64 + round % 1000).map(|o| pattern(o, round)).collect();
         stream.write_all(&question).unwrap();
         let mut answer = vec![0; question.len()];

@@ -67,14 +67,10 @@ impl Endpoint {
         }
     }
 
-    /// The right edge that is honoured: no earlier leader can have advertised more, the rounding of
-    /// the scaled field included.
+    /// The right edge that is honoured: the largest that this leader has advertised, or an earlier
+    /// one can have, the rounding of the scaled field included.
     fn limit(&self) -> u64 {
-        let rounding = self
-            .state
-            .receive_shift()
-            .map_or(0, |shift| (1u64 << shift) - 1);
-        self.edge + rounding
+        self.edge.max(self.edge_sent).max(self.edge_inherited)
     }
 
     fn on_payload(&mut self, cx: &mut Context<'_>, segment: &Segment<'_>, offset: i64) {

@@ -27,7 +27,8 @@ impl Endpoint {
         segment: &Segment<'_>,
         offset: i64,
     ) -> bool {
-        let slack = if self.adopted { ADOPTED_ACK_SLACK } else { 0 };
+        let adopted = self.adopted_until.is_some_and(|until| cx.now < until);
+        let slack = if adopted { ADOPTED_ACK_SLACK } else { 0 };
         let limit = (self.snd_nxt + slack).min(self.state.fin_end().unwrap_or(u64::MAX));
         let ack = segment.ack.offset(self.state.iss, self.peer_acked);
         if ack > limit.cast_signed()
@@ -185,35 +186,26 @@ impl Endpoint {
     pub(super) fn send_what_may_leave(&mut self, cx: &mut Context<'_>) -> Result<(), LibraryFault> {
         self.sync_sender(cx)?;
         self.pass_over_acknowledged();
-        let mut pushed = false;
-        loop {
-            let ready = self.gate.released(cx.stable);
-            if ready.is_empty() {
-                break;
-            }
+        let mut budget = self.push_budget(cx.stable);
+        let pushed = budget > 0;
+        while budget > 0 {
             let sender = match &mut self.sender {
                 Some(sender) => sender,
                 None => {
                     let start = self.produced - self.gate.len() as u64;
-                    let made =
-                        Self::make_sender(cx, &self.state, start, &self.recovery, self.peer_edge)?;
+                    let made = Self::make_sender(cx, &self.state, start, self.peer_edge)?;
                     self.sender.insert(made)
                 }
             };
-            let n = sender.push(ready);
+            let ready = self.gate.released(cx.stable);
+            let n = sender.push(&ready[..ready.len().min(budget)]);
             if n == 0 {
                 break;
             }
-            pushed = true;
+            budget -= n;
             self.gate.consume(n);
         }
         self.close_if_allowed(cx)?;
-        let Some(sender) = self.sender.as_mut() else {
-            return Ok(());
-        };
-        if pushed && self.peer_edge <= self.peer_acked {
-            sender.remind(cx.library, cx.now)?;
-        }
         if pushed && !self.outstanding() {
             self.recovery.restart(cx.now);
         }
@@ -229,11 +221,27 @@ impl Endpoint {
         Ok(())
     }
 
+    /// How much of what is released may enter the library now: what the congestion window leaves, in
+    /// whole segments unless it is the tail (RFC 9293 §3.8.6.2.1: no silly small ones).
+    fn push_budget(&self, stable: EventNo) -> usize {
+        let ready = self.gate.released_len(stable);
+        let in_library = self.sender.as_ref().map_or(0, Sender::queued);
+        let cwnd = usize::try_from(self.recovery.cwnd()).unwrap_or(usize::MAX);
+        let room = cwnd.saturating_sub(in_library);
+        if ready <= room {
+            return ready;
+        }
+        let segment = usize::from(self.payload_max);
+        match room / segment * segment {
+            0 if in_library == 0 => segment.min(ready),
+            whole => whole,
+        }
+    }
+
     fn make_sender(
         cx: &mut Context<'_>,
         state: &crate::conn_state::ConnState,
         start: u64,
-        recovery: &crate::recovery::Recovery,
         peer_edge: u64,
     ) -> Result<Sender, LibraryFault> {
         let terms = Terms {
@@ -243,18 +251,18 @@ impl Endpoint {
             ip_header_len: state.tuple.ip_header_len(),
             capacity: cx.config.transmit_capacity,
         };
-        let window = peer_edge.saturating_sub(start).min(recovery.cwnd());
+        let window = peer_edge.saturating_sub(start);
         Sender::adopt(cx.library, cx.now, terms, start, window)
     }
 
     /// Tells the library what the client has acknowledged, as far as the library has sent it, and
-    /// how much may be in flight.
+    /// how much it may send again at once.
     fn sync_sender(&mut self, cx: &mut Context<'_>) -> Result<(), LibraryFault> {
         let Some(sender) = self.sender.as_mut() else {
             return Ok(());
         };
         let una = self.peer_acked.clamp(sender.una(), sender.end());
-        let edge = self.peer_edge.min(una + self.recovery.cwnd());
+        let edge = self.peer_edge.min(self.recovery.edge(una));
         sender.acknowledge(cx.library, cx.now, una, edge.saturating_sub(una))
     }
 
@@ -282,7 +290,7 @@ impl Endpoint {
             return Ok(());
         }
         if self.sender.is_none() {
-            let made = Self::make_sender(cx, &self.state, fin, &self.recovery, self.peer_edge)?;
+            let made = Self::make_sender(cx, &self.state, fin, self.peer_edge)?;
             self.sender = Some(made);
         }
         if let Some(sender) = self.sender.as_mut()
@@ -305,7 +313,11 @@ impl Endpoint {
         let start = HEADROOM + self.state.tuple.ip_header_len();
         let fields = self.ack_fields(cx);
         let mut flags = flag::ACK;
-        flags |= if push { flag::PSH } else { 0 } | if fin { flag::FIN } else { 0 };
+        flags |= if push && self.gate.is_empty() {
+            flag::PSH
+        } else {
+            0
+        } | if fin { flag::FIN } else { 0 };
         let tcp = &mut buf[start..];
         tcp[0..2].copy_from_slice(&self.state.tuple.local.port().to_be_bytes());
         tcp[2..4].copy_from_slice(&self.state.tuple.remote.port().to_be_bytes());
@@ -313,14 +325,12 @@ impl Endpoint {
         tcp[8..12].copy_from_slice(&fields.ack.0.to_be_bytes());
         tcp[13] = flags;
         tcp[14..16].copy_from_slice(&fields.window.to_be_bytes());
-        let mut mss = usize::from(self.state.negotiated.mss.min(cx.config.local_mss()));
         if let Some((val, ecr)) = fields.timestamp {
             tcp[20..20 + TIMESTAMP_LEN].copy_from_slice(&timestamp_option(val, ecr));
-            mss -= TIMESTAMP_LEN;
         }
         let partial = cx.config.partial_checksum();
         seal(&mut buf, &self.state.tuple, partial);
-        let gso = (payload_len > mss).then(|| u16::try_from(mss).expect("an MSS has 16 bits"));
+        let gso = (payload_len > usize::from(self.payload_max)).then_some(self.payload_max);
         let packet = Packet {
             buf,
             next_hop: self.next_hop,
@@ -340,10 +350,9 @@ impl Endpoint {
             return;
         };
         let una = self.peer_acked.clamp(sender.una(), sender.end());
-        let edge = self.peer_edge.min(una + self.recovery.cwnd());
-        let window = edge.saturating_sub(una);
+        let edge = self.peer_edge.min(self.recovery.edge(una));
         let result = sender
-            .acknowledge(cx.library, cx.now, una, window)
+            .acknowledge(cx.library, cx.now, una, edge.saturating_sub(una))
             .and_then(|()| {
                 if sender.has_bytes() {
                     sender.retransmit(cx.library, cx.now)

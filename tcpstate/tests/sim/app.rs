@@ -1,4 +1,9 @@
 //! Deterministic servers: their output is a function of their input.
+#![allow(
+    unreachable_pub,
+    dead_code,
+    reason = "shared: each test uses a part of it"
+)]
 
 /// What a server does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -1,4 +1,9 @@
 //! A client: a TCP of its own (smoltcp's), on its own interface, that knows nothing of replicas.
+#![allow(
+    unreachable_pub,
+    dead_code,
+    reason = "shared: each test uses a part of it"
+)]
 
 use std::cell::Cell;
 use std::collections::VecDeque;

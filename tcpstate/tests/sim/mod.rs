@@ -3,6 +3,11 @@
 //! Everything is drawn from one seed and runs on a virtual clock. What the leader sends is judged on
 //! its way out ([`wire::Judge`]); what the client and the servers have in the end is compared byte by
 //! byte.
+#![allow(
+    unreachable_pub,
+    dead_code,
+    reason = "shared: each test uses a part of it"
+)]
 
 pub mod app;
 pub mod client;

@@ -1,4 +1,9 @@
 //! The wire: it cuts super-segments, completes checksums, and a judge watches what leaves.
+#![allow(
+    unreachable_pub,
+    dead_code,
+    reason = "shared: each test uses a part of it"
+)]
 
 use etherparse::{IpSlice, TcpOptionElement, TcpSlice};
 use unbroken_tcpstate::{Event, Packet};
