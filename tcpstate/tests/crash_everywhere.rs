@@ -13,7 +13,7 @@ const CALM: Plan = Plan {
     app: App::Echo,
     script: Script {
         sends: 8,
-        close: Close::AfterServer,
+        close: Close::ServerClosed,
         ping_pong: None,
         aborts_after: None,
         reads_slowly: None,
@@ -45,14 +45,20 @@ fn crash_everywhere(name: &str, plan: Plan) {
             "{name} ipv6={ipv6}: {} events, {} outputs, {} us",
             calm.events, calm.outputs, calm.micros
         );
-        // An output that is not reached again (the crash changes nothing before it) ends the range.
         for at in 0..calm.outputs {
-            let seed = plan.seed.wrapping_mul(1000) + at as u64;
-            run(Plan {
-                seed,
-                crash_at: Some(at),
-                ..plan
-            });
+            for round in 0..3 {
+                let seed = plan.seed.wrapping_mul(1000) + 3 * at as u64 + round;
+                let run = run(Plan {
+                    seed,
+                    crash_at: Some(at),
+                    ..plan
+                });
+                let known = calm.opened_at <= at;
+                assert!(
+                    !(run.handshake_lost && known),
+                    "only before the connection is known"
+                );
+            }
         }
     }
 }
@@ -72,7 +78,7 @@ fn download_client_closes_first() {
                 closes: false,
             },
             script: Script {
-                close: Close::AfterReceiving(90_000),
+                close: Close::Received(90_000),
                 ..script()
             },
             ..CALM
@@ -122,7 +128,7 @@ fn upload() {
             app: App::Upload,
             script: Script {
                 sends: 90_000,
-                close: Close::AfterSending,
+                close: Close::Sent,
                 ..script()
             },
             ..CALM
@@ -139,7 +145,7 @@ fn echo() {
             script: Script {
                 sends: 20_000,
                 ping_pong: Some(700),
-                close: Close::AfterReceiving(20_000),
+                close: Close::Received(20_000),
                 ..script()
             },
             ..CALM
@@ -155,7 +161,7 @@ fn echo_in_bulk_half_closed() {
             app: App::Echo,
             script: Script {
                 sends: 60_000,
-                close: Close::AfterSending,
+                close: Close::Sent,
                 ..script()
             },
             ..CALM
@@ -174,7 +180,7 @@ fn both_close_at_once() {
                 closes: true,
             },
             script: Script {
-                close: Close::AfterSending,
+                close: Close::Sent,
                 ..script()
             },
             ..CALM
@@ -190,7 +196,7 @@ fn server_closes_before_the_upload() {
             app: App::ClosesFirst { bytes: 2_000 },
             script: Script {
                 sends: 50_000,
-                close: Close::AfterSending,
+                close: Close::Sent,
                 ..script()
             },
             ..CALM
@@ -226,7 +232,7 @@ fn without_timestamps_and_with_a_large_window() {
             app: App::Echo,
             script: Script {
                 sends: 40_000,
-                close: Close::AfterSending,
+                close: Close::Sent,
                 timestamps: false,
                 buffer: 200_000,
                 ..script()
@@ -279,7 +285,7 @@ fn two_leaders_die() {
                 App::Echo,
                 Script {
                     sends: 30_000,
-                    close: Close::AfterSending,
+                    close: Close::Sent,
                     ..script()
                 },
             ),
@@ -287,7 +293,7 @@ fn two_leaders_die() {
                 App::Upload,
                 Script {
                     sends: 60_000,
-                    close: Close::AfterSending,
+                    close: Close::Sent,
                     ..script()
                 },
             ),
@@ -323,7 +329,7 @@ fn on_a_lossy_path() {
                 App::Echo,
                 Script {
                     sends: 30_000,
-                    close: Close::AfterSending,
+                    close: Close::Sent,
                     ..script()
                 },
             ),
@@ -331,7 +337,7 @@ fn on_a_lossy_path() {
                 App::Upload,
                 Script {
                     sends: 40_000,
-                    close: Close::AfterSending,
+                    close: Close::Sent,
                     ..script()
                 },
             ),
@@ -353,7 +359,6 @@ fn on_a_lossy_path() {
                 crash_at: Some(2 + (seed as usize * 11) % 90),
                 crash_again_after: (seed % 4 == 0).then_some(30),
                 loss: Some(10 + 10 * (seed % 5)),
-                ..CALM
             });
         }
     }
@@ -366,7 +371,7 @@ fn a_seed_repeats_its_run() {
         app: App::Echo,
         script: Script {
             sends: 30_000,
-            close: Close::AfterSending,
+            close: Close::Sent,
             ..script()
         },
         crash_at: Some(25),

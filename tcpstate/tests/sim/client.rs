@@ -21,11 +21,11 @@ use super::app::pattern;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Close {
     /// When everything is sent.
-    AfterSending,
+    Sent,
     /// When this many bytes have come.
-    AfterReceiving(u64),
+    Received(u64),
     /// When the server has closed.
-    AfterServer,
+    ServerClosed,
 }
 
 /// What the client does.
@@ -48,7 +48,7 @@ impl Default for Script {
     fn default() -> Self {
         Self {
             sends: 8,
-            close: Close::AfterServer,
+            close: Close::ServerClosed,
             ping_pong: None,
             aborts_after: None,
             reads_slowly: None,
@@ -219,9 +219,9 @@ impl Client {
             return true;
         }
         let close = match self.script.close {
-            Close::AfterSending => all_sent,
-            Close::AfterReceiving(n) => all_sent && received >= n,
-            Close::AfterServer => all_sent && self.ever_open && !s.may_recv() && !s.can_recv(),
+            Close::Sent => all_sent,
+            Close::Received(n) => all_sent && received >= n,
+            Close::ServerClosed => all_sent && self.ever_open && !s.may_recv() && !s.can_recv(),
         };
         if close && !self.closed && self.ever_open {
             self.closed = true;

@@ -50,6 +50,8 @@ pub struct Run {
     pub micros: u64,
     /// A digest of everything that happened, in order.
     pub trace: u64,
+    /// How many outputs there were before the connection was known to a backup.
+    pub opened_at: usize,
     /// The client's handshake died with its leader, and nobody had anything to say.
     pub handshake_lost: bool,
 }
@@ -154,6 +156,7 @@ pub struct World {
     judge: wire::Judge,
     trace: u64,
     handshake_lost: bool,
+    opened_at: Option<usize>,
 }
 
 pub fn secrets() -> Secrets {
@@ -229,6 +232,7 @@ impl World {
             judge: wire::Judge::default(),
             trace: 0xcbf2_9ce4_8422_2325,
             handshake_lost: false,
+            opened_at: None,
             config,
         }
     }
@@ -267,6 +271,7 @@ impl World {
             events: self.log.len(),
             micros: self.now,
             trace: self.trace,
+            opened_at: self.opened_at.unwrap_or(usize::MAX),
             handshake_lost: self.handshake_lost,
         }
     }
@@ -472,6 +477,7 @@ impl World {
             }
         }
         self.held = self.held.max(count);
+        self.opened_at.get_or_insert(self.outputs);
     }
 
     /// The leader's server: fed, read.
