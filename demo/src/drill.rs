@@ -237,9 +237,7 @@ impl Drill<'_> {
                 Some(Outcome::Done { .. }) => continue,
                 None => {}
             }
-            if let Some(last) = client.with_series(|series| series.last_us())
-                && now > last + NO_PROGRESS_US
-            {
+            if now > client.last_progress_us() + NO_PROGRESS_US {
                 bail!("{name}: no progress for {} s", NO_PROGRESS_US / 1_000_000);
             }
             if self.released_us.is_none() {

@@ -8,7 +8,7 @@ use anyhow::{Context as _, Result};
 const PREFIX: &str = "unbroken-demo-";
 
 /// Marks a folder that is to stay after its process.
-const KEPT: &str = "kept";
+const KEPT: &str = "report.txt";
 
 /// A folder under the system's temporary one, removed when dropped.
 #[derive(Debug)]
@@ -34,10 +34,10 @@ impl Scratch {
         &self.path
     }
 
-    /// Lets the logs stay, and nothing large.
-    pub(crate) fn keep_logs(&mut self) {
+    /// Lets the logs stay, with the report, and nothing large.
+    pub(crate) fn keep_logs(&mut self, report: &str) {
         self.keep = true;
-        let _ = fs::write(self.path.join(KEPT), "kept for its logs after a failure\n");
+        let _ = fs::write(self.path.join(KEPT), report);
         let _ = fs::remove_dir_all(self.path.join("files"));
     }
 }

@@ -137,7 +137,7 @@ pub(crate) fn run(args: &DrillArgs) -> Result<ExitCode> {
         print!("{}", report.text());
     }
     if !report.passed {
-        scratch.keep_logs();
+        scratch.keep_logs(&report.text());
         eprintln!(
             "\nThe logs are kept in {}; their ends:\n",
             scratch.path().display()

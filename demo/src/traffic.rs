@@ -57,6 +57,7 @@ pub(crate) struct Client {
     pub(crate) unit: Unit,
     /// How much it has to do, where that is fixed.
     pub(crate) size: Option<u64>,
+    started_us: u64,
     shared: Arc<Shared>,
     child: Arc<Mutex<Child>>,
     stdin: Option<ChildStdin>,
@@ -125,6 +126,7 @@ impl Setting<'_> {
             name,
             unit,
             size,
+            started_us: now_us(),
             shared,
             child,
             stdin,
@@ -277,6 +279,11 @@ impl Client {
     /// Calls `look` with what it did so far.
     pub(crate) fn with_series<T>(&self, look: impl FnOnce(&Series) -> T) -> T {
         look(&lock(&self.shared.series))
+    }
+
+    /// When the latest progress was: its start, before the first.
+    pub(crate) fn last_progress_us(&self) -> u64 {
+        self.with_series(Series::last_us).unwrap_or(self.started_us)
     }
 
     /// How it ended, if it has.
