@@ -22,6 +22,9 @@ use crate::wire::{
 /// (A driver stops reading from it well before.)
 const REQUESTS_PER_CONNECTION_MAX: usize = 4096;
 
+/// Frames of one connection that come before its session is open at most.
+const EARLY_FRAMES_MAX: usize = 64;
+
 /// Identities that one connection may prove at most.
 const IDENTITIES_MAX: usize = 64;
 
@@ -65,7 +68,13 @@ enum Phase {
     /// Nothing has come yet.
     New,
     /// The session is being created or taken over.
-    Opening { request: ConnectRequest, out: u64 },
+    Opening {
+        request: ConnectRequest,
+        /// Its key in the outbox.
+        out: u64,
+        /// What has come meanwhile.
+        early: Vec<Bytes>,
+    },
     /// In a session.
     Open { session: SessionId, attached: u64 },
 }
@@ -140,8 +149,15 @@ impl Core {
                 Ok(request) => self.on_connect_request(conn, request),
                 Err(_) => self.close(conn, CloseReason::Protocol),
             },
-            // A client that does not wait for the handshake to end does not speak the protocol.
-            Phase::Opening { .. } => self.close(conn, CloseReason::Protocol),
+            // Java's client does not wait for its session before it says who it is, and which
+            // watches it had.
+            Phase::Opening { ref mut early, .. } => {
+                if early.len() >= EARLY_FRAMES_MAX {
+                    self.close(conn, CloseReason::TooMuch);
+                } else {
+                    early.push(Bytes::copy_from_slice(frame));
+                }
+            }
             Phase::Open { session, .. } => {
                 if state.queue.len() >= REQUESTS_PER_CONNECTION_MAX {
                     self.close(conn, CloseReason::TooMuch);
@@ -182,7 +198,11 @@ impl Core {
         };
         let out = self.submit(command);
         if let Some(state) = self.conns.get_mut(&conn) {
-            state.phase = Phase::Opening { request, out };
+            state.phase = Phase::Opening {
+                request,
+                out,
+                early: Vec::new(),
+            };
         }
     }
 
@@ -211,7 +231,12 @@ impl Core {
         let Some(state) = self.conns.get_mut(&conn) else {
             return;
         };
-        let Phase::Opening { request, out } = &state.phase else {
+        let Phase::Opening {
+            request,
+            out,
+            early,
+        } = &mut state.phase
+        else {
             return;
         };
         self.outbox.remove(out);
@@ -219,6 +244,7 @@ impl Core {
             self.close(conn, CloseReason::FromTheFuture);
             return;
         }
+        let early = std::mem::take(early);
         let record = &self.state.sessions[&session];
         let response = ConnectResponse {
             protocol_version: 0,
@@ -236,6 +262,9 @@ impl Core {
         self.here.insert(session, conn);
         self.touch(session);
         self.reply(conn, encode_connect_response(&response));
+        for frame in early {
+            self.handle_frame(self.now, conn, &frame);
+        }
     }
 
     pub(super) fn on_open_refused(&mut self, conn: ConnId) {

@@ -344,6 +344,31 @@ fn a_session_moves_to_who_knows_its_password() {
 }
 
 #[test]
+fn what_comes_before_the_session_is_open_waits_for_it() {
+    let mut bench = Bench::alone();
+    bench.core.handle_connect(bench.now, ConnId(1), None);
+    let hello = ConnectRequest {
+        protocol_version: 0,
+        last_zxid_seen: 0,
+        timeout_ms: 100,
+        session_id: 0,
+        password: None,
+        read_only: None,
+    };
+    bench.frame(1, &encode_connect_request(&hello));
+    bench.send(1, 1, &create("/early", CreateMode::Ephemeral));
+    bench.send(1, 2, &get("/early", false));
+    bench.expect_nothing(1);
+    bench.disk();
+    let session = ConnectResponse::decode(&bench.next(1)).unwrap().session_id;
+    bench.expect(1, 1, OpCode::Create).unwrap();
+    let Ok(Response::Data { stat, .. }) = bench.expect(1, 2, OpCode::GetData) else {
+        panic!("it was created");
+    };
+    assert_eq!(stat.ephemeral_owner, session);
+}
+
+#[test]
 fn a_silent_session_ends_and_a_loud_one_does_not() {
     let mut bench = Bench::alone();
     let loud = bench.connect(1);
