@@ -55,13 +55,14 @@ impl Default for Limits {
         Self {
             datagram_bytes_max: 1360,
             event_bytes_max: 128 * 1024,
-            flight_bytes_max: 2 << 20,
+            // Two fit the receive buffer that a kernel gives to the unprivileged.
+            flight_bytes_max: 192 << 10,
             window_bytes_max: 8 << 20,
             retained_bytes_max: 128 << 20,
             joiner_bytes_max: 512 << 20,
             reorder_bytes_max: 16 << 20,
             joiner_buffer_bytes_max: 512 << 20,
-            transfer_window_bytes: 256 * 1024,
+            transfer_window_bytes: 64 * 1024,
         }
     }
 }

@@ -328,11 +328,22 @@ impl Core {
         self.phase == Phase::Leading && self.wedged.is_none()
     }
 
-    /// Whether the leader should take new input: false while too much is unstable or unheld.
+    /// Whether the leader should take new input: false while too much is unstable or unheld, or while a joiner that is
+    /// there falls behind (a lone leader could else outrun it for ever).
     pub fn window_open(&self) -> bool {
+        let limits = &self.config.limits;
         self.can_multicast()
-            && self.log.bytes_after(self.stable) < self.config.limits.window_bytes_max
-            && self.log.bytes_after(self.full_held()) < self.config.limits.retained_bytes_max
+            && self.log.bytes_after(self.stable) < limits.window_bytes_max
+            && self.log.bytes_after(self.full_held()) < limits.retained_bytes_max
+            && self.joiners().all(|(m, p)| {
+                self.dropped.contains(m)
+                    || self.now.since(p.heard) >= self.config.suspect_after
+                    || self.log.bytes_after(p.held) < limits.window_bytes_max
+            })
+    }
+
+    fn joiners(&self) -> impl Iterator<Item = (&MemberId, &Peer)> {
+        self.peers.iter().filter(|(m, _)| self.view.as_ref().is_some_and(|v| v.joiner(m).is_some()))
     }
 
     /// Until when this member, as leader, may emit (R2). `None`: not at all.
@@ -713,10 +724,15 @@ impl Core {
             self.next_send = next;
             return;
         }
-        let flight = self
-            .log
-            .bytes_between(self.stable, self.next_send.number.saturating_sub(1));
-        if view.k > 0 && flight >= self.config.limits.flight_bytes_max {
+        // A lone leader's events are stable at once; its joiners set the pace.
+        let acknowledged = if view.k > 0 {
+            self.stable
+        } else {
+            self.joiners().map(|(_, p)| p.held).max().unwrap_or(self.stable)
+        };
+        let sent = self.next_send.number.saturating_sub(1);
+        let flight = self.log.bytes_between(acknowledged, sent);
+        if flight >= self.config.limits.flight_bytes_max {
             return;
         }
         let to: Arc<[MemberId]> = view

@@ -38,13 +38,22 @@ impl Peer {
     }
 }
 
+#[derive(Copy, Clone, Debug)]
+struct End {
+    incarnation: u128,
+    /// By the driver.
+    at: Instant,
+    /// When this member was told.
+    heard: Instant,
+}
+
 #[derive(Clone, Debug, Default)]
 struct Control {
     /// The incarnation that holds the listener, and when it was challenged.
     current: Option<(u128, Instant)>,
     connected: bool,
-    /// The incarnation whose connection ended, and when this member learnt of it.
-    ended: Option<(u128, Instant)>,
+    /// The incarnation whose connection ended.
+    ended: Option<End>,
     /// When the last attempt that was refused began.
     refused: Option<Instant>,
 }
@@ -79,13 +88,13 @@ impl Proofs {
                 }
                 c.current = Some((incarnation, since));
                 c.connected = true;
-                if c.ended.is_some_and(|(i, _)| i == incarnation) {
+                if c.ended.is_some_and(|e| e.incarnation == incarnation) {
                     c.ended = None;
                 }
             }
-            ControlEvent::Ended => {
+            ControlEvent::Ended { at } => {
                 if let (Some((incarnation, _)), true) = (c.current, c.connected) {
-                    c.ended = Some((incarnation, now));
+                    c.ended = Some(End { incarnation, at, heard: now });
                     c.connected = false;
                 }
             }
@@ -97,10 +106,14 @@ impl Proofs {
         }
     }
 
-    /// When this very incarnation's control connection ended, unless it came back.
+    fn end(&self, member: &MemberId) -> Option<End> {
+        let end = self.controls.get(&member.name)?.ended?;
+        (end.incarnation == member.incarnation).then_some(end)
+    }
+
+    /// When this member heard that this very incarnation's control connection ended, unless it came back.
     pub(crate) fn ended(&self, member: &MemberId) -> Option<Instant> {
-        let (incarnation, at) = self.controls.get(&member.name)?.ended?;
-        (incarnation == member.incarnation).then_some(at)
+        self.end(member).map(|e| e.heard)
     }
 
     fn replaced(&self, member: &MemberId) -> bool {
@@ -117,8 +130,8 @@ impl Proofs {
     /// R2: the control connection ended *and* the listener refuses, or a new incarnation holds the listener.
     pub(crate) fn dead(&self, member: &MemberId) -> bool {
         let refused = self.controls.get(&member.name).and_then(|c| c.refused);
-        let ended = self.ended(member);
-        self.replaced(member) || matches!((refused, ended), (Some(r), Some(e)) if r >= e)
+        let end = self.end(member);
+        self.replaced(member) || matches!((refused, end), (Some(r), Some(e)) if r >= e.at)
     }
 
     /// For one that never had a connection to the member: a member holds its listener all its life, so a refusal after it
@@ -153,7 +166,7 @@ mod tests {
                 since: at(11),
             },
         );
-        p.record(at(20), "r1", ControlEvent::Ended);
+        p.record(at(20), "r1", ControlEvent::Ended { at: at(20) });
         assert_eq!((p.ended(&m), p.dead(&m)), (Some(at(20)), false));
         p.record(at(21), "r1", ControlEvent::Refused { since: at(15) });
         assert!(!p.dead(&m), "the attempt began before the end");
@@ -200,7 +213,7 @@ mod tests {
                 since: at(11),
             },
         );
-        p.record(at(20), "r1", ControlEvent::Ended);
+        p.record(at(20), "r1", ControlEvent::Ended { at: at(20) });
         p.record(
             at(22),
             "r1",

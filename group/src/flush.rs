@@ -204,6 +204,7 @@ impl Core {
 
     fn propose(&mut self, stage: Stage) {
         let flush = matches!(stage, Stage::Flushing);
+        self.read_at = self.now;
         self.proposal = Some(Proposal::new(self.now, stage));
         if flush {
             self.begin_flush();

@@ -212,7 +212,10 @@ pub enum ControlEvent {
         since: Instant,
     },
     /// The control connection to the peer ended.
-    Ended,
+    Ended {
+        /// When the driver learnt of it; an attempt that begins then or later counts as one after the end.
+        at: Instant,
+    },
     /// A connection attempt begun at `since` was refused: nobody holds the peer's listener.
     Refused {
         /// When the attempt began.

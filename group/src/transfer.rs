@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 /// Without progress for this long, the joiner asks again.
-pub(crate) const PIECE_RETRY: Duration = Duration::from_millis(20);
+pub(crate) const PIECE_RETRY: Duration = Duration::from_millis(5);
 
 /// The leader's side: one checkpoint, kept until its joiner is full or gone.
 pub(crate) struct Donor {

@@ -202,7 +202,7 @@ fn a_death_ends_the_connection_and_the_listener_refuses() {
     b.join().unwrap();
     let mut ended = false;
     a.until(|i| match control(i) {
-        Some(ControlEvent::Ended) => {
+        Some(ControlEvent::Ended { .. }) => {
             ended = true;
             false
         }

@@ -414,7 +414,7 @@ impl Control {
 
     /// The connection is gone: tell it, and ask at once whether anybody is there.
     fn ended(&mut self, now: Instant, index: usize) -> State {
-        self.tell(index, ControlEvent::Ended);
+        self.tell(index, ControlEvent::Ended { at: now });
         self.dial(now, index)
     }
 

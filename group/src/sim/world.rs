@@ -351,7 +351,8 @@ impl World {
                     return;
                 }
                 self.nodes[at].connections[peer].0.up = None;
-                self.tell(at, peer, 0, ControlEvent::Ended);
+                let end = self.local(at, self.now);
+                self.tell(at, peer, 0, ControlEvent::Ended { at: end });
                 self.redial(at, peer, 1);
             }
             Happening::Ready { node, epoch } => {
@@ -902,7 +903,8 @@ impl World {
                 if let Some(n) = self.leader() {
                     for at in (0..self.nodes.len()).filter(|o| *o != n) {
                         if self.nodes[at].connections[n].0.up.take().is_some() {
-                            self.tell(at, n, 50, ControlEvent::Ended);
+                            let end = self.local(at, self.now);
+                            self.tell(at, n, 50, ControlEvent::Ended { at: end });
                             self.redial(at, n, 100);
                         }
                     }

@@ -81,6 +81,7 @@ pub(crate) struct Seen {
     pub(crate) view: u64,
     /// When the newest view was installed, in microseconds of the test's clock.
     pub(crate) installed_us: u64,
+    pub(crate) counters: unbroken_group::Counters,
 }
 
 pub(crate) struct Member {
@@ -225,6 +226,7 @@ impl Node {
                 self.core.handle_timeout(at);
             }
             self.drain();
+            self.mine.counters = self.core.status().counters;
             *self.seen.lock().unwrap() = self.mine.clone();
             if idle && !self.driver.receiver.readable() {
                 let due = [self.core.poll_timeout(), self.driver.poll_timeout()];
