@@ -559,8 +559,11 @@ impl Core {
                 {
                     self.close(old, CloseReason::Moved);
                 }
-                if ours {
-                    self.on_opened(conn, session);
+                if ours
+                    && !self.on_opened(conn, session)
+                    && matches!(outcome, Outcome::Created { .. })
+                {
+                    self.abandon(session);
                 }
             }
             Outcome::AttachRefused => {

@@ -198,22 +198,17 @@ async fn short_sessions_hold_under_load_and_end_in_silence() {
     }
     canary.abort();
     let stall_ms = stall_ms.load(Ordering::Relaxed);
-    let sessions = cluster
-        .running()
-        .map(|(_, server)| server.status().sessions)
-        .max();
     println!(
         "sets: version {writes} in {:?}; longest stall {stall_ms} ms",
         started.elapsed()
     );
-    let kept = sessions == Some(holders.len() + 1);
-    assert!(
-        kept || stall_ms > 30,
-        "a session that was kept alive has expired"
-    );
-    for (client, session, path) in holders.iter().filter(|_| kept) {
-        assert_eq!(client.session_id(), Some(*session));
-        assert!(client.exists(path).await.unwrap().is_some());
+    for (client, session, path) in &holders {
+        let kept = client.session_id() == Some(*session)
+            && matches!(client.exists(path).await, Ok(Some(_)));
+        assert!(
+            kept || stall_ms > 30,
+            "a session that was kept alive has expired"
+        );
     }
     // One that falls silent goes, with what it held, though its connection stays.
     let mut silent = TcpStream::connect(&cluster.hosts("a")[0]).await.unwrap();

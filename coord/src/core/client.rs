@@ -226,10 +226,11 @@ impl Core {
         out
     }
 
-    pub(super) fn on_opened(&mut self, conn: ConnId, session: SessionId) {
+    /// The session of a connection is there. False if the connection does not wait for it.
+    pub(super) fn on_opened(&mut self, conn: ConnId, session: SessionId) -> bool {
         let zxid = self.state.zxid.cast_signed();
         let Some(state) = self.conns.get_mut(&conn) else {
-            return;
+            return false;
         };
         let Phase::Opening {
             request,
@@ -237,12 +238,12 @@ impl Core {
             early,
         } = &mut state.phase
         else {
-            return;
+            return false;
         };
         self.outbox.remove(out);
         if request.last_zxid_seen > zxid {
             self.close(conn, CloseReason::FromTheFuture);
-            return;
+            return false;
         }
         let early = std::mem::take(early);
         let record = &self.state.sessions[&session];
@@ -264,6 +265,22 @@ impl Core {
         self.reply(conn, encode_connect_response(&response));
         for frame in early {
             self.handle_frame(self.now, conn, &frame);
+        }
+        true
+    }
+
+    /// Ends a session that nobody knows of: its client went away before it was created, or it was
+    /// created twice. Should the proposal be lost, it ends by its silence.
+    pub(super) fn abandon(&mut self, session: SessionId) {
+        if let Some(record) = self.state.sessions.get(&session) {
+            let command = Command::Expire {
+                session,
+                attached: record.attached,
+            };
+            self.forward.push(Proposal {
+                origin: self.run,
+                command,
+            });
         }
     }
 

@@ -369,6 +369,25 @@ fn what_comes_before_the_session_is_open_waits_for_it() {
 }
 
 #[test]
+fn a_session_that_nobody_waits_for_is_ended() {
+    let mut bench = Bench::alone();
+    bench.core.handle_connect(bench.now, ConnId(1), None);
+    let hello = ConnectRequest {
+        protocol_version: 0,
+        last_zxid_seen: 0,
+        timeout_ms: 60_000,
+        session_id: 0,
+        password: None,
+        read_only: None,
+    };
+    bench.frame(1, &encode_connect_request(&hello));
+    bench.core.handle_disconnect(bench.now, ConnId(1));
+    bench.disk();
+    assert_eq!(bench.core.state().sessions.len(), 0);
+    assert!(bench.core.state().zxid >= 3, "it was there for a moment");
+}
+
+#[test]
 fn a_silent_session_ends_and_a_loud_one_does_not() {
     let mut bench = Bench::alone();
     let loud = bench.connect(1);
