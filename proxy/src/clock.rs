@@ -1,36 +1,47 @@
-//! The node's one clock: microseconds of CLOCK_BOOTTIME, which goes on while the machine sleeps
-//! (R2: a lease must not outlive a suspend).
+//! The node's one clock.
 
-use std::ops::Add;
 use std::time::Duration;
 
-use rustix::time::{ClockId, clock_gettime};
+/// A moment of `CLOCK_BOOTTIME`, in microseconds: the clock that goes on while the machine sleeps,
+/// so that a lease cannot be stretched by suspending the machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct BootTime(u64);
 
-/// A point in time, in microseconds since boot.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Micros(pub u64);
-
-impl Micros {
-    /// Now.
+impl BootTime {
+    /// The present moment.
     #[must_use]
     pub fn now() -> Self {
-        let t = clock_gettime(ClockId::Boottime);
-        let seconds = u64::try_from(t.tv_sec).expect("boot time is not negative");
-        let nanos = u64::try_from(t.tv_nsec).expect("nanoseconds are not negative");
-        Self(seconds * 1_000_000 + nanos / 1_000)
+        let t = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+        let micros = t.tv_sec.unsigned_abs() * 1_000_000 + t.tv_nsec.unsigned_abs() / 1_000;
+        Self(micros)
     }
 
-    /// Time passed since `earlier`; zero if that lies ahead.
+    /// The moment `micros` microseconds after boot.
     #[must_use]
-    pub fn since(self, earlier: Self) -> Duration {
+    pub const fn from_micros(micros: u64) -> Self {
+        Self(micros)
+    }
+
+    /// Microseconds since boot.
+    #[must_use]
+    pub const fn micros(self) -> u64 {
+        self.0
+    }
+
+    /// Time from `earlier` to `self`; zero if `earlier` is the later of the two.
+    #[must_use]
+    pub const fn since(self, earlier: Self) -> Duration {
         Duration::from_micros(self.0.saturating_sub(earlier.0))
     }
 }
 
-impl Add<Duration> for Micros {
+impl std::ops::Add<Duration> for BootTime {
     type Output = Self;
 
-    fn add(self, d: Duration) -> Self {
-        Self(self.0.saturating_add(u64::try_from(d.as_micros()).unwrap_or(u64::MAX)))
+    fn add(self, rhs: Duration) -> Self {
+        Self(
+            self.0
+                .saturating_add(u64::try_from(rhs.as_micros()).unwrap_or(u64::MAX)),
+        )
     }
 }

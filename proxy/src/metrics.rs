@@ -113,10 +113,6 @@ service_metrics! {
     frames_received: Counter = "frames_received";
     /// Frames given to the wire.
     frames_sent: Counter = "frames_sent";
-    /// Bytes of frames taken from the wire.
-    wire_received: Counter = "wire_received" [Unit::Bytes];
-    /// Bytes of frames given to the wire.
-    wire_sent: Counter = "wire_sent" [Unit::Bytes];
     /// Connections that live now.
     connections: Level = "connections";
     /// Connections opened.
@@ -127,16 +123,12 @@ service_metrics! {
     client_input: Counter = "client_input" [Unit::Bytes];
     /// Bytes of server output given to clients, each counted once.
     client_output: Counter = "client_output" [Unit::Bytes];
-    /// TCP segments sent again.
-    retransmissions: Counter = "retransmissions";
     /// Events issued as leader.
     events_issued: Counter = "events_issued";
     /// Events delivered as backup.
     events_delivered: Counter = "events_delivered";
     /// Events issued that are not stable yet.
     stable_lag: Level = "stable_lag_events";
-    /// Bytes of server output that wait for stability.
-    uncommitted_output: Level = "uncommitted_output" [Unit::Bytes];
     /// Bytes of clients' input kept for replay.
     history: Level = "history" [Unit::Bytes];
     /// Times this node became leader while another led before.
@@ -276,7 +268,7 @@ mod tests {
         let (web, echo) = (node.service("web"), node.service("echo"));
         web.frames_received.inc_by(3);
         echo.frames_received.inc();
-        web.wire_sent.inc_by(1500);
+        web.client_input.inc_by(1500);
         web.set_redundancy(Redundancy::Protected);
         web.set_redundancy(Redundancy::Degraded);
         web.datagrams_dropped("wrong-view").inc();
@@ -285,7 +277,7 @@ mod tests {
         for line in [
             r#"unbroken_frames_received_total{node="r1",service="web"} 3"#,
             r#"unbroken_frames_received_total{node="r1",service="echo"} 1"#,
-            r#"unbroken_wire_sent_bytes_total{node="r1",service="web"} 1500"#,
+            r#"unbroken_client_input_bytes_total{node="r1",service="web"} 1500"#,
             r#"unbroken_redundancy{node="r1",service="web",state="degraded"} 1"#,
             r#"unbroken_redundancy{node="r1",service="web",state="protected"} 0"#,
             r#"unbroken_datagrams_dropped_total{node="r1",service="web",reason="wrong-view"} 1"#,

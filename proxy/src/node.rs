@@ -33,7 +33,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(50);
 const STOP_MAX: Duration = Duration::from_secs(5);
 /// The session of the node's own coordinator client. Nothing hangs on it: views are agreed by
 /// compare-and-set, and a session's expiry removes nobody.
-const SESSION: Duration = Duration::from_secs(4);
+const SESSION: Duration = Duration::from_millis(400);
 
 /// Runs a node until `shutdown` turns true.
 ///
@@ -42,18 +42,22 @@ const SESSION: Duration = Duration::from_secs(4);
 pub async fn run(config: Config, mut shutdown: watch::Receiver<bool>) -> anyhow::Result<()> {
     let metrics = Arc::new(NodeMetrics::new(&config.node.name));
     let services = config.services.iter();
-    let starting = services.map(|s| ServiceStatus::starting(&s.name, s.vip, &s.ports)).collect();
+    let starting = services
+        .map(|s| ServiceStatus::starting(&s.name, s.vip, &s.ports))
+        .collect();
     let board = Board::new(&config.node.name, starting);
 
     // Whatever cannot be had is found before anything is started.
     let listener = admin::bind(config.admin.listen).await?;
     let (requests, request_queue) = mpsc::unbounded_channel();
     let (notes, mut note_queue) = mpsc::unbounded_channel();
-    let (dataplane, handle) =
-        Dataplane::open(&config, board.clone(), &metrics, requests, notes)?;
+    let (dataplane, handle) = Dataplane::open(&config, board.clone(), &metrics, requests, notes)?;
 
     let coordinator = Coordinator::start(&config).await?;
-    let admin = Admin { board: board.clone(), metrics };
+    let admin = Admin {
+        board: board.clone(),
+        metrics,
+    };
     let (stop_admin, admin_stopped) = watch::channel(false);
     let page = tokio::spawn(admin::serve(listener, admin, admin_stopped));
     let answers = handle.clone();
@@ -132,7 +136,10 @@ impl Coordinator {
                 .await
                 .context("starting the coordinator")?;
                 info!(client = %server.client_address(), "coordinator started");
-                (Some(server), ConnectOptions::new([embedded.client.to_string()]))
+                (
+                    Some(server),
+                    ConnectOptions::new([embedded.client.to_string()]),
+                )
             }
             CoordConfig::External(external) => {
                 let mut options = ConnectOptions::new(external.servers.clone());
@@ -140,9 +147,14 @@ impl Coordinator {
                 (None, options)
             }
         };
-        let options =
-            options.session_timeout(SESSION).renew_session(true).request_timeout(None);
-        Ok(Self { server, client: Client::start(options) })
+        let options = options
+            .session_timeout(SESSION)
+            .renew_session(true)
+            .request_timeout(None);
+        Ok(Self {
+            server,
+            client: Client::start(options),
+        })
     }
 
     async fn failed(&self) -> String {
@@ -171,28 +183,21 @@ impl Coordinator {
 
     fn status(&self) -> CoordinatorStatus {
         match &self.server {
-            Some(server) => {
-                let status = server.status();
-                CoordinatorStatus {
-                    role: match status.role {
-                        coord::Role::Leader => CoordinatorRole::Leader,
-                        coord::Role::Follower => CoordinatorRole::Follower,
-                        coord::Role::Candidate => CoordinatorRole::Candidate,
-                    },
-                    leader: status.leader,
-                    zxid: i64::try_from(status.zxid).unwrap_or(i64::MAX),
-                    sessions: status.sessions as u64,
-                }
-            }
+            Some(server) => CoordinatorStatus::from(&server.status()),
             None => {
-                let connected =
-                    matches!(*self.client.state().borrow(), SessionState::Connected { .. });
+                let connected = matches!(
+                    *self.client.state().borrow(),
+                    SessionState::Connected { .. }
+                );
                 let role = if connected {
                     CoordinatorRole::External
                 } else {
                     CoordinatorRole::Unavailable
                 };
-                CoordinatorStatus { role, ..CoordinatorStatus::default() }
+                CoordinatorStatus {
+                    role,
+                    ..CoordinatorStatus::default()
+                }
             }
         }
     }

@@ -114,26 +114,34 @@ async fn execute(client: &Client, request: &Request) -> Result<Answer, ClientErr
             Err(ClientError::Zk(ErrorCode::NoNode)) => Ok(Answer::Absent),
             Err(error) => Err(error),
         },
-        Operation::CompareAndSet { expected: Some(version), value } => {
-            match client.set(&path, value.clone(), *version).await {
-                Ok(stat) => Ok(Answer::Written(stat.version)),
-                Err(ClientError::Zk(ErrorCode::BadVersion | ErrorCode::NoNode)) => {
-                    Ok(Answer::BadVersion)
-                }
-                Err(error) => Err(error),
+        Operation::CompareAndSet {
+            expected: Some(version),
+            value,
+        } => match client.set(&path, value.clone(), *version).await {
+            Ok(stat) => Ok(Answer::Written(stat.version)),
+            Err(ClientError::Zk(ErrorCode::BadVersion | ErrorCode::NoNode)) => {
+                Ok(Answer::BadVersion)
             }
-        }
-        Operation::CompareAndSet { expected: None, value } => {
+            Err(error) => Err(error),
+        },
+        Operation::CompareAndSet {
+            expected: None,
+            value,
+        } => {
             make_parents(client, &path).await?;
-            match client.create(&path, value.clone(), CreateMode::Persistent, Acl::open()).await {
+            match client
+                .create(&path, value.clone(), CreateMode::Persistent, Acl::open())
+                .await
+            {
                 Ok(_) => Ok(Answer::Written(0)),
                 Err(ClientError::Zk(ErrorCode::NodeExists)) => Ok(Answer::BadVersion),
                 Err(error) => Err(error),
             }
         }
-        Operation::RenewLease { view_version, value } => {
-            renew_lease(client, &request.group, &path, *view_version, value).await
-        }
+        Operation::RenewLease {
+            view_version,
+            value,
+        } => renew_lease(client, &request.group, &path, *view_version, value).await,
     }
 }
 
@@ -144,11 +152,21 @@ async fn renew_lease(
     view_version: i32,
     value: &Bytes,
 ) -> Result<Answer, ClientError> {
-    let check = || MultiOp::Check { path: group.to_owned(), version: view_version };
-    let set = MultiOp::SetData { path: lease.to_owned(), data: Some(value.clone()), version: -1 };
+    let check = || MultiOp::Check {
+        path: group.to_owned(),
+        version: view_version,
+    };
+    let set = MultiOp::SetData {
+        path: lease.to_owned(),
+        data: Some(value.clone()),
+        version: -1,
+    };
     match client.multi(vec![check(), set]).await {
         Ok(_) => return Ok(Answer::Written(0)),
-        Err(ClientError::Multi { index: 1, code: ErrorCode::NoNode }) => {}
+        Err(ClientError::Multi {
+            index: 1,
+            code: ErrorCode::NoNode,
+        }) => {}
         Err(ClientError::Multi { .. }) => return Ok(Answer::BadVersion),
         Err(error) => return Err(error),
     }
@@ -170,7 +188,12 @@ async fn renew_lease(
 async fn make_parents(client: &Client, path: &str) -> Result<(), ClientError> {
     for (slash, _) in path.match_indices('/').skip(1) {
         match client
-            .create(&path[..slash], Bytes::new(), CreateMode::Persistent, Acl::open())
+            .create(
+                &path[..slash],
+                Bytes::new(),
+                CreateMode::Persistent,
+                Acl::open(),
+            )
             .await
         {
             Ok(_) | Err(ClientError::Zk(ErrorCode::NodeExists)) => {}

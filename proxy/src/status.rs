@@ -238,8 +238,6 @@ pub struct ServiceCounters {
     pub takeovers: u64,
     /// Group datagrams dropped, whatever the reason.
     pub datagrams_dropped: u64,
-    /// Bytes of server output that wait for stability at this moment.
-    pub uncommitted_output_bytes: u64,
     /// Bytes of clients' input that are kept for replay at this moment.
     pub history_bytes: u64,
 }

@@ -43,7 +43,11 @@ pub(crate) struct Checkpoint {
 
 /// Writes a checkpoint as a list of segments.
 pub(crate) fn encode(tcp: &Image, inputs: (Vec<InputHeader>, Vec<Bytes>)) -> Vec<Bytes> {
-    let header = Header { version: VERSION, tcp: tcp.encode(), inputs: inputs.0 };
+    let header = Header {
+        version: VERSION,
+        tcp: tcp.encode(),
+        inputs: inputs.0,
+    };
     let header = postcard::to_stdvec(&header).expect("a header of ours is serialisable");
     let length = u32::try_from(header.len()).expect("records of bounded connections fit 4 GiB");
     let mut head = BytesMut::with_capacity(4 + header.len());
@@ -72,9 +76,17 @@ pub(crate) fn decode(mut all: Bytes) -> Result<Checkpoint, CheckpointError> {
     }
     let mut inputs = Vec::with_capacity(header.inputs.len());
     for input in header.inputs {
-        let n = input.end.checked_sub(input.base).and_then(|n| usize::try_from(n).ok());
-        let n = n.filter(|n| *n <= rest.len()).ok_or(CheckpointError::Short)?;
+        let n = input
+            .end
+            .checked_sub(input.base)
+            .and_then(|n| usize::try_from(n).ok());
+        let n = n
+            .filter(|n| *n <= rest.len())
+            .ok_or(CheckpointError::Short)?;
         inputs.push((input, rest.split_to(n)));
     }
-    Ok(Checkpoint { tcp: Image::decode(&header.tcp)?, inputs })
+    Ok(Checkpoint {
+        tcp: Image::decode(&header.tcp)?,
+        inputs,
+    })
 }

@@ -6,8 +6,8 @@ use bytes::Bytes;
 use mio::Registry;
 use tokio::sync::mpsc::UnboundedSender;
 use tracing::{debug, info, warn};
-use unbroken_group::{MemberId, Notice};
 use unbroken_group::driver::Sender;
+use unbroken_group::{MemberId, Notice};
 
 use super::Note;
 use crate::registry::Request;
@@ -40,12 +40,14 @@ impl Context<'_> {
     /// The group's keys can be derived.
     pub(crate) fn set_instance(&mut self, plane: usize, instance: u128) {
         self.sender.set_instance(group_id(plane), instance);
-        self.deferred.push(Deferred::Instance(group_id(plane), instance));
+        self.deferred
+            .push(Deferred::Instance(group_id(plane), instance));
     }
 
     /// A plane begins a new life in its group.
     pub(crate) fn renew(&mut self, plane: usize, me: MemberId) {
-        self.deferred.push(Deferred::Life(group_id(plane), me.incarnation));
+        self.deferred
+            .push(Deferred::Life(group_id(plane), me.incarnation));
         self.sender.set_member(group_id(plane), me);
     }
 

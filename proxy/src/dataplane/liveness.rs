@@ -60,7 +60,9 @@ impl Liveness {
         look(&mut table);
         let shared = Arc::new(Mutex::new(table));
         let weak = Arc::downgrade(&shared);
-        thread::Builder::new().name("liveness".into()).spawn(move || keep_looking(&weak))?;
+        thread::Builder::new()
+            .name("liveness".into())
+            .spawn(move || keep_looking(&weak))?;
         Ok(Self(shared))
     }
 
@@ -87,7 +89,9 @@ pub(crate) fn accepts(target: &Target) -> bool {
 fn keep_looking(shared: &Weak<Mutex<Table>>) {
     loop {
         thread::sleep(LOOK_EVERY);
-        let Some(table) = shared.upgrade() else { return };
+        let Some(table) = shared.upgrade() else {
+            return;
+        };
         let mut copy = table.lock().unwrap_or_else(PoisonError::into_inner).clone();
         look(&mut copy);
         *table.lock().unwrap_or_else(PoisonError::into_inner) = copy;
@@ -115,7 +119,10 @@ fn look(table: &mut Table) {
             if !sockets.is_disjoint(inodes)
                 && let Some((started, _)) = stat(pid)
             {
-                found.entry(target.clone()).or_default().push(Process { pid, started });
+                found
+                    .entry(target.clone())
+                    .or_default()
+                    .push(Process { pid, started });
             }
         }
     }
@@ -156,15 +163,24 @@ fn listeners(target: &Target) -> BTreeSet<u64> {
 
 fn processes() -> Vec<u32> {
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
-    entries.filter_map(|e| e.file_name().to_str()?.parse().ok()).collect()
+    entries
+        .filter_map(|e| e.file_name().to_str()?.parse().ok())
+        .collect()
 }
 
 fn sockets_of(pid: u32) -> BTreeSet<u64> {
-    let entries = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+    let entries = fs::read_dir(format!("/proc/{pid}/fd"))
+        .into_iter()
+        .flatten()
+        .flatten();
     entries
         .filter_map(|e| {
             let link = fs::read_link(e.path()).ok()?;
-            link.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok()
+            link.to_str()?
+                .strip_prefix("socket:[")?
+                .strip_suffix(']')?
+                .parse()
+                .ok()
         })
         .collect()
 }
@@ -204,7 +220,9 @@ mod tests {
             .spawn()
             .expect("python3 (Debian package python3)");
         let mut port = String::new();
-        BufReader::new(child.stdout.take().unwrap()).read_line(&mut port).unwrap();
+        BufReader::new(child.stdout.take().unwrap())
+            .read_line(&mut port)
+            .unwrap();
         let target = Target::Tcp(([127, 0, 0, 1], port.trim().parse().unwrap()).into());
         let liveness = Liveness::watch([target.clone()]).unwrap();
         assert_eq!(liveness.of(&target), Life::Alive);
@@ -217,7 +235,10 @@ mod tests {
 
     #[test]
     fn knows_that_it_does_not_know() {
-        let free = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let free = TcpListener::bind("127.0.0.1:0")
+            .unwrap()
+            .local_addr()
+            .unwrap();
         let liveness = Liveness::watch([Target::Tcp(free)]).unwrap();
         assert_eq!(liveness.of(&Target::Tcp(free)), Life::Unknown);
     }

@@ -12,8 +12,8 @@ mod servers;
 mod upstream;
 
 use std::io;
-use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -26,12 +26,12 @@ use unbroken_group as group;
 use unbroken_group::driver::Driver;
 use unbroken_tcpstate as tcp;
 
-use self::liveness::Liveness;
 use self::context::{Context, Deferred, group_id, plane_of};
+use self::liveness::Liveness;
 use self::plane::{Plane, PlaneConfig, group_time};
 use self::report::Reporter;
 use self::servers::Servers;
-use crate::clock::Micros;
+use crate::clock::BootTime;
 use crate::config::{Config, GroupConfig, Resilience, Upstream, VipConfig};
 use crate::metrics::NodeMetrics;
 use crate::registry::{Answer, Node, Operation, Request};
@@ -128,10 +128,14 @@ impl Dataplane {
     ) -> anyhow::Result<(Self, Handle)> {
         let poll = Poll::new().context("creating the event loop")?;
         let waker = Arc::new(Waker::new(poll.registry(), WAKER)?);
-        let now = Micros::now();
+        let now = BootTime::now();
         let members = &config.group.members;
-        let mut driver =
-            Driver::open(&config.node.name, members, config.node.key.bytes(), group_time(now))?;
+        let mut driver = Driver::open(
+            &config.node.name,
+            members,
+            config.node.key.bytes(),
+            group_time(now),
+        )?;
         driver
             .register(poll.registry(), DRIVER)
             .context("registering the group's sockets")?;
@@ -151,7 +155,10 @@ impl Dataplane {
         }
         let (sender, inputs) = channel();
         let reporter = Reporter::new(config, board, metrics);
-        let handle = Handle { inputs: sender, waker };
+        let handle = Handle {
+            inputs: sender,
+            waker,
+        };
         let dataplane = Self {
             poll,
             driver,
@@ -177,15 +184,15 @@ impl Dataplane {
         if let Err(error) = rustix::process::setpriority_process(None, NICE) {
             tracing::debug!(%error, "the data plane runs at ordinary priority");
         }
-        self.each_plane(Micros::now(), Plane::join);
+        self.each_plane(BootTime::now(), Plane::join);
         loop {
-            let timeout = self.sleep(Micros::now());
+            let timeout = self.sleep(BootTime::now());
             match self.poll.poll(&mut events, Some(timeout)) {
                 Ok(()) => {}
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
                 Err(e) => return Err(e).context("waiting for events"),
             }
-            let now = Micros::now();
+            let now = BootTime::now();
             for event in &events {
                 self.handle_readiness(event);
             }
@@ -204,12 +211,15 @@ impl Dataplane {
         }
     }
 
-    fn sleep(&self, now: Micros) -> Duration {
+    fn sleep(&self, now: BootTime) -> Duration {
         if self.driver.receiver.readable() || self.planes.iter().any(Plane::has_work) {
             return Duration::ZERO;
         }
         let planes = self.planes.iter().filter_map(Plane::poll_timeout);
-        let driver = self.driver.poll_timeout().map(|t| Micros(t.micros()));
+        let driver = self
+            .driver
+            .poll_timeout()
+            .map(|t| BootTime::from_micros(t.micros()));
         let next = planes.chain(driver).min();
         next.map_or(SLEEP_MAX, |at| at.since(now).min(SLEEP_MAX))
     }
@@ -241,7 +251,7 @@ impl Dataplane {
     }
 
     /// Lends the thread's parts to each plane in turn.
-    fn each_plane(&mut self, now: Micros, f: impl Fn(&mut Plane, Micros, &mut Context<'_>)) {
+    fn each_plane(&mut self, now: BootTime, f: impl Fn(&mut Plane, BootTime, &mut Context<'_>)) {
         let mut cx = Context {
             registry: self.poll.registry(),
             sender: &mut self.driver.sender,
@@ -256,7 +266,9 @@ impl Dataplane {
     }
 
     fn plane(&mut self, index: usize, f: impl FnOnce(&mut Plane, &mut Context<'_>)) {
-        let Some(plane) = self.planes.get_mut(index) else { return };
+        let Some(plane) = self.planes.get_mut(index) else {
+            return;
+        };
         let mut cx = Context {
             registry: self.poll.registry(),
             sender: &mut self.driver.sender,
@@ -268,7 +280,7 @@ impl Dataplane {
         f(plane, &mut cx);
     }
 
-    fn receive_datagrams(&mut self, now: Micros) {
+    fn receive_datagrams(&mut self, now: BootTime) {
         // Bounded: whatever arrives meanwhile is taken in the next round.
         for _ in 0..DATAGRAM_BATCHES {
             if !self.driver.receiver.readable() {
@@ -288,10 +300,12 @@ impl Dataplane {
         }
     }
 
-    fn receive_control(&mut self, now: Micros) {
+    fn receive_control(&mut self, now: BootTime) {
         while let Some(input) = self.driver.control.poll_input(group_time(now)) {
             let plane = plane_of(input.group);
-            self.plane(plane, |p, cx| p.handle_control(now, &input.peer, input.event, cx));
+            self.plane(plane, |p, cx| {
+                p.handle_control(now, &input.peer, input.event, cx)
+            });
         }
     }
 
@@ -308,13 +322,15 @@ impl Dataplane {
         }
     }
 
-    fn receive_inputs(&mut self, now: Micros) {
+    fn receive_inputs(&mut self, now: BootTime) {
         while let Ok(input) = self.inputs.try_recv() {
             match input {
                 Input::Registry(request, answer) => {
                     let reply = reply(&request, answer);
                     let life = request.life;
-                    self.plane(request.plane, |p, cx| p.handle_registry(now, life, reply, cx));
+                    self.plane(request.plane, |p, cx| {
+                        p.handle_registry(now, life, reply, cx)
+                    });
                 }
                 Input::Stop => {
                     self.stopping = true;
@@ -334,7 +350,11 @@ impl Dataplane {
 
     fn listen_wire(&mut self, index: usize, interest: Interest) {
         let wire = &mut self.planes[index].wire;
-        if let Err(error) = self.poll.registry().reregister(wire, Token(WIRES + index), interest) {
+        if let Err(error) = self
+            .poll
+            .registry()
+            .reregister(wire, Token(WIRES + index), interest)
+        {
             tracing::error!(%error, "listening to the wire");
         }
     }
@@ -366,14 +386,18 @@ fn open_plane(
     vip: &VipConfig<'_>,
     wire: Wire,
     liveness: Liveness,
-    now: Micros,
+    now: BootTime,
 ) -> Plane {
     let targets = crate::node::targets(&vip.services);
     let mut tcp_config = tcp::Config::new(vip.vip, targets.keys().copied());
     tcp_config.mtu = usize::from(wire.mtu());
     tcp_config.segmentation_offload = true;
     tcp_config.checksum_offload = true;
-    let history = vip.services.iter().map(|s| s.history.memory_bytes_max).sum();
+    let history = vip
+        .services
+        .iter()
+        .map(|s| s.history.memory_bytes_max)
+        .sum();
     let servers = Servers::new(index, targets, history, liveness);
     let plane = PlaneConfig {
         index,
@@ -388,7 +412,13 @@ fn open_plane(
 
 fn group_template(config: &Config, index: usize) -> plane::GroupTemplate {
     let name = config.node.name.clone();
-    let GroupConfig { members, resilience, heartbeat, lease, suspect_after } = config.group.clone();
+    let GroupConfig {
+        members,
+        resilience,
+        heartbeat,
+        lease,
+        suspect_after,
+    } = config.group.clone();
     Box::new(move || {
         let me = group::MemberId::new(name.clone(), random());
         let names = members.keys().cloned().collect();
@@ -396,9 +426,7 @@ fn group_template(config: &Config, index: usize) -> plane::GroupTemplate {
         group.resilience = match resilience {
             Resilience::Majority => group::Resilience::Majority,
             Resilience::All => group::Resilience::All,
-            Resilience::Backups(k) => {
-                group::Resilience::Count(u8::try_from(k).unwrap_or(u8::MAX))
-            }
+            Resilience::Backups(k) => group::Resilience::Count(u8::try_from(k).unwrap_or(u8::MAX)),
         };
         group.heartbeat = heartbeat;
         group.lease = lease;

@@ -17,9 +17,9 @@ use super::checkpoint;
 use super::context::Context;
 use super::role::{Keeper, Role};
 use super::servers::Servers;
-use crate::clock::Micros;
+use crate::clock::BootTime;
 use crate::registry::{Node, Operation, Request};
-use crate::wire::{BootTime, Flushed, Frame, Kind, OutPacket, RECEIVE_BATCH, Wire};
+use crate::wire::{Flushed, Frame, Kind, OutPacket, RECEIVE_BATCH, Wire};
 
 /// What does not change in a plane's life.
 pub(crate) struct PlaneConfig {
@@ -58,6 +58,9 @@ pub(crate) struct Plane {
     pub(crate) life: u64,
     pub(crate) takeovers: u64,
     pub(crate) opened: u64,
+    pub(crate) resets: u64,
+    pub(crate) issued: u64,
+    pub(crate) delivered: u64,
     pub(crate) client_bytes_in: u64,
     pub(crate) client_bytes_out: u64,
     pub(crate) last_event: u64,
@@ -66,8 +69,8 @@ pub(crate) struct Plane {
     pub(crate) stopped: bool,
     stopping: bool,
     wire_readable: bool,
-    progress_at: Micros,
-    hand_over_at: Micros,
+    progress_at: BootTime,
+    hand_over_at: BootTime,
     recycled: Vec<Vec<u8>>,
     datagrams_taken: bool,
     stable: EventNo,
@@ -78,7 +81,7 @@ pub(crate) struct Plane {
 }
 
 impl Plane {
-    pub(crate) fn new(config: PlaneConfig, wire: Wire, servers: Servers, now: Micros) -> Self {
+    pub(crate) fn new(config: PlaneConfig, wire: Wire, servers: Servers, now: BootTime) -> Self {
         let group = group::Core::new((config.group)(), super::seed(), group_time(now));
         Self {
             config,
@@ -90,6 +93,9 @@ impl Plane {
             life: 0,
             takeovers: 0,
             opened: 0,
+            resets: 0,
+            issued: 0,
+            delivered: 0,
             client_bytes_in: 0,
             client_bytes_out: 0,
             last_event: 0,
@@ -108,19 +114,19 @@ impl Plane {
     }
 
     /// Takes part in the group.
-    pub(crate) fn join(&mut self, now: Micros, cx: &mut Context<'_>) {
+    pub(crate) fn join(&mut self, now: BootTime, cx: &mut Context<'_>) {
         self.command(now, Command::Join);
         self.settle(now, cx);
     }
 
     /// Leaves for good; a leader hands over first.
-    pub(crate) fn stop(&mut self, now: Micros, cx: &mut Context<'_>) {
+    pub(crate) fn stop(&mut self, now: BootTime, cx: &mut Context<'_>) {
         self.stopping = true;
         self.command(now, Command::Leave);
         self.settle(now, cx);
     }
 
-    fn command(&mut self, now: Micros, command: Command) {
+    fn command(&mut self, now: BootTime, command: Command) {
         if let Err(error) = self.group.handle_command(group_time(now), command) {
             debug!(vip = %self.config.vip, %error, "the group refused");
         }
@@ -128,13 +134,13 @@ impl Plane {
 
     /// A datagram of the group arrived. [`Self::handle_datagrams_end`] must follow the last of a batch: many datagrams
     /// are acknowledged by one.
-    pub(crate) fn handle_datagram(&mut self, now: Micros, from: &group::MemberId, body: &[u8]) {
+    pub(crate) fn handle_datagram(&mut self, now: BootTime, from: &group::MemberId, body: &[u8]) {
         self.group.handle_datagram(group_time(now), from, body);
         self.datagrams_taken = true;
     }
 
     /// No further datagram waits.
-    pub(crate) fn handle_datagrams_end(&mut self, now: Micros, cx: &mut Context<'_>) {
+    pub(crate) fn handle_datagrams_end(&mut self, now: BootTime, cx: &mut Context<'_>) {
         if std::mem::take(&mut self.datagrams_taken) {
             self.settle(now, cx);
         }
@@ -143,7 +149,7 @@ impl Plane {
     /// A peer's control connection came or went.
     pub(crate) fn handle_control(
         &mut self,
-        now: Micros,
+        now: BootTime,
         peer: &str,
         event: group::ControlEvent,
         cx: &mut Context<'_>,
@@ -155,7 +161,7 @@ impl Plane {
     /// The coordinator answered.
     pub(crate) fn handle_registry(
         &mut self,
-        now: Micros,
+        now: BootTime,
         life: u64,
         reply: RegistryReply,
         cx: &mut Context<'_>,
@@ -177,9 +183,13 @@ impl Plane {
     }
 
     /// One slice of work: frames in, timers, servers, frames out.
-    pub(crate) fn turn(&mut self, now: Micros, cx: &mut Context<'_>) {
+    pub(crate) fn turn(&mut self, now: BootTime, cx: &mut Context<'_>) {
         self.receive_frames(now, cx);
-        if self.group.poll_timeout().is_some_and(|at| at <= group_time(now)) {
+        if self
+            .group
+            .poll_timeout()
+            .is_some_and(|at| at <= group_time(now))
+        {
             self.group.handle_timeout(group_time(now));
             self.settle(now, cx);
         }
@@ -190,14 +200,18 @@ impl Plane {
                 stack.handle_timeout(tcp_time(now));
             }
             let bytes_out = &mut self.client_bytes_out;
-            let mut keeper = Keeper { role: &mut self.role, now, bytes_out };
+            let mut keeper = Keeper {
+                role: &mut self.role,
+                now,
+                bytes_out,
+            };
             self.servers.handle_timeout(now, cx.registry, &mut keeper);
             self.servers.pump(now, &mut keeper);
             self.settle(now, cx);
             self.hand_over_if_dead(now, cx);
         }
         self.report_progress(now);
-        self.wire.handle_timeout(BootTime::from_micros(now.0));
+        self.wire.handle_timeout(now);
         self.flush(cx);
     }
 
@@ -207,13 +221,19 @@ impl Plane {
     }
 
     /// When the next turn is wanted at the latest.
-    pub(crate) fn poll_timeout(&self) -> Option<Micros> {
-        let group = self.group.poll_timeout().map(|t| Micros(t.micros()));
-        let wire = self.wire.poll_timeout().map(|t| Micros(t.micros()));
+    pub(crate) fn poll_timeout(&self) -> Option<BootTime> {
+        let group = self
+            .group
+            .poll_timeout()
+            .map(|t| BootTime::from_micros(t.micros()));
+        let wire = self.wire.poll_timeout();
         let (stack, servers) = match &self.role {
-            Role::Leader(stack) if !self.wedged => {
-                (stack.poll_timeout().map(|t| Micros(t.micros())), self.servers.poll_timeout())
-            }
+            Role::Leader(stack) if !self.wedged => (
+                stack
+                    .poll_timeout()
+                    .map(|t| BootTime::from_micros(t.micros())),
+                self.servers.poll_timeout(),
+            ),
             Role::Backup(_) if !self.wedged => (None, self.servers.poll_timeout()),
             _ => (None, None),
         };
@@ -229,7 +249,7 @@ impl Plane {
         }
     }
 
-    fn receive_frames(&mut self, now: Micros, cx: &mut Context<'_>) {
+    fn receive_frames(&mut self, now: BootTime, cx: &mut Context<'_>) {
         for _ in 0..BATCHES_PER_TURN {
             if !self.wire_readable || !self.may_receive() {
                 return;
@@ -241,7 +261,7 @@ impl Plane {
             };
             let mut stack = stack;
             let vip = self.config.vip;
-            let received = self.wire.receive(BootTime::from_micros(now.0), |frame| {
+            let received = self.wire.receive(now, |frame| {
                 let Some(stack) = stack.as_mut() else { return };
                 handle_frame(stack, now, vip, &frame);
             });
@@ -257,7 +277,7 @@ impl Plane {
     }
 
     /// Executes everything the cores ask for until neither asks for more.
-    fn settle(&mut self, now: Micros, cx: &mut Context<'_>) {
+    fn settle(&mut self, now: BootTime, cx: &mut Context<'_>) {
         loop {
             let group = self.drain_group(now, cx);
             self.image_at_cut = None;
@@ -275,7 +295,7 @@ impl Plane {
         }
     }
 
-    fn drain_stack(&mut self, now: Micros, cx: &mut Context<'_>) -> bool {
+    fn drain_stack(&mut self, now: BootTime, cx: &mut Context<'_>) -> bool {
         let mut any = false;
         // A wedged leader issues no event and releases nothing; its stack is not touched either.
         while !self.wedged
@@ -299,7 +319,7 @@ impl Plane {
     }
 
     /// Leader: multicasts an event and gives it to the local server, without waiting.
-    fn issue(&mut self, now: Micros, number: EventNo, event: &Event, cx: &mut Context<'_>) {
+    fn issue(&mut self, now: BootTime, number: EventNo, event: &Event, cx: &mut Context<'_>) {
         let mut payload = Vec::with_capacity(64);
         event.encode(&mut payload);
         // Output, or the wire's ACK, waits for these; the others only keep records fresh.
@@ -311,7 +331,9 @@ impl Plane {
             | Event::Reset { .. } => true,
             Event::HalfOpen { .. } | Event::Acked { .. } | Event::Closed { .. } => false,
         };
-        self.group.multicast(group_time(now), number.0, payload.into(), urgent);
+        self.group
+            .multicast(group_time(now), number.0, payload.into(), urgent);
+        self.issued += 1;
         self.note(number, event);
         self.servers.apply(now, number, event, cx.registry);
     }
@@ -320,12 +342,28 @@ impl Plane {
         self.last_event = number.0;
         match event {
             Event::Open { .. } => self.opened += 1,
+            Event::Reset { .. } => self.resets += 1,
             Event::Data { bytes, .. } => self.client_bytes_in += bytes.len() as u64,
             _ => {}
         }
     }
 
-    fn drain_group(&mut self, now: Micros, cx: &mut Context<'_>) -> bool {
+    /// Packets of clients that were dropped, by reason, since this node leads.
+    pub(crate) fn dropped_packets(&self) -> [(&'static str, u64); 5] {
+        let counters = match &self.role {
+            Role::Leader(stack) => stack.counters(),
+            Role::Outside | Role::Joining(_) | Role::Backup(_) => tcp::Counters::default(),
+        };
+        [
+            ("malformed", counters.malformed),
+            ("checksum", counters.bad_checksums),
+            ("fragment", counters.fragments),
+            ("ghost", counters.ghosts),
+            ("limit", counters.refused_by_limit),
+        ]
+    }
+
+    fn drain_group(&mut self, now: BootTime, cx: &mut Context<'_>) -> bool {
         let mut any = false;
         while let Some(output) = self.group.poll_output() {
             any = true;
@@ -342,14 +380,30 @@ impl Plane {
                 GroupOutput::Outside => self.outside(now, cx),
                 GroupOutput::Instance(instance) => cx.set_instance(self.config.index, instance),
                 GroupOutput::ReadView => self.ask(cx, Node::View, Operation::Read),
-                GroupOutput::CompareAndSet { expected_version, value } => self.ask(
+                GroupOutput::CompareAndSet {
+                    expected_version,
+                    value,
+                } => self.ask(
                     cx,
                     Node::View,
-                    Operation::CompareAndSet { expected: expected_version, value },
+                    Operation::CompareAndSet {
+                        expected: expected_version,
+                        value,
+                    },
                 ),
                 GroupOutput::ReadLease => self.ask(cx, Node::Lease, Operation::Read),
-                GroupOutput::RenewLease { view_version, value } => {
-                    self.ask(cx, Node::Lease, Operation::RenewLease { view_version, value });
+                GroupOutput::RenewLease {
+                    view_version,
+                    value,
+                } => {
+                    self.ask(
+                        cx,
+                        Node::Lease,
+                        Operation::RenewLease {
+                            view_version,
+                            value,
+                        },
+                    );
                 }
                 GroupOutput::CheckpointWanted { joiner, .. } => self.give_checkpoint(now, joiner),
                 GroupOutput::CheckpointChunk { bytes, total, .. } => {
@@ -380,7 +434,7 @@ impl Plane {
         });
     }
 
-    fn deliver(&mut self, now: Micros, number: EventNo, payload: &Bytes, cx: &mut Context<'_>) {
+    fn deliver(&mut self, now: BootTime, number: EventNo, payload: &Bytes, cx: &mut Context<'_>) {
         let event = match Event::decode(payload) {
             Ok(event) => event,
             Err(error) => {
@@ -391,13 +445,16 @@ impl Plane {
                 return;
             }
         };
-        let Role::Backup(replica) = &mut self.role else { return };
+        let Role::Backup(replica) = &mut self.role else {
+            return;
+        };
         replica.apply(tcp_time(now), number, &event);
         self.servers.apply(now, number, &event, cx.registry);
         // Retained output was let go: the server may be read again.
         while let Some(conn) = replica.poll_room() {
             self.servers.wake(conn);
         }
+        self.delivered += 1;
         self.note(number, &event);
     }
 
@@ -408,7 +465,7 @@ impl Plane {
         debug!(vip = %self.config.vip, "wedged");
     }
 
-    fn install(&mut self, now: Micros, installed: &Installed, cx: &mut Context<'_>) {
+    fn install(&mut self, now: BootTime, installed: &Installed, cx: &mut Context<'_>) {
         let view = &installed.view;
         self.wedged = false;
         self.changed = true;
@@ -449,19 +506,22 @@ impl Plane {
             // A leader that is led now: its stack cannot become a record, so it joins anew (R3).
             (group::Role::Backup, Role::Leader(_) | Role::Backup(_)) => {
                 info!(vip = %self.config.vip, "no longer the leader: joining anew");
-                self.wire.set_owner(BootTime::from_micros(now.0), false);
+                self.wire.set_owner(now, false);
                 self.renew(now, cx);
                 return;
             }
         };
         if !matches!(self.role, Role::Leader(_)) {
-            self.wire.set_owner(BootTime::from_micros(now.0), false);
+            self.wire.set_owner(now, false);
         }
     }
 
     /// The first leader of a generation: no connection lives.
-    fn found(&mut self, now: Micros, installed: &Installed) -> Role {
-        let clock = tcp::ServiceClock { at: tcp_time(now), value_us: installed.clock_us };
+    fn found(&mut self, now: BootTime, installed: &Installed) -> Role {
+        let clock = tcp::ServiceClock {
+            at: tcp_time(now),
+            value_us: installed.clock_us,
+        };
         let stack = Stack::new(
             self.config.tcp.clone(),
             self.config.secrets.clone(),
@@ -475,8 +535,11 @@ impl Plane {
     }
 
     /// A backup becomes the leader: every connection is rebuilt from its record.
-    fn take_over(&mut self, now: Micros, installed: &Installed, replica: Replica) -> Role {
-        let clock = tcp::ServiceClock { at: tcp_time(now), value_us: installed.clock_us };
+    fn take_over(&mut self, now: BootTime, installed: &Installed, replica: Replica) -> Role {
+        let clock = tcp::ServiceClock {
+            at: tcp_time(now),
+            value_us: installed.clock_us,
+        };
         if !installed.view.joining.is_empty() {
             self.image_at_cut = Some(replica.snapshot(tcp_time(now)));
         }
@@ -506,16 +569,17 @@ impl Plane {
     }
 
     /// Claims the address; frames from before are stale.
-    fn claim(&mut self, now: Micros) {
-        let at = BootTime::from_micros(now.0);
+    fn claim(&mut self, now: BootTime) {
         self.wire.discard_input();
-        self.wire.set_owner(at, true);
-        self.wire.handle_timeout(at);
+        self.wire.set_owner(now, true);
+        self.wire.handle_timeout(now);
         self.wire_readable = true;
     }
 
-    fn give_checkpoint(&mut self, now: Micros, joiner: group::MemberId) {
-        let Role::Leader(stack) = &self.role else { return };
+    fn give_checkpoint(&mut self, now: BootTime, joiner: group::MemberId) {
+        let Role::Leader(stack) = &self.role else {
+            return;
+        };
         let image = match &self.image_at_cut {
             Some(image) => image.clone(),
             None => stack.snapshot(tcp_time(now)),
@@ -527,8 +591,10 @@ impl Plane {
         self.command(now, Command::Checkpoint { joiner, segments });
     }
 
-    fn restore(&mut self, now: Micros, cx: &mut Context<'_>) {
-        let Role::Joining(image) = &mut self.role else { return };
+    fn restore(&mut self, now: BootTime, cx: &mut Context<'_>) {
+        let Role::Joining(image) = &mut self.role else {
+            return;
+        };
         let image = std::mem::take(image).freeze();
         let bytes = image.len();
         let checkpoint = match checkpoint::decode(image) {
@@ -552,8 +618,8 @@ impl Plane {
     }
 
     /// This incarnation is out of the group.
-    fn outside(&mut self, now: Micros, cx: &mut Context<'_>) {
-        self.wire.set_owner(BootTime::from_micros(now.0), false);
+    fn outside(&mut self, now: BootTime, cx: &mut Context<'_>) {
+        self.wire.set_owner(now, false);
         self.changed = true;
         if self.stopping {
             self.servers.clear();
@@ -566,7 +632,7 @@ impl Plane {
     }
 
     /// A new life in the group: every upstream connection is closed first (R3).
-    fn renew(&mut self, now: Micros, cx: &mut Context<'_>) {
+    fn renew(&mut self, now: BootTime, cx: &mut Context<'_>) {
         self.servers.clear();
         self.role = Role::Outside;
         self.wedged = false;
@@ -579,33 +645,45 @@ impl Plane {
     }
 
     /// A leader whose server died lets another lead (R5).
-    fn hand_over_if_dead(&mut self, now: Micros, cx: &mut Context<'_>) {
+    fn hand_over_if_dead(&mut self, now: BootTime, cx: &mut Context<'_>) {
         if self.servers.take_dead()
             && matches!(self.role, Role::Leader(_))
             && now >= self.hand_over_at
         {
             self.hand_over_at = now + HAND_OVER_EVERY;
-            self.group.set_progress(group::Lag { behind_bytes: 0, unfit: true });
+            self.group.set_progress(group::Lag {
+                behind_bytes: 0,
+                unfit: true,
+            });
             warn!(vip = %self.config.vip, "the server behind the leader is gone: handing over");
             self.command(now, Command::HandOver);
             self.settle(now, cx);
         }
     }
 
-    fn report_progress(&mut self, now: Micros) {
+    fn report_progress(&mut self, now: BootTime) {
         if now < self.progress_at {
             return;
         }
         self.progress_at = now + PROGRESS_EVERY;
         let (behind_bytes, lost) = self.servers.lag();
         let unfit = lost > 0 || behind_bytes > BEHIND_BYTES_MAX;
-        self.group.set_progress(group::Lag { behind_bytes, unfit });
+        self.group.set_progress(group::Lag {
+            behind_bytes,
+            unfit,
+        });
     }
 
     fn flush(&mut self, cx: &mut Context<'_>) {
-        let lease = if self.wedged { None } else { self.group.lease_until() };
+        let lease = if self.wedged {
+            None
+        } else {
+            self.group.lease_until()
+        };
         if let (Role::Leader(_), Some(until)) = (&self.role, lease) {
-            self.wire.fence_mut().open_until(BootTime::from_micros(until.micros()));
+            self.wire
+                .fence_mut()
+                .open_until(BootTime::from_micros(until.micros()));
         }
         match self.wire.flush(&mut self.recycled) {
             Ok(Flushed::All | Flushed::Fenced) => {}
@@ -622,11 +700,14 @@ impl Plane {
     }
 }
 
-fn handle_frame(stack: &mut Stack, now: Micros, vip: IpAddr, frame: &Frame<'_>) {
+fn handle_frame(stack: &mut Stack, now: BootTime, vip: IpAddr, frame: &Frame<'_>) {
     match frame.kind {
         Kind::Ip(packet) => {
-            let checksum =
-                if frame.checksum_ok { tcp::Checksum::Verified } else { tcp::Checksum::Verify };
+            let checksum = if frame.checksum_ok {
+                tcp::Checksum::Verified
+            } else {
+                tcp::Checksum::Verify
+            };
             stack.handle_packet(tcp_time(now), packet, tcp::LinkAddr(frame.source), checksum);
         }
         Kind::Claim(by) => {
@@ -636,11 +717,11 @@ fn handle_frame(stack: &mut Stack, now: Micros, vip: IpAddr, frame: &Frame<'_>) 
 }
 
 /// The group core's time.
-pub(crate) fn group_time(now: Micros) -> group::Instant {
-    group::Instant::from_micros(now.0)
+pub(crate) fn group_time(now: BootTime) -> group::Instant {
+    group::Instant::from_micros(now.micros())
 }
 
 /// The stack's time.
-pub(crate) fn tcp_time(now: Micros) -> tcp::Instant {
-    tcp::Instant::from_micros(now.0)
+pub(crate) fn tcp_time(now: BootTime) -> tcp::Instant {
+    tcp::Instant::from_micros(now.micros())
 }

@@ -8,7 +8,7 @@ use unbroken_group::{GroupStatus, MemberStatus as GroupMember, Role as GroupRole
 use super::Note;
 use super::plane::{BEHIND_BYTES_MAX, Plane};
 use super::role::Role;
-use crate::clock::Micros;
+use crate::clock::BootTime;
 use crate::config::Config;
 use crate::metrics::{NodeMetrics, ServiceMetrics};
 use crate::status::{
@@ -26,7 +26,7 @@ pub(crate) struct Reporter {
     configured: Vec<String>,
     /// For each plane, its services: where they stand on the board, and their metrics.
     services: Vec<Vec<(usize, ServiceMetrics)>>,
-    next: Micros,
+    next: BootTime,
 }
 
 impl Reporter {
@@ -47,14 +47,14 @@ impl Reporter {
             me: config.node.name.clone(),
             configured: config.group.members.keys().cloned().collect(),
             services,
-            next: Micros(0),
+            next: BootTime::from_micros(0),
         }
     }
 
     /// Writes what is due.
     pub(crate) fn report(
         &mut self,
-        now: Micros,
+        now: BootTime,
         planes: &mut [Plane],
         notes: &UnboundedSender<Note>,
     ) {
@@ -91,23 +91,30 @@ impl Reporter {
         }
     }
 
-    fn look(&self, now: Micros, plane: &Plane) -> Report {
+    fn look(&self, now: BootTime, plane: &Plane) -> Report {
         let group = plane.group.status();
-        let role = if plane.wedged { StatusRole::Wedged } else { plane.role.status() };
+        let role = if plane.wedged {
+            StatusRole::Wedged
+        } else {
+            plane.role.status()
+        };
         let (behind, lost) = plane.servers.lag();
         let (redundancy, reason) = self.redundancy(&group, behind, lost);
-        let view = group.view.as_ref().map_or_else(ViewStatus::default, |view| ViewStatus {
-            id: view.id.0,
-            members: view.full.iter().map(|m| m.name.clone()).collect(),
-            joining: view.joining.iter().map(|j| j.member.name.clone()).collect(),
-            cut: view.cut,
-            k: u32::from(view.k),
-        });
+        let view = group
+            .view
+            .as_ref()
+            .map_or_else(ViewStatus::default, |view| ViewStatus {
+                id: view.id.0,
+                members: view.full.iter().map(|m| m.name.clone()).collect(),
+                joining: view.joining.iter().map(|j| j.member.name.clone()).collect(),
+                cut: view.cut,
+                k: u32::from(view.k),
+            });
         let lease = matches!(plane.role, Role::Leader(_)).then(|| {
             let until = group.lease_until.map_or(0, |t| t.micros());
             LeaseStatus {
-                held: until > now.0 && !plane.wedged,
-                remaining_ms: until.saturating_sub(now.0) / 1000,
+                held: until > now.micros() && !plane.wedged,
+                remaining_ms: until.saturating_sub(now.micros()) / 1000,
             }
         });
         let wire = plane.wire.counters();
@@ -137,16 +144,24 @@ impl Reporter {
                 datagrams_dropped: group.counters.malformed
                     + group.counters.wrong_view
                     + group.counters.stranger,
-                uncommitted_output_bytes: 0,
                 history_bytes: plane.servers.history_bytes(),
             },
             fenced: wire.fenced,
             foreign_claims: wire.foreign_claims,
             views: group.counters.views,
+            resets: plane.resets,
+            issued: plane.issued,
+            delivered: plane.delivered,
+            dropped_datagrams: [
+                ("malformed", group.counters.malformed),
+                ("wrong-view", group.counters.wrong_view),
+                ("not-a-member", group.counters.stranger),
+            ],
+            dropped_packets: plane.dropped_packets(),
         }
     }
 
-    fn members(&self, now: Micros, group: &GroupStatus) -> Vec<MemberStatus> {
+    fn members(&self, now: BootTime, group: &GroupStatus) -> Vec<MemberStatus> {
         let leading = group.role == Some(GroupRole::Leader);
         let of = |name: &str| group.members.iter().find(|m| m.member.name == name);
         self.configured
@@ -165,7 +180,7 @@ impl Reporter {
                         .map(|m| group.held.saturating_sub(m.held)),
                     last_heard_ms: member
                         .and_then(|m| m.last_heard)
-                        .map(|t| now.0.saturating_sub(t.micros()) / 1000),
+                        .map(|t| now.micros().saturating_sub(t.micros()) / 1000),
                 }
             })
             .collect()
@@ -180,7 +195,10 @@ impl Reporter {
         lost: usize,
     ) -> (Redundancy, Option<String>) {
         let Some(view) = &group.view else {
-            return (Redundancy::Unprotected, Some("this node is in no view".to_owned()));
+            return (
+                Redundancy::Unprotected,
+                Some("this node is in no view".to_owned()),
+            );
         };
         let fit = |m: &&GroupMember| {
             let own = m.member.name == self.me;
@@ -201,7 +219,10 @@ impl Reporter {
         } else if behind > 0 {
             format!("{able} of {wanted} backups could take over; {behind} behind")
         } else {
-            format!("{able} of {wanted} backups could take over; {} not there", wanted - full)
+            format!(
+                "{able} of {wanted} backups could take over; {} not there",
+                wanted - full
+            )
         };
         let state = if able > 0 {
             Redundancy::Degraded
@@ -228,6 +249,11 @@ struct Report {
     fenced: u64,
     foreign_claims: u64,
     views: u64,
+    resets: u64,
+    issued: u64,
+    delivered: u64,
+    dropped_datagrams: [(&'static str, u64); 3],
+    dropped_packets: [(&'static str, u64); 5],
 }
 
 impl Report {
@@ -255,16 +281,30 @@ impl Report {
         raise(&metrics.client_output, c.client_bytes_out);
         raise(&metrics.takeovers, c.takeovers);
         raise(&metrics.views_installed, self.views);
+        raise(&metrics.connections_reset, self.resets);
+        raise(&metrics.events_issued, self.issued);
+        raise(&metrics.events_delivered, self.delivered);
+        for (reason, count) in self.dropped_datagrams {
+            raise(&metrics.datagrams_dropped(reason), count);
+        }
+        for (reason, count) in self.dropped_packets {
+            raise(&metrics.packets_dropped(reason), count);
+        }
         raise(&metrics.fenced, self.fenced);
         raise(&metrics.foreign_announcements, self.foreign_claims);
         metrics.connections.set(self.connections);
-        metrics.stable_lag.set(c.last_event.saturating_sub(c.stable_event));
-        metrics.uncommitted_output.set(c.uncommitted_output_bytes);
+        metrics
+            .stable_lag
+            .set(c.last_event.saturating_sub(c.stable_event));
         metrics.history.set(c.history_bytes);
         metrics.view_id.set(self.view.id);
         metrics.full_members.set(self.view.members.len() as u64);
-        metrics.leading.set(u64::from(self.role == StatusRole::Leader));
-        metrics.lease_held.set(u64::from(self.lease.is_some_and(|l| l.held)));
+        metrics
+            .leading
+            .set(u64::from(self.role == StatusRole::Leader));
+        metrics
+            .lease_held
+            .set(u64::from(self.lease.is_some_and(|l| l.held)));
         metrics.set_redundancy(self.redundancy);
         for member in &self.members {
             if let Some(lag) = member.lag_events {

@@ -4,7 +4,7 @@ use bytes::BytesMut;
 use unbroken_tcpstate::{ConnId, EventNo, Instant, Replica, Stack};
 
 use super::servers::OutputKeeper;
-use crate::clock::Micros;
+use crate::clock::BootTime;
 use crate::status;
 
 /// What this node is in its view.
@@ -35,14 +35,14 @@ impl Role {
 /// A role with the moment at which it is used.
 pub(crate) struct Keeper<'a> {
     pub(crate) role: &'a mut Role,
-    pub(crate) now: Micros,
+    pub(crate) now: BootTime,
     /// Counts what a leader gives to clients.
     pub(crate) bytes_out: &'a mut u64,
 }
 
 impl Keeper<'_> {
     fn now(&self) -> Instant {
-        Instant::from_micros(self.now.0)
+        Instant::from_micros(self.now.micros())
     }
 }
 

@@ -15,7 +15,7 @@ use unbroken_tcpstate::{ConnId, Event, EventNo};
 use super::input::Input;
 use super::liveness::{self, Life, Liveness};
 use super::upstream::{ReadOutcome, Target, Upstream};
-use crate::clock::Micros;
+use crate::clock::BootTime;
 
 /// Who keeps what the local server answers: the leader's stack, or a backup's record.
 pub(crate) trait OutputKeeper {
@@ -61,9 +61,9 @@ struct Server {
     /// Offset of the server's output read so far, in this run of the server.
     server_offset: u64,
     /// Since when there has been no connection to the server.
-    absent_since: Micros,
+    absent_since: BootTime,
     /// What is to be done later, and when.
-    later: Option<(Micros, Later)>,
+    later: Option<(BootTime, Later)>,
     /// Nothing more is asked of the server: it broke the connection off, or its input is gone.
     lost: bool,
     queued: bool,
@@ -94,7 +94,7 @@ pub(crate) struct Servers {
     servers: HashMap<ConnId, Server>,
     ready: VecDeque<ConnId>,
     /// Connections that wait for a moment, by it.
-    waiting: BTreeSet<(Micros, ConnId)>,
+    waiting: BTreeSet<(BootTime, ConnId)>,
     liveness: Liveness,
     /// The server died, or is not there: somebody else should lead.
     dead: bool,
@@ -143,18 +143,25 @@ impl Servers {
     /// The plane and connection behind a token, if it is one of ours (`ConnId` starts at 1).
     pub(crate) fn conn_of(token: Token) -> Option<(usize, ConnId)> {
         let raw = token.0 as u64;
-        (raw >> 8 != 0).then(|| ((raw & 0xff) as usize, ConnId(raw >> 8)))
+        let plane = usize::from(raw.to_le_bytes()[0]);
+        (raw >> 8 != 0).then_some((plane, ConnId(raw >> 8)))
     }
 
     /// Gives an event to the local server, and keeps its bytes.
-    pub(crate) fn apply(&mut self, now: Micros, number: EventNo, event: &Event, reg: &Registry) {
+    pub(crate) fn apply(&mut self, now: BootTime, number: EventNo, event: &Event, reg: &Registry) {
         match event {
             Event::Open { state } => {
                 let port = state.local_port();
                 self.open(now, ConnId(number.0), port, Input::default(), number, reg);
             }
-            Event::Data { conn, offset, bytes } => {
-                let Some(server) = self.servers.get_mut(conn) else { return };
+            Event::Data {
+                conn,
+                offset,
+                bytes,
+            } => {
+                let Some(server) = self.servers.get_mut(conn) else {
+                    return;
+                };
                 let before = server.input.cost_bytes();
                 server.input.push(number, *offset, bytes.clone());
                 self.history_bytes += server.input.cost_bytes() - before;
@@ -182,7 +189,7 @@ impl Servers {
 
     fn open(
         &mut self,
-        now: Micros,
+        now: BootTime,
         conn: ConnId,
         port: u16,
         input: Input,
@@ -212,9 +219,11 @@ impl Servers {
         self.connect(now, conn, reg);
     }
 
-    fn connect(&mut self, now: Micros, conn: ConnId, reg: &Registry) {
+    fn connect(&mut self, now: BootTime, conn: ConnId, reg: &Registry) {
         let token = self.token(conn);
-        let Some(server) = self.servers.get_mut(&conn) else { return };
+        let Some(server) = self.servers.get_mut(&conn) else {
+            return;
+        };
         if server.lost {
             return;
         }
@@ -229,7 +238,7 @@ impl Servers {
     }
 
     /// Lets a connection wait.
-    fn later(&mut self, conn: ConnId, at: Micros, what: Later) {
+    fn later(&mut self, conn: ConnId, at: BootTime, what: Later) {
         if let Some(server) = self.servers.get_mut(&conn) {
             if let Some((old, _)) = server.later.replace((at, what)) {
                 self.waiting.remove(&(old, conn));
@@ -250,15 +259,21 @@ impl Servers {
     /// Past the bound, the connection that keeps most forgets what its server has taken: it lives
     /// on, but no replica that joins later can be brought to its point.
     fn forget_largest(&mut self) {
-        let Some((conn, server)) =
-            self.servers.iter_mut().max_by_key(|(_, s)| s.input.cost_bytes())
+        let Some((conn, server)) = self
+            .servers
+            .iter_mut()
+            .max_by_key(|(_, s)| s.input.cost_bytes())
         else {
             return;
         };
         let before = server.input.cost_bytes();
         let taken = server.upstream.as_ref().map_or(0, Upstream::taken);
         if server.input.complete() {
-            warn!(conn = conn.0, bytes = before, "input history full: connection not replayable");
+            warn!(
+                conn = conn.0,
+                bytes = before,
+                "input history full: connection not replayable"
+            );
         }
         server.input.forget_before(taken);
         self.history_bytes -= before - server.input.cost_bytes();
@@ -276,7 +291,11 @@ impl Servers {
 
     /// The event loop saw a connection to the server become ready.
     pub(crate) fn handle_ready(&mut self, conn: ConnId, readable: bool, writable: bool) {
-        if let Some(upstream) = self.servers.get_mut(&conn).and_then(|s| s.upstream.as_mut()) {
+        if let Some(upstream) = self
+            .servers
+            .get_mut(&conn)
+            .and_then(|s| s.upstream.as_mut())
+        {
             upstream.handle_ready(readable, writable);
             self.wake(conn);
         }
@@ -288,9 +307,11 @@ impl Servers {
     }
 
     /// Gives each waiting connection one turn. Bounded by the length of the queue on entry.
-    pub(crate) fn pump(&mut self, now: Micros, keeper: &mut impl OutputKeeper) {
+    pub(crate) fn pump(&mut self, now: BootTime, keeper: &mut impl OutputKeeper) {
         for _ in 0..self.ready.len() {
-            let Some(conn) = self.ready.pop_front() else { break };
+            let Some(conn) = self.ready.pop_front() else {
+                break;
+            };
             if let Some(server) = self.servers.get_mut(&conn) {
                 server.queued = false;
                 self.turn(now, conn, keeper);
@@ -298,9 +319,13 @@ impl Servers {
         }
     }
 
-    fn turn(&mut self, now: Micros, conn: ConnId, keeper: &mut impl OutputKeeper) {
-        let Some(server) = self.servers.get_mut(&conn) else { return };
-        let Some(upstream) = server.upstream.as_mut() else { return };
+    fn turn(&mut self, now: BootTime, conn: ConnId, keeper: &mut impl OutputKeeper) {
+        let Some(server) = self.servers.get_mut(&conn) else {
+            return;
+        };
+        let Some(upstream) = server.upstream.as_mut() else {
+            return;
+        };
         let before = upstream.taken();
         let mut outcome = upstream.feed(&server.input);
         if upstream.taken() > before {
@@ -316,7 +341,10 @@ impl Servers {
         let tag = if upstream.taken() == server.input.end() && server.fin_number.is_some() {
             server.fin_number.unwrap_or(server.opened)
         } else {
-            server.input.number_before(upstream.taken()).unwrap_or(server.opened)
+            server
+                .input
+                .number_before(upstream.taken())
+                .unwrap_or(server.opened)
         };
         let mut budget = TURN_BYTES;
         let mut ended = false;
@@ -364,12 +392,14 @@ impl Servers {
     /// say (R5).
     fn on_close(
         &mut self,
-        now: Micros,
+        now: BootTime,
         conn: ConnId,
         close: Close,
         keeper: &mut impl OutputKeeper,
     ) {
-        let Some(server) = self.servers.get(&conn) else { return };
+        let Some(server) = self.servers.get(&conn) else {
+            return;
+        };
         match self.liveness.of(&server.target) {
             Life::Alive => self.closed(conn, close, keeper),
             Life::Dead => self.died(now, conn),
@@ -379,7 +409,9 @@ impl Servers {
 
     /// The server closed its side on purpose.
     fn closed(&mut self, conn: ConnId, close: Close, keeper: &mut impl OutputKeeper) {
-        let Some(server) = self.servers.get_mut(&conn) else { return };
+        let Some(server) = self.servers.get_mut(&conn) else {
+            return;
+        };
         match close {
             Close::Fin if !server.ended => {
                 server.ended = true;
@@ -396,8 +428,10 @@ impl Servers {
 
     /// The server died. The client is told nothing; should the server come back, it is brought to
     /// the same point by replay.
-    fn died(&mut self, now: Micros, conn: ConnId) {
-        let Some(server) = self.servers.get_mut(&conn) else { return };
+    fn died(&mut self, now: BootTime, conn: ConnId) {
+        let Some(server) = self.servers.get_mut(&conn) else {
+            return;
+        };
         if !self.dead {
             warn!(target = ?server.target, "the local server died");
         }
@@ -415,12 +449,14 @@ impl Servers {
     /// The server is not there (yet): try again, and let a leader tell the client in the end.
     fn refused(
         &mut self,
-        now: Micros,
+        now: BootTime,
         conn: ConnId,
         error: &io::Error,
         keeper: &mut impl OutputKeeper,
     ) {
-        let Some(server) = self.servers.get_mut(&conn) else { return };
+        let Some(server) = self.servers.get_mut(&conn) else {
+            return;
+        };
         server.upstream = None;
         if now.since(server.absent_since) > CONNECT_GIVE_UP {
             if !self.dead {
@@ -438,14 +474,14 @@ impl Servers {
     }
 
     /// When something waits to be done.
-    pub(crate) fn poll_timeout(&self) -> Option<Micros> {
+    pub(crate) fn poll_timeout(&self) -> Option<BootTime> {
         self.waiting.first().map(|(at, _)| *at)
     }
 
     /// Does what has waited long enough.
     pub(crate) fn handle_timeout(
         &mut self,
-        now: Micros,
+        now: BootTime,
         reg: &Registry,
         keeper: &mut impl OutputKeeper,
     ) {
@@ -455,7 +491,9 @@ impl Servers {
                 return;
             };
             self.waiting.remove(&(at, conn));
-            let Some(server) = self.servers.get_mut(&conn) else { continue };
+            let Some(server) = self.servers.get_mut(&conn) else {
+                continue;
+            };
             match server.later.take() {
                 Some((_, Later::Connect)) => self.connect(now, conn, reg),
                 Some((_, Later::JudgeClose(close))) => {
@@ -486,7 +524,10 @@ impl Servers {
 
     /// Input that a connection's server has taken.
     pub(crate) fn taken(&self, conn: ConnId) -> u64 {
-        self.servers.get(&conn).and_then(|s| s.upstream.as_ref()).map_or(0, Upstream::taken)
+        self.servers
+            .get(&conn)
+            .and_then(|s| s.upstream.as_ref())
+            .map_or(0, Upstream::taken)
     }
 
     /// Every connection, in order.
@@ -540,7 +581,7 @@ impl Servers {
     /// Takes a connection from a checkpoint and begins the replay.
     pub(crate) fn restore(
         &mut self,
-        now: Micros,
+        now: BootTime,
         header: &InputHeader,
         bytes: Bytes,
         reg: &Registry,

@@ -27,7 +27,9 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use thiserror::Error;
 
-pub use fence::{BootTime, Fence};
+pub use fence::Fence;
+
+pub use crate::clock::BootTime;
 pub use neighbour::Announcer;
 pub use packet::{Frame, HEADROOM, Kind, Mac, OutPacket};
 

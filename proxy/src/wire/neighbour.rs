@@ -14,11 +14,11 @@ use pnet::packet::arp::{
 use pnet::packet::ethernet::EtherTypes;
 use pnet::util::MacAddr;
 
-use super::fence::BootTime;
 use super::packet::{
     BROADCAST, ETHERTYPE_ARP, ETHERTYPE_IPV4, ETHERTYPE_IPV6, HEADROOM, Mac, PROTOCOL_ICMP,
     PROTOCOL_ICMPV6, RawFrame, finish, mac_at, sum, trim_ip, write_ethernet,
 };
+use crate::clock::BootTime;
 
 const ECHO_REPLY_V6: u8 = 129;
 const ECHO_REQUEST_V6: u8 = 128;
