@@ -7,7 +7,7 @@ test:
     cargo test --workspace
 
 sim *ARGS:
-    cargo run --release -p unbroken-group --bin sim -- {{ARGS}}
+    cargo run --release -p unbroken-group --features faults --bin sim -- {{ARGS}}
 
 demo *ARGS:
     cargo run --release -p unbroken-demo -- {{ARGS}}
