@@ -152,10 +152,10 @@ pub enum Fault {
 
 /// `true` when the defect is planted; constant `false` in a build that cannot plant any.
 macro_rules! planted {
-    ($config:expr, $fault:ident) => {{
+    ($config:expr, $($fault:ident)|+) => {{
         #[cfg(any(test, feature = "faults"))]
         {
-            $config.has($crate::config::Fault::$fault)
+            false $(|| $config.has($crate::config::Fault::$fault))+
         }
         #[cfg(not(any(test, feature = "faults")))]
         {

@@ -343,7 +343,9 @@ impl Core {
     }
 
     fn joiners(&self) -> impl Iterator<Item = (&MemberId, &Peer)> {
-        self.peers.iter().filter(|(m, _)| self.view.as_ref().is_some_and(|v| v.joiner(m).is_some()))
+        self.peers
+            .iter()
+            .filter(|(m, _)| self.view.as_ref().is_some_and(|v| v.joiner(m).is_some()))
     }
 
     /// Until when this member, as leader, may emit (R2). `None`: not at all.
@@ -728,7 +730,10 @@ impl Core {
         let acknowledged = if view.k > 0 {
             self.stable
         } else {
-            self.joiners().map(|(_, p)| p.held).max().unwrap_or(self.stable)
+            self.joiners()
+                .map(|(_, p)| p.held)
+                .max()
+                .unwrap_or(self.stable)
         };
         let sent = self.next_send.number.saturating_sub(1);
         let flight = self.log.bytes_between(acknowledged, sent);

@@ -94,7 +94,11 @@ impl Proofs {
             }
             ControlEvent::Ended { at } => {
                 if let (Some((incarnation, _)), true) = (c.current, c.connected) {
-                    c.ended = Some(End { incarnation, at, heard: now });
+                    c.ended = Some(End {
+                        incarnation,
+                        at,
+                        heard: now,
+                    });
                     c.connected = false;
                 }
             }

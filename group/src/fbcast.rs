@@ -431,7 +431,7 @@ mod tests {
             );
             let mut mixed: Vec<Bytes> = bodies
                 .into_iter()
-                .filter(|_| rng.next_u64() % 3 != 0)
+                .filter(|_| !rng.next_u64().is_multiple_of(3))
                 .collect();
             for i in (1..mixed.len()).rev() {
                 mixed.swap(i, usize::try_from(rng.next_u64() % (i as u64 + 1)).unwrap());

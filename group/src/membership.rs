@@ -486,9 +486,10 @@ impl Core {
             });
             let whole = self.log.held() >= view.cut && reached <= view.cut;
             let exact = whole || planted!(self.config, DeliverBeyondCut);
-            let forced = planted!(self.config, CutIsOwnHighest)
-                || planted!(self.config, AckAfterWedge)
-                || planted!(self.config, RestartSurvives);
+            let forced = planted!(
+                self.config,
+                CutIsOwnHighest | AckAfterWedge | RestartSurvives
+            );
             if next && self.wedged.is_some() && (exact || forced) {
                 self.install(view, version);
                 return;

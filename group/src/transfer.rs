@@ -218,7 +218,7 @@ mod tests {
                 };
                 for body in donor.pieces(&Header::default(), 1, offset, len, &limits) {
                     assert!(body.len() <= 200);
-                    if rng.next_u64() % 4 == 0 {
+                    if rng.next_u64().is_multiple_of(4) {
                         continue;
                     }
                     for item in Reader::new(&body).unwrap().1 {

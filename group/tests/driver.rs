@@ -1,5 +1,11 @@
 //! Two drivers on loopback: what is sealed by a member arrives, what is not does not, and a death is seen.
 
+#![expect(
+    clippy::unwrap_used,
+    clippy::disallowed_methods,
+    reason = "helpers of tests"
+)]
+
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant as Clock};

@@ -1,5 +1,11 @@
 //! Three members on loopback, with real sockets: they come together, the leader dies, nothing stable is lost.
 
+#![expect(
+    clippy::unwrap_used,
+    clippy::disallowed_methods,
+    reason = "helpers of tests"
+)]
+
 mod common;
 
 use common::{Cluster, Member, Seen, until};

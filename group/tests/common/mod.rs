@@ -193,17 +193,21 @@ impl Node {
             .unwrap();
         self.drain();
         while !stop.load(Ordering::SeqCst) {
-            let mut inbox = Vec::new();
-            self.driver
-                .receiver
-                .receive(|_, from, body| inbox.push((from.clone(), body.to_vec())))
-                .unwrap();
-            let idle = inbox.is_empty();
-            for (from, body) in inbox {
-                self.core.handle_datagram(now(self.started), &from, &body);
-                if !matches!(self.core.role(), Some(Role::Leader)) {
-                    self.deliver_only();
+            let mut idle = true;
+            // All that waits, before any silence is judged; bounded, so that timers are never starved.
+            for _ in 0..16 {
+                if !self.driver.receiver.readable() {
+                    break;
                 }
+                let (core, started) = (&mut self.core, self.started);
+                let mut ready = Vec::new();
+                let received = self.driver.receiver.receive(|_, from, body| {
+                    idle = false;
+                    core.handle_datagram(now(started), from, body);
+                    ready.extend(std::iter::from_fn(|| core.poll_ready()));
+                });
+                received.unwrap();
+                self.execute(ready);
             }
             self.drain();
             while let Some(input) = self.driver.control.poll_input(now(self.started)) {
@@ -248,21 +252,22 @@ impl Node {
         self.mine.applied = number;
     }
 
-    /// Executes what is due without asking for more to be sent: acknowledgements cover the whole batch.
-    fn deliver_only(&mut self) {
-        self.drain_with(|core| core.poll_ready());
-    }
-
     fn drain(&mut self) {
-        self.drain_with(Core::poll_output);
+        self.drain_outputs();
         while let Some(reply) = self.replies.pop_front() {
             self.core.handle_registry(now(self.started), reply);
-            self.drain_with(Core::poll_output);
+            self.drain_outputs();
         }
     }
 
-    fn drain_with(&mut self, mut next: impl FnMut(&mut Core) -> Option<Output>) {
-        while let Some(output) = next(&mut self.core) {
+    fn drain_outputs(&mut self) {
+        while let Some(output) = self.core.poll_output() {
+            self.execute([output]);
+        }
+    }
+
+    fn execute(&mut self, outputs: impl IntoIterator<Item = Output>) {
+        for output in outputs {
             if let Some(reply) = self.registry.lock().unwrap().answer(&output) {
                 self.replies.push_back(reply);
                 continue;
