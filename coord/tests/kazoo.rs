@@ -23,9 +23,9 @@ async fn start_cluster(data: &std::path::Path) -> Vec<Server> {
     for i in 1..=3 {
         let name = format!("c{i}");
         let data_dir = data.join(&name);
-        std::fs::create_dir_all(&data_dir).unwrap();
+        std::fs::create_dir_all(&data_dir).expect("a folder of the test's own");
         let config = ServerConfig::new(&name, address(i, 0), peers.clone(), data_dir, [7; 32]);
-        servers.push(driver::start(config).await.unwrap());
+        servers.push(driver::start(config).await.expect("a server starts"));
     }
     servers
 }

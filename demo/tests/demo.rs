@@ -1,5 +1,7 @@
 //! The demonstration itself, made short: it passes, it fails where it must, and it leaves nothing.
 
+#![allow(clippy::unwrap_used, reason = "a test says plainly what it expects")]
+
 use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};

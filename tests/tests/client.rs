@@ -1,5 +1,7 @@
 //! The clients are content with a right server and find out a wrong one.
 
+#![allow(clippy::unwrap_used, reason = "a test says plainly what it expects")]
+
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::sync::Arc;

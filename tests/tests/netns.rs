@@ -1,5 +1,7 @@
 //! The network of hosts does what the other tests assume of it.
 
+#![allow(clippy::unwrap_used, reason = "a test says plainly what it expects")]
+
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::unix::process::CommandExt;

@@ -7,6 +7,8 @@
 //! holder makes an event stable, the survivors agree on the most that any of them holds), and each has
 //! its own copy of the server, which lags too. Everything else is left to the kernel.
 
+#![allow(clippy::unwrap_used, reason = "a test says plainly what it expects")]
+
 use std::collections::{BTreeMap, VecDeque};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
 use std::os::fd::AsFd;

@@ -1,6 +1,8 @@
 //! The node's packet socket against a kernel host: neighbour resolution, echo, offloads, checksums,
 //! ownership, and what is said when it cannot be opened.
 
+#![allow(clippy::unwrap_used, reason = "a test says plainly what it expects")]
+
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
 use std::os::fd::AsFd;
