@@ -145,7 +145,7 @@ pub(crate) fn run(args: &DrillArgs) -> Result<ExitCode> {
         eprint!("{}", cluster.tails());
     }
     if args.keep {
-        eprint!("{}", how_to_talk(&lab, args, &program));
+        eprint!("{}", how_to_talk(&lab, args, &program, cluster.leader()));
         while !interrupted.load(Ordering::Relaxed) {
             thread::sleep(Duration::from_millis(50));
         }
@@ -259,7 +259,12 @@ fn on_signals() -> Result<Arc<AtomicBool>> {
 }
 
 /// What one can do with a cluster that was left up.
-fn how_to_talk(lab: &Lab, args: &DrillArgs, program: &Path) -> String {
+fn how_to_talk(
+    lab: &Lab,
+    args: &DrillArgs,
+    program: &Path,
+    leader: Option<(String, u64)>,
+) -> String {
     let inside = if userns::is_reexecuted() {
         format!(
             "nsenter -t {} -U -m --preserve-credentials ",
@@ -272,7 +277,10 @@ fn how_to_talk(lab: &Lab, args: &DrillArgs, program: &Path) -> String {
     let program = program.display();
     let talk = match args.port {
         Some(port) => format!("{} nc {VIP} {port}", on("c")),
-        None => format!("{} curl -o /dev/null http://{VIP}/{FILE}", on("c")),
+        None => format!(
+            "{} curl --limit-rate 5M -o /dev/null http://{VIP}/{FILE}",
+            on("c")
+        ),
     };
     let mut text =
         format!("\nThe cluster is up. The client host talks to it:\n  {talk}\nIts nodes:\n");
@@ -281,12 +289,13 @@ fn how_to_talk(lab: &Lab, args: &DrillArgs, program: &Path) -> String {
     }
     text += &format!(
         "The coordinator's namespace:\n  {} {program} unbroken zk --server {}:2181 ls /\n\
-         Kill all that runs on a replica (it is not restarted):\n  \
-         {inside}ip netns pids {}r1 | xargs kill -9\n\
+         Kill all that runs on the leader's host (it is not restarted):\n  \
+         {inside}ip netns pids {}{} | xargs kill -9\n\
          Ctrl-C takes it all down.\n",
         on("r1"),
         lab.host("r1").address(),
         lab.prefix(),
+        leader.map_or("r1".to_owned(), |(name, _)| name),
     );
     text
 }

@@ -37,8 +37,13 @@ fn demo(name: &str, arguments: &[&str]) -> Command {
 }
 
 fn run(name: &str, arguments: &[&str]) -> (u32, Output) {
-    let child = demo(name, arguments).spawn().unwrap();
-    (child.id(), child.wait_with_output().unwrap())
+    let child = demo(name, arguments)
+        .spawn()
+        .expect("the demonstration was built");
+    (
+        child.id(),
+        child.wait_with_output().expect("its output can be read"),
+    )
 }
 
 fn text(output: &Output) -> String {
