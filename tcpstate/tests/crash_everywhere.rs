@@ -276,6 +276,22 @@ fn the_server_breaks_off() {
     );
 }
 
+/// It has nothing to say and would wait for ever: it must be told, by whoever leads then.
+#[test]
+fn the_server_breaks_off_an_idle_client() {
+    crash_everywhere(
+        "server RST, idle client",
+        Plan {
+            app: App::Breaks { after: 9_000 },
+            script: Script {
+                sends: 9_000,
+                ..script()
+            },
+            ..CALM
+        },
+    );
+}
+
 /// Two leaders die one after the other; the last replica serves alone.
 #[test]
 fn two_leaders_die() {
