@@ -142,6 +142,10 @@ impl Coordinator {
                 )
             }
             CoordConfig::External(external) => {
+                warn!(
+                    "external coordinator: on Apache ZooKeeper reads are not linearizable, and the \
+                     failover has not been proved on it yet"
+                );
                 let mut options = ConnectOptions::new(external.servers.clone());
                 options.chroot.clone_from(&external.chroot);
                 (None, options)

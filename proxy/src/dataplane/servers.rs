@@ -62,6 +62,8 @@ struct Server {
     server_offset: u64,
     /// Since when there has been no connection to the server.
     absent_since: BootTime,
+    /// That it is not there has been said.
+    absence_told: bool,
     /// What is to be done later, and when.
     later: Option<(BootTime, Later)>,
     /// Nothing more is asked of the server: it broke the connection off, or its input is gone.
@@ -211,6 +213,7 @@ impl Servers {
             upstream: None,
             server_offset: 0,
             absent_since: now,
+            absence_told: false,
             later: None,
             queued: false,
             ended: false,
@@ -439,6 +442,7 @@ impl Servers {
         server.upstream = None;
         server.ended = false;
         server.absent_since = now;
+        server.absence_told = false;
         if server.input.complete() {
             self.later(conn, now + CONNECT_RETRY, Later::Connect);
         } else {
@@ -459,7 +463,7 @@ impl Servers {
         };
         server.upstream = None;
         if now.since(server.absent_since) > CONNECT_GIVE_UP {
-            if !self.dead {
+            if !std::mem::replace(&mut server.absence_told, true) {
                 warn!(conn = conn.0, %error, target = ?server.target, "the local server is not there");
             }
             self.dead = true;
