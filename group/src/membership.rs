@@ -347,9 +347,6 @@ impl Core {
 
     /// A backup that can never qualify and sees nobody else begin a new generation becomes one that can.
     pub(crate) fn all_is_lost(&mut self) -> bool {
-        if self.wedged.is_none() {
-            return false;
-        }
         let view = self.view().clone();
         let leader_dead = self.proofs.dead(view.leader());
         let me = &self.config.me;

@@ -21,6 +21,7 @@ const LIVE_WITHIN: u64 = 8_000_000;
 /// Datagrams that the kernel keeps for a process that is stopped.
 const INBOX_MAX: usize = 3000;
 const REGISTRY_GIVES_UP: u64 = 60_000;
+const CHALLENGE_AGAIN: u64 = 500_000;
 
 /// How a run ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -74,6 +75,11 @@ enum Happening {
         answer_after: Option<u64>,
     },
     Dial {
+        from: usize,
+        to: usize,
+        attempt: u64,
+    },
+    Challenge {
         from: usize,
         to: usize,
         attempt: u64,
@@ -329,6 +335,7 @@ impl World {
                 }
             }
             Happening::Dial { from, to, attempt } => self.dial(from, to, attempt),
+            Happening::Challenge { from, to, attempt } => self.challenge(from, to, attempt),
             Happening::Ends {
                 at,
                 peer,
@@ -713,8 +720,26 @@ impl World {
             },
             since,
         );
+        self.after(CHALLENGE_AGAIN, Happening::Challenge { from, to, attempt });
         let us = 100 + below(&mut self.rng, 300);
         self.tell(from, to, us, ControlEvent::Connected { incarnation, since });
+    }
+
+    /// A connection that is up is asked again now and then who is there, so that evidence is never older than a view.
+    fn challenge(&mut self, from: usize, to: usize, attempt: u64) {
+        let c = self.nodes[from].connections[to].0;
+        if !self.nodes[from].alive || c.attempt != attempt {
+            return;
+        }
+        self.after(CHALLENGE_AGAIN, Happening::Challenge { from, to, attempt });
+        let t = &self.nodes[to];
+        let there = t.core.as_ref().filter(|_| t.alive && !t.stopped).map(|c| c.me().incarnation);
+        let asks = !self.nodes[from].stopped && self.network.both_ways(from, to);
+        if let (Some(incarnation), true) = (there.filter(|i| c.up == Some(*i)), asks) {
+            let since = self.local(from, self.now);
+            self.nodes[from].connections[to].1 = since;
+            self.tell(from, to, 200, ControlEvent::Connected { incarnation, since });
+        }
     }
 
     /// The incarnation of `node` is over: its connections end at the other ends.
