@@ -216,3 +216,50 @@ fn a_death_ends_the_connection_and_the_listener_refuses() {
         _ => false,
     });
 }
+
+#[test]
+fn who_is_there_is_asked_again_and_told_to_a_new_life() {
+    let members = members(&["a", "b"]);
+    let mut a = Node::open("a", &members, [1; 32]);
+    let mut b = Node::open("b", &members, [1; 32]);
+    a.driver.set_member(GROUP, MemberId::new("a", 1));
+    b.driver.set_member(GROUP, MemberId::new("b", 2));
+    let mut events = Events::with_capacity(TOKENS);
+    let mut heard = Vec::new();
+    while heard.len() < 3 {
+        assert!(a.started.elapsed() < Duration::from_secs(10), "{heard:?}");
+        for node in [&mut a, &mut b] {
+            let now = node.now();
+            while let Some(input) = node.driver.control.poll_input(now) {
+                if input.peer == "b" {
+                    heard.push(input.event);
+                }
+            }
+            node.poll
+                .poll(&mut events, Some(Duration::from_millis(2)))
+                .unwrap();
+            for event in &events {
+                node.driver.handle_ready(event.token());
+            }
+        }
+        if heard.len() == 2 {
+            a.driver.set_member(GROUP, MemberId::new("a", 3));
+        }
+    }
+    let since = |event: &ControlEvent| match event {
+        ControlEvent::Connected {
+            incarnation: 2,
+            since,
+        } => *since,
+        other => panic!("{other:?}"),
+    };
+    let times: Vec<Instant> = heard.iter().map(since).collect();
+    assert!(
+        times[0] < times[1],
+        "asked again, so the evidence is younger"
+    );
+    assert_eq!(
+        times[1], times[2],
+        "a new life is told what is known, not more"
+    );
+}

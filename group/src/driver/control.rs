@@ -8,7 +8,7 @@
 //!   member  -> length u16 | nonce[12] | sealed list of (group, incarnation)      under the member's control key
 //! ```
 //! The challenge is authenticated with the answer, so an old answer cannot be played again, and who has not the group's
-//! key cannot speak for a member. A dialler learns nothing but incarnations, and those sealed.
+//! key cannot speak for a member. A dialler learns nothing but incarnations, and those sealed. It asks again now and then.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io::{self, Read, Write};
@@ -35,6 +35,8 @@ const PEERS_MAX: usize = 31;
 const ACCEPTED_MAX: usize = 64;
 /// After a refusal or a failure.
 const RETRY: Duration = Duration::from_millis(20);
+/// A peer is asked again now and then: evidence must be younger than the view that it is held against.
+const ASK_AGAIN: Duration = Duration::from_millis(500);
 /// A peer that neither answers nor refuses is tried again after this long.
 const ATTEMPT_MAX: Duration = Duration::from_millis(250);
 /// A path that was cut for a while must not leave a connection that one end alone believes in.
@@ -88,17 +90,34 @@ enum State {
         challenge: [u8; CHALLENGE_BYTES],
         got: Vec<u8>,
     },
+    /// `asked`: the challenge that is out, and when it was sent.
     Up {
         stream: TcpStream,
         since: Instant,
         groups: Vec<(u32, u128)>,
+        asked: Option<(Instant, [u8; CHALLENGE_BYTES])>,
+        got: Vec<u8>,
     },
+}
+
+/// What is kept of a connection that is up.
+type Watched = (
+    Instant,
+    Vec<(u32, u128)>,
+    Option<(Instant, [u8; CHALLENGE_BYTES])>,
+    Vec<u8>,
+);
+
+enum Understood {
+    NotYet,
+    All(Vec<(u32, u128)>),
+    /// Not sealed by the peer, or not asked for.
+    Wrong,
 }
 
 struct Accepted {
     stream: TcpStream,
     got: Vec<u8>,
-    answered: bool,
     ready: bool,
 }
 
@@ -194,6 +213,9 @@ impl Control {
             State::Connecting { since, .. } | State::Asked { since, .. } => {
                 Some(*since + ATTEMPT_MAX)
             }
+            State::Up {
+                since, asked: None, ..
+            } => Some(*since + ASK_AGAIN),
             State::Up { .. } => None,
         };
         self.peers.iter().filter_map(due).min()
@@ -249,7 +271,11 @@ impl Control {
                 stream,
                 since,
                 groups,
-            } if ready => self.watch(now, index, stream, since, groups),
+                asked,
+                got,
+            } if ready || (asked.is_none() && now >= since + ASK_AGAIN) => {
+                self.watch(now, index, stream, (since, groups, asked, got))
+            }
             other => other,
         };
         self.peers[index].state = next;
@@ -299,25 +325,20 @@ impl Control {
             .with_time(KEEPALIVE)
             .with_interval(KEEPALIVE)
             .with_retries(2);
-        let mut ask = [0; ASK_BYTES];
-        ask[..MAGIC.len()].copy_from_slice(&MAGIC);
-        let drawn = getrandom::fill(&mut ask[MAGIC.len()..]);
-        if drawn.is_err()
-            || SockRef::from(&stream)
-                .set_tcp_keepalive(&keepalive)
-                .is_err()
+        if SockRef::from(&stream)
+            .set_tcp_keepalive(&keepalive)
+            .is_err()
         {
             return State::Waiting { until: now + RETRY };
         }
-        match stream.write(&ask) {
-            Ok(ASK_BYTES) => State::Asked {
+        match ask(&mut stream) {
+            Some(challenge) => State::Asked {
                 stream,
                 since: now,
-                challenge: ask[MAGIC.len()..].try_into().expect("sixteen bytes"),
+                challenge,
                 got: Vec::new(),
             },
-            // The send buffer of a new connection is empty: anything else is its end.
-            Ok(_) | Err(_) => State::Waiting { until: now },
+            None => State::Waiting { until: now },
         }
     }
 
@@ -331,26 +352,50 @@ impl Control {
         mut got: Vec<u8>,
     ) -> State {
         let open = read_some(&mut stream, &mut got, ANSWER_BYTES_MAX + 2);
-        let Some(length) = got.get(..2) else {
-            return if open {
-                State::Asked {
+        let groups = match self.understand(index, &challenge, &mut got) {
+            Understood::All(groups) => groups,
+            Understood::NotYet if open => {
+                return State::Asked {
                     stream,
                     since,
                     challenge,
                     got,
-                }
-            } else {
-                State::Waiting { until: now }
-            };
+                };
+            }
+            Understood::NotYet => return State::Waiting { until: now },
+            Understood::Wrong => {
+                return State::Waiting {
+                    until: now + ATTEMPT_MAX,
+                };
+            }
         };
-        let length = usize::from(u16::from_le_bytes([length[0], length[1]]));
-        if got.len() < 2 + length && length <= ANSWER_BYTES_MAX && open {
-            return State::Asked {
+        self.tell_who(index, since, &groups);
+        if open {
+            State::Up {
                 stream,
                 since,
-                challenge,
-                got,
-            };
+                groups,
+                asked: None,
+                got: Vec::new(),
+            }
+        } else {
+            self.ended(now, index)
+        }
+    }
+
+    /// Reads an answer out of what has come.
+    fn understand(
+        &self,
+        index: usize,
+        challenge: &[u8; CHALLENGE_BYTES],
+        got: &mut [u8],
+    ) -> Understood {
+        let Some(length) = got.get(..2) else {
+            return Understood::NotYet;
+        };
+        let length = usize::from(u16::from_le_bytes([length[0], length[1]]));
+        if got.len() < 2 + length && length <= ANSWER_BYTES_MAX {
+            return Understood::NotYet;
         }
         let groups = got.get_mut(2..2 + length).and_then(|answer| {
             let (nonce, sealed) = answer.split_at_mut_checked(NONCE_BYTES)?;
@@ -360,16 +405,20 @@ impl Control {
                 .open_in_place(nonce, Aad::from(challenge), sealed);
             postcard::from_bytes::<Vec<(u32, u128)>>(plain.ok()?).ok()
         });
-        let Some(groups) = groups else {
-            tracing::warn!(
-                peer = self.peers[index].name,
-                "not a member of this group answers"
-            );
-            return State::Waiting {
-                until: now + ATTEMPT_MAX,
-            };
-        };
-        for (group, incarnation) in &groups {
+        groups.map_or_else(
+            || {
+                tracing::warn!(
+                    peer = self.peers[index].name,
+                    "not a member of this group answers"
+                );
+                Understood::Wrong
+            },
+            Understood::All,
+        )
+    }
+
+    fn tell_who(&mut self, index: usize, since: Instant, groups: &[(u32, u128)]) {
+        for (group, incarnation) in groups {
             if self.incarnations.contains_key(group) {
                 self.inputs.push_back(ControlInput {
                     group: *group,
@@ -381,15 +430,6 @@ impl Control {
                 });
             }
         }
-        if open {
-            State::Up {
-                stream,
-                since,
-                groups,
-            }
-        } else {
-            self.ended(now, index)
-        }
     }
 
     fn watch(
@@ -397,15 +437,36 @@ impl Control {
         now: Instant,
         index: usize,
         mut stream: TcpStream,
-        since: Instant,
-        groups: Vec<(u32, u128)>,
+        (mut since, mut groups, mut asked, mut got): Watched,
     ) -> State {
-        let mut more = Vec::new();
-        if read_some(&mut stream, &mut more, 1) && more.is_empty() {
+        let open = read_some(&mut stream, &mut got, ANSWER_BYTES_MAX + 2);
+        let understood = match &asked {
+            Some((_, challenge)) => self.understand(index, challenge, &mut got),
+            None if got.is_empty() => Understood::NotYet,
+            None => Understood::Wrong,
+        };
+        match (understood, asked) {
+            (Understood::All(list), Some((at, _))) => {
+                self.tell_who(index, at, &list);
+                (since, groups, asked) = (at, list, None);
+                got.clear();
+            }
+            (Understood::NotYet, None) if open && now >= since + ASK_AGAIN => {
+                asked = ask(&mut stream).map(|challenge| (now, challenge));
+                if asked.is_none() {
+                    return self.ended(now, index);
+                }
+            }
+            (Understood::NotYet, _) => {}
+            (Understood::Wrong | Understood::All(_), _) => return self.ended(now, index),
+        }
+        if open {
             return State::Up {
                 stream,
                 since,
                 groups,
+                asked,
+                got,
             };
         }
         drop(stream);
@@ -443,7 +504,6 @@ impl Control {
                 let accepted = Accepted {
                     stream,
                     got: Vec::new(),
-                    answered: false,
                     ready: true,
                 };
                 self.accepted[slot] = Some(accepted);
@@ -462,10 +522,9 @@ impl Control {
             let kept = open
                 && match accepted.got.len() {
                     n if n < ASK_BYTES => true,
-                    ASK_BYTES if accepted.answered => true,
                     ASK_BYTES if accepted.got[..MAGIC.len()] == MAGIC => {
-                        accepted.answered = true;
-                        let challenge = accepted.got[MAGIC.len()..].to_vec();
+                        let challenge = accepted.got.split_off(MAGIC.len());
+                        accepted.got.clear();
                         sealed_answer(&self.key, &self.incarnations, &challenge).is_some_and(
                             |answer| {
                                 accepted
@@ -482,6 +541,15 @@ impl Control {
             }
         }
     }
+}
+
+/// Sends a fresh challenge; the send buffer is empty, so anything but the whole of it is the connection's end.
+fn ask(stream: &mut TcpStream) -> Option<[u8; CHALLENGE_BYTES]> {
+    let mut ask = [0; ASK_BYTES];
+    ask[..MAGIC.len()].copy_from_slice(&MAGIC);
+    getrandom::fill(&mut ask[MAGIC.len()..]).ok()?;
+    let whole = stream.write(&ask).is_ok_and(|n| n == ASK_BYTES);
+    whole.then(|| ask[MAGIC.len()..].try_into().expect("sixteen bytes"))
 }
 
 fn sealed_answer(

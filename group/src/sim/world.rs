@@ -733,12 +733,21 @@ impl World {
         }
         self.after(CHALLENGE_AGAIN, Happening::Challenge { from, to, attempt });
         let t = &self.nodes[to];
-        let there = t.core.as_ref().filter(|_| t.alive && !t.stopped).map(|c| c.me().incarnation);
+        let there = t
+            .core
+            .as_ref()
+            .filter(|_| t.alive && !t.stopped)
+            .map(|c| c.me().incarnation);
         let asks = !self.nodes[from].stopped && self.network.both_ways(from, to);
         if let (Some(incarnation), true) = (there.filter(|i| c.up == Some(*i)), asks) {
             let since = self.local(from, self.now);
             self.nodes[from].connections[to].1 = since;
-            self.tell(from, to, 200, ControlEvent::Connected { incarnation, since });
+            self.tell(
+                from,
+                to,
+                200,
+                ControlEvent::Connected { incarnation, since },
+            );
         }
     }
 
