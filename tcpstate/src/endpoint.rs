@@ -32,6 +32,9 @@ const ACKED_LATE_MAX: Duration = Duration::from_millis(5);
 /// Between two challenge ACKs of one connection (RFC 5961 §7).
 const CHALLENGE_INTERVAL: Duration = Duration::from_millis(100);
 
+/// A client is given up when it was silent at this many looks in a row. A clock that jumped, or a
+/// process that slept, makes for one look and not for eight (DESIGN §5: timers are inputs).
+const SILENCES_MAX: u32 = 8;
 /// After a takeover, a client tells within this time what an earlier leader has sent it.
 const ADOPTED_ACK_TIME: Duration = Duration::from_secs(300);
 
@@ -129,8 +132,9 @@ pub(crate) struct Endpoint {
     ack_quick: bool,
     ack_due: Option<Instant>,
     challenge_after: Instant,
-    /// When anything acceptable was last heard of the client.
-    heard_at: Instant,
+    /// When to look next whether the client is heard of at all, and how often in a row it was not.
+    silence_check_at: Instant,
+    silences: u32,
 
     // --- sending ---
     /// The most payload in one segment.
@@ -204,7 +208,8 @@ impl Endpoint {
             ack_quick: false,
             ack_due: None,
             challenge_after: now,
-            heard_at: now,
+            silence_check_at: now + config.give_up_after / SILENCES_MAX,
+            silences: 0,
             payload_max,
             sender: None,
             recovery: Recovery::new(now, payload_max),
@@ -290,8 +295,12 @@ impl Endpoint {
         if self.acked_due.is_some_and(|at| at <= cx.now) {
             self.announce_acked(cx);
         }
-        if self.outstanding() && cx.now.since(self.heard_at) >= cx.config.give_up_after {
-            return self.reset(cx, ResetBy::Stack);
+        if self.outstanding() && self.silence_check_at <= cx.now {
+            self.silences += 1;
+            if self.silences >= SILENCES_MAX {
+                return self.reset(cx, ResetBy::Stack);
+            }
+            self.silence_check_at = cx.now + cx.config.give_up_after / SILENCES_MAX;
         }
         self.on_recovery_timeout(cx);
         self.pump(cx)
@@ -346,19 +355,14 @@ impl Endpoint {
     }
 
     /// Its next deadline.
-    pub(crate) fn poll_timeout(
-        &mut self,
-        library: &mut Library,
-        config: &Config,
-        now: Instant,
-    ) -> Option<Instant> {
+    pub(crate) fn poll_timeout(&mut self, library: &mut Library, now: Instant) -> Option<Instant> {
         if self.resetting {
             return None;
         }
         let mut next = [self.ack_due, self.acked_due].into_iter().flatten().min();
         let mut sooner = |at: Instant| next = Some(next.map_or(at, |n| n.min(at)));
         if self.outstanding() {
-            sooner(self.heard_at + config.give_up_after);
+            sooner(self.silence_check_at);
             if self.peer_edge > self.peer_acked {
                 sooner(self.recovery.deadline());
             }

@@ -5,11 +5,21 @@ use std::collections::VecDeque;
 use crate::event::EventNo;
 
 /// Bytes of one connection's server, each with the newest event that the server had been given.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(crate) struct Gate {
     bytes: VecDeque<u8>,
     /// Runs of bytes with the same tag; tags never decrease.
     runs: VecDeque<(EventNo, usize)>,
+}
+
+impl std::fmt::Debug for Gate {
+    /// Payload is never shown.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Gate")
+            .field("len", &self.bytes.len())
+            .field("runs", &self.runs)
+            .finish()
+    }
 }
 
 impl Gate {

@@ -54,7 +54,6 @@ impl Image {
 }
 
 /// One connection's record and what its server has said.
-#[derive(Debug)]
 pub(crate) struct Record {
     pub(crate) state: ConnState,
     /// Our server's output from `state.acked` on, as far as it has produced it.
@@ -65,6 +64,17 @@ pub(crate) struct Record {
     pub(crate) server_fin: bool,
     /// Our server broke off, or could not be reached.
     pub(crate) server_reset: bool,
+}
+
+impl std::fmt::Debug for Record {
+    /// Payload is never shown.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Record")
+            .field("state", &self.state)
+            .field("retained", &self.retained.len())
+            .field("produced", &self.produced)
+            .finish_non_exhaustive()
+    }
 }
 
 impl Record {

@@ -2,7 +2,7 @@
 
 use bytes::Bytes;
 
-use super::{CHALLENGE_INTERVAL, Context, Endpoint, Mark};
+use super::{CHALLENGE_INTERVAL, Context, Endpoint, Mark, SILENCES_MAX};
 use crate::conn_state::LinkAddr;
 use crate::event::{DATA_BYTES_MAX, Event};
 use crate::guard::{Verdict, View, judge};
@@ -48,7 +48,7 @@ impl Endpoint {
             Verdict::Drop => return false,
             Verdict::Reset => return true,
         }
-        self.heard_at = cx.now;
+        self.heard(cx);
         self.next_hop = link;
         self.note_timestamp(segment, offset);
         if self.on_ack(cx, segment, offset) {
@@ -57,6 +57,11 @@ impl Endpoint {
             self.challenge(cx);
         }
         false
+    }
+
+    fn heard(&mut self, cx: &Context<'_>) {
+        self.silences = 0;
+        self.silence_check_at = cx.now + cx.config.give_up_after / SILENCES_MAX;
     }
 
     /// RFC 5961 §7: challenge ACKs are throttled.
