@@ -146,6 +146,8 @@ pub enum Fault {
     RestartSurvives,
     /// Events are given up before every full member holds them.
     EarlyTrim,
+    /// The successor's service clock starts where the proposer's stood, without the lease.
+    ClockWithoutLease,
     /// The joiner is given a checkpoint and misses the first event after it.
     JoinerSkipsOne,
 }

@@ -1,7 +1,7 @@
 //! The only mutator: one member of one group.
 //!
-//! Entry points, datagrams and multicast are here; leaving a view is in `flush.rs`, getting into one and installing it in
-//! `membership.rs`.
+//! Entry points, time and sending are here. What a datagram does is in `receiving.rs`, leaving a view in `flush.rs`, getting
+//! into one and installing it in `membership.rs`.
 
 use crate::config::{Config, planted};
 use crate::detector::{Peer, Proofs};
@@ -16,24 +16,20 @@ use crate::rng::Rng;
 use crate::time::{Instant, micros};
 use crate::transfer::{Donor, Receiving};
 use crate::view::{MemberId, View};
-use crate::wire::{self, Chunk, Header, Item, Message, Piece, Pos, Reader};
+use crate::wire::{self, Header, Message, Pos, Reader};
 use bytes::{Bytes, BytesMut};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// An amortised acknowledgement waits at most this long.
-const ACK_DELAY: Duration = Duration::from_millis(1);
-/// And at most for this many bytes.
+/// An amortised acknowledgement waits for this many bytes at most.
 const ACK_BYTES: usize = 64 * 1024;
 /// When nothing acknowledges what output waits for, the tail is announced again after this long.
 const PROBE_AFTER: Duration = Duration::from_millis(3);
 /// Payload bytes of one burst of datagrams; what follows goes out with the next.
 const BURST_BYTES: usize = 60 * 1024;
-/// Bytes sent again for one request.
-const RESEND_BYTES: usize = 256 * 1024;
 /// The same peer is told of a newer view, or asked for one, at most this often.
-const TELL_INTERVAL: Duration = Duration::from_millis(5);
+pub(crate) const TELL_INTERVAL: Duration = Duration::from_millis(5);
 
 /// Where this member stands.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
@@ -85,10 +81,10 @@ impl ServiceClock {
 
 /// Acknowledgements that a receiver owes its leader.
 #[derive(Default)]
-struct AckDebt {
-    at_once: bool,
-    bytes: usize,
-    by: Option<Instant>,
+pub(crate) struct AckDebt {
+    pub(crate) at_once: bool,
+    pub(crate) bytes: usize,
+    pub(crate) by: Option<Instant>,
 }
 
 /// One member of one process group: views, fbcast, stability, leases, state transfer.
@@ -117,11 +113,11 @@ pub struct Core {
     pub(crate) delivered: u64,
     pub(crate) stable: u64,
     pub(crate) trim: u64,
-    next_send: Pos,
-    urgent_to: u64,
-    probe_at: Option<Instant>,
-    heartbeat_at: Instant,
-    ack: AckDebt,
+    pub(crate) next_send: Pos,
+    pub(crate) urgent_to: u64,
+    pub(crate) probe_at: Option<Instant>,
+    pub(crate) heartbeat_at: Instant,
+    pub(crate) ack: AckDebt,
     /// Member: when it last answered a heartbeat of this view.
     pub(crate) answered_leader: Option<Instant>,
     pub(crate) lag: Lag,
@@ -146,15 +142,15 @@ pub struct Core {
     pub(crate) donors: BTreeMap<MemberId, Option<Donor>>,
     pub(crate) receiving: Option<Receiving>,
     pub(crate) joined_since: u64,
-    checkpoint_done: bool,
+    pub(crate) checkpoint_done: bool,
     pub(crate) ready: bool,
     /// A proposer to whom a promise must be repeated because copies came.
-    owed_wedge_ack: BTreeSet<MemberId>,
-    suspected: BTreeSet<MemberId>,
-    lease_held: bool,
+    pub(crate) owed_wedge_ack: BTreeSet<MemberId>,
+    pub(crate) suspected: BTreeSet<MemberId>,
+    pub(crate) lease_held: bool,
     pub(crate) instance: Option<u128>,
-    tick_at: Instant,
-    due: Option<Instant>,
+    pub(crate) tick_at: Instant,
+    pub(crate) due: Option<Instant>,
     pub(crate) outputs: VecDeque<Output>,
     pub(crate) counters: Counters,
 }
@@ -799,395 +795,6 @@ impl Core {
             self.counters.naks_sent += 1;
             self.send(&from, Message::Nak { ranges });
         }
-    }
-
-    // ---- receiving ---------------------------------------------------------------------------------------------
-
-    fn on_item(&mut self, from: &MemberId, header: &Header, item: Item<'_>) {
-        match item {
-            Item::Message(Message::NewView { version, znode }) => {
-                self.on_znode(&znode, version);
-                return;
-            }
-            Item::Message(Message::WantView) => return self.tell_view(from),
-            Item::Message(Message::JoinRequest) => return self.on_join_request(from),
-            _ => {}
-        }
-        if !self.in_this_view(from, header) {
-            return;
-        }
-        match item {
-            Item::Chunk(chunk) => self.on_chunk(from, header, &chunk),
-            Item::Piece(piece) => self.on_piece(&piece),
-            Item::Unicast(payload) => {
-                if self.can_multicast() {
-                    let payload = Bytes::copy_from_slice(payload);
-                    self.outputs.push_back(Output::Unicast {
-                        from: from.clone(),
-                        payload,
-                    });
-                }
-            }
-            Item::Message(message) => self.on_message(from, message),
-        }
-    }
-
-    fn in_this_view(&self, from: &MemberId, header: &Header) -> bool {
-        self.view
-            .as_ref()
-            .is_some_and(|v| v.id.0 == header.view_id && v.contains(from))
-    }
-
-    fn on_message(&mut self, from: &MemberId, message: Message) {
-        match message {
-            Message::Heartbeat { sent_us } => self.on_heartbeat(from, sent_us),
-            Message::Alive { sent_us, lag } => {
-                if let Some(p) = self.peers.get_mut(from) {
-                    // A heartbeat of ours from the future is a peer's error; it must not lengthen the lease.
-                    let sent = Instant::from_micros(sent_us).min(self.now);
-                    p.answered = p.answered.max(Some(sent));
-                    p.lag = lag;
-                }
-            }
-            Message::Nak { ranges } => self.on_nak(from, &ranges),
-            Message::PreVote => self.on_pre_vote(from),
-            Message::PreVoteAnswer { granted } => self.on_pre_vote_answer(from, granted),
-            Message::Wedge => self.on_wedge(from),
-            Message::WedgeAck {
-                held,
-                answered_ago_us,
-                clock_us,
-                lag,
-                ready,
-            } => {
-                self.clock.observe(clock_us);
-                self.on_wedge_ack(from, held, answered_ago_us, lag, ready);
-            }
-            Message::JoinReady => {
-                if let Some(p) = self.peers.get_mut(from) {
-                    p.ready = true;
-                }
-            }
-            Message::LeaveRequest => {
-                if self.phase == Phase::Leading {
-                    self.leave_requests.insert(from.clone());
-                }
-            }
-            Message::PiecesWanted { since, offset, len } => {
-                self.on_pieces_wanted(from, since, offset, len);
-            }
-            Message::NewView { .. } | Message::WantView | Message::JoinRequest => {}
-        }
-    }
-
-    /// What the header says, after the items: an item may have installed the header's view.
-    fn on_header(&mut self, from: &MemberId, header: &Header) {
-        let Some(view) = &self.view else { return };
-        if header.view_id != view.id.0 {
-            self.counters.wrong_view += 1;
-            if header.view_id > view.id.0 {
-                self.want_view(from);
-            } else if header.view_id > 0 {
-                self.tell_view(from);
-            }
-            return;
-        }
-        if !view.contains(from) {
-            self.counters.stranger += 1;
-            return;
-        }
-        let from_leader = view.leader() == from;
-        let now = self.now;
-        let counts = self.can_multicast();
-        let Some(peer) = self.peers.get_mut(from) else {
-            return;
-        };
-        peer.heard = now;
-        if header.has(wire::LEADER) && from_leader {
-            if header.has(wire::LEASE) {
-                peer.lease_stated = now;
-            }
-            if self.wedged.is_none() {
-                if self.suspected.remove(from) {
-                    self.counters.false_suspicions += 1;
-                }
-                self.assembler.announce(header.held);
-                self.trim = self.trim.max(header.trim);
-                self.log.trim_to(self.trim.min(self.delivered));
-                if header.has(wire::URGENT) {
-                    self.ack.at_once = true;
-                }
-            }
-        } else if header.has(wire::ACK) && counts {
-            let held = header.held.min(self.log.held());
-            if held > peer.held {
-                peer.held = held;
-                self.update_stable();
-                self.collect();
-            }
-        }
-    }
-
-    fn want_view(&mut self, from: &MemberId) {
-        let due = self
-            .seeking
-            .asked_at
-            .is_none_or(|t| self.now.since(t) >= TELL_INTERVAL);
-        if due {
-            self.seeking.asked_at = Some(self.now);
-            self.send(from, Message::WantView);
-            self.read_view();
-        }
-    }
-
-    fn on_chunk(&mut self, from: &MemberId, header: &Header, chunk: &Chunk<'_>) {
-        let copy = header.has(wire::COPY);
-        let allowed = match (self.phase, self.wedged.is_some()) {
-            (Phase::Backup | Phase::Joining, false) => !copy && self.view().leader() == from,
-            (Phase::Backup | Phase::Joining, true) => copy || planted!(self.config, AckAfterWedge),
-            // A leader holds all its own events.
-            _ => false,
-        };
-        if !allowed {
-            return;
-        }
-        let before = self.log.held();
-        let new = self
-            .assembler
-            .take(chunk, &mut self.log, &self.config.limits);
-        if copy {
-            if self.log.held() > before && self.proposal.is_none() {
-                self.owed_wedge_ack.insert(from.clone());
-            }
-            return;
-        }
-        self.ack.bytes += chunk.bytes.len() + wire::CHUNK_BYTES;
-        if new {
-            self.ack.by.get_or_insert(self.now + ACK_DELAY);
-        } else {
-            self.ack.at_once = true; // a repetition: the leader has missed an acknowledgement
-        }
-        self.deliver();
-    }
-
-    /// Delivers what is held, in order, if this member may.
-    pub(crate) fn deliver(&mut self) {
-        if self.wedged.is_some() && !planted!(self.config, AckAfterWedge) {
-            return;
-        }
-        if self.phase == Phase::Joining && !self.checkpoint_done {
-            let waiting = self.log.bytes_after(self.delivered);
-            if waiting > self.config.limits.joiner_buffer_bytes_max {
-                self.become_gone();
-            }
-            return;
-        }
-        self.deliver_to(self.log.held());
-    }
-
-    pub(crate) fn deliver_to(&mut self, last: u64) {
-        while self.delivered < last {
-            self.delivered += 1;
-            let number = self.delivered;
-            let payload = self
-                .log
-                .payload(number)
-                .expect("held until delivered")
-                .clone();
-            if planted!(self.config, JoinerSkipsOne)
-                && self.phase == Phase::Joining
-                && number == self.joined_cut() + 1
-            {
-                continue;
-            }
-            self.outputs.push_back(Output::Deliver { number, payload });
-        }
-    }
-
-    fn on_heartbeat(&mut self, from: &MemberId, sent_us: u64) {
-        if self.view().leader() != from
-            || (self.wedged.is_some() && !planted!(self.config, AckAfterWedge))
-        {
-            return;
-        }
-        self.answered_leader = Some(self.now);
-        let mut messages = vec![Message::Alive {
-            sent_us,
-            lag: self.lag,
-        }];
-        if self.phase == Phase::Joining && self.ready {
-            messages.push(Message::JoinReady);
-        }
-        if self.leaving {
-            messages.push(Message::LeaveRequest);
-        }
-        let body = wire::body(&self.header(), &messages);
-        self.send_bodies(from, vec![body]);
-    }
-
-    fn on_nak(&mut self, from: &MemberId, ranges: &[(Pos, Pos)]) {
-        let mut header = self.header();
-        if self.wedged.is_some() {
-            header.flags |= wire::COPY;
-        } else if self.phase != Phase::Leading {
-            return;
-        }
-        let mut budget = RESEND_BYTES;
-        let sent = if self.wedged.is_some() {
-            Pos::start(self.log.next())
-        } else {
-            self.next_send
-        };
-        for (a, b) in ranges.iter().take(crate::fbcast::NAK_RANGES_MAX) {
-            let to = (*b).min(sent);
-            if a.number < self.log.first() {
-                continue; // an old request that was long on its way: whoever sent it holds this by now
-            }
-            let (bodies, _) = self.log.pack(&header, *a, to, budget, &self.config.limits);
-            budget = budget.saturating_sub(bodies.iter().map(Bytes::len).sum());
-            self.counters.retransmitted += bodies.len() as u64;
-            self.send_bodies(from, bodies);
-            if budget == 0 {
-                break;
-            }
-        }
-    }
-
-    // ---- stability ---------------------------------------------------------------------------------------------
-
-    /// The highest event that every other full member holds.
-    fn full_held(&self) -> u64 {
-        let view = self.view();
-        let held = self
-            .peers
-            .iter()
-            .filter(|(m, _)| view.is_full(m))
-            .map(|(_, p)| p.held);
-        held.min().unwrap_or_else(|| self.log.held())
-    }
-
-    /// `k` acknowledgements make an event stable.
-    pub(crate) fn update_stable(&mut self) {
-        let view = self.view();
-        let mut k = usize::from(view.k);
-        if planted!(self.config, StableAtKMinusOne) {
-            k = k.saturating_sub(1);
-        }
-        let mut held: Vec<u64> = self
-            .peers
-            .iter()
-            .filter(|(m, _)| view.is_full(m))
-            .map(|(_, p)| p.held)
-            .collect();
-        held.sort_unstable_by(|a, b| b.cmp(a));
-        let stable = if k == 0 {
-            self.log.held()
-        } else {
-            held.get(k - 1).copied().unwrap_or(0)
-        };
-        if stable > self.stable {
-            self.stable = stable;
-            self.outputs.push_back(Output::Stable { number: stable });
-            if stable == self.log.held() {
-                self.probe_at = None;
-            }
-        }
-    }
-
-    /// Forgets what every full member holds, and joiners too unless they are far too slow.
-    fn collect(&mut self) {
-        let full = self.full_held();
-        let mut trim = full;
-        let mut slow = Vec::new();
-        for (m, p) in self
-            .peers
-            .iter()
-            .filter(|(m, _)| self.view().joiner(m).is_some())
-        {
-            let bytes = self.log.bytes_between(p.held, full);
-            if bytes > self.config.limits.joiner_bytes_max {
-                slow.push(m.clone());
-            } else if !self.dropped.contains(m) {
-                trim = trim.min(p.held);
-            }
-        }
-        for m in slow {
-            self.drop_joiner(&m);
-        }
-        if planted!(self.config, EarlyTrim) {
-            trim = self.stable;
-        }
-        self.trim = self.trim.max(full.min(trim));
-        self.log.trim_to(trim);
-    }
-
-    pub(crate) fn drop_joiner(&mut self, joiner: &MemberId) {
-        if self.phase == Phase::Leading
-            && self.view().joiner(joiner).is_some()
-            && self.dropped.insert(joiner.clone())
-        {
-            self.notice(Notice::JoinerDropped {
-                member: joiner.clone(),
-            });
-        }
-    }
-
-    // ---- state transfer ----------------------------------------------------------------------------------------
-
-    fn on_pieces_wanted(&mut self, from: &MemberId, since: u64, offset: u64, len: u32) {
-        let header = self.header();
-        let Some(Some(donor)) = self.donors.get_mut(from) else {
-            return;
-        };
-        let bodies = donor.pieces(&header, since, offset, len, &self.config.limits);
-        self.send_bodies(from, bodies);
-    }
-
-    fn on_piece(&mut self, piece: &Piece<'_>) {
-        let Some(r) = &mut self.receiving else { return };
-        if piece.since != self.joined_since || r.done() {
-            return;
-        }
-        let had_total = r.total().is_some();
-        let got = r.take(self.now, piece, &self.config.limits);
-        let total = r.total().unwrap_or(piece.total);
-        let done = r.done();
-        if !had_total {
-            tracing::debug!(bytes = total, "checkpoint begins");
-        }
-        for (offset, bytes) in got {
-            self.outputs.push_back(Output::CheckpointChunk {
-                offset,
-                total,
-                bytes,
-            });
-        }
-        if done {
-            self.receiving = None;
-            self.checkpoint_done = true;
-            self.outputs.push_back(Output::CheckpointDone);
-            self.deliver();
-        }
-    }
-
-    fn ask_for_pieces(&mut self) {
-        if self.phase != Phase::Joining || self.wedged.is_some() {
-            return;
-        }
-        let since = self.joined_since;
-        while let Some((offset, len)) = self
-            .receiving
-            .as_mut()
-            .and_then(|r| r.want(self.now, &self.config.limits))
-        {
-            let leader = self.view().leader().clone();
-            self.send(&leader, Message::PiecesWanted { since, offset, len });
-        }
-    }
-
-    /// Whether the checkpoint has come in whole.
-    pub(crate) fn has_checkpoint(&self) -> bool {
-        self.checkpoint_done
     }
 
     // ---- resets at a view's beginning --------------------------------------------------------------------------

@@ -645,6 +645,12 @@ impl Core {
         } else {
             self.config.lease
         };
+        // The old leader may have spoken for a lease after its last datagram that anyone here heard.
+        let ahead = if planted!(self.config, ClockWithoutLease) {
+            0
+        } else {
+            micros(view.lease().max(lease))
+        };
         View {
             instance: view.instance,
             generation: view.generation,
@@ -652,7 +658,7 @@ impl Core {
             k,
             lease_us: micros(lease),
             // Every acknowledgement's clock was observed when it came (R4).
-            clock_us: self.clock.now(self.now) + micros(view.lease().max(lease)),
+            clock_us: self.clock.now(self.now) + ahead,
             cut,
             proposal: self.rng.next_u128(),
             full,

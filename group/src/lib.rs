@@ -34,9 +34,11 @@ mod fbcast;
 mod flush;
 mod membership;
 mod output;
+mod receiving;
 mod rng;
 #[cfg(any(test, feature = "faults"))]
 pub mod sim;
+mod stability;
 mod time;
 mod transfer;
 mod view;

@@ -8,6 +8,7 @@ mod control;
 mod invariants;
 mod network;
 mod plan;
+mod processes;
 mod registry;
 mod world;
 

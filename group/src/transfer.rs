@@ -2,8 +2,11 @@
 //! the leader's traffic, and a lost piece costs one more request.
 
 use crate::config::Limits;
+use crate::core::{Core, Phase};
+use crate::output::Output;
 use crate::time::Instant;
-use crate::wire::{self, Header, Piece};
+use crate::view::MemberId;
+use crate::wire::{self, Header, Message, Piece};
 use bytes::{Bytes, BytesMut};
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -184,6 +187,64 @@ impl Receiving {
 
 fn window(limits: &Limits) -> u64 {
     u64::from(limits.transfer_window_bytes)
+}
+
+impl Core {
+    pub(crate) fn on_pieces_wanted(&mut self, from: &MemberId, since: u64, offset: u64, len: u32) {
+        let header = self.header();
+        let Some(Some(donor)) = self.donors.get_mut(from) else {
+            return;
+        };
+        let bodies = donor.pieces(&header, since, offset, len, &self.config.limits);
+        self.send_bodies(from, bodies);
+    }
+
+    pub(crate) fn on_piece(&mut self, piece: &Piece<'_>) {
+        let Some(r) = &mut self.receiving else { return };
+        if piece.since != self.joined_since || r.done() {
+            return;
+        }
+        let had_total = r.total().is_some();
+        let got = r.take(self.now, piece, &self.config.limits);
+        let total = r.total().unwrap_or(piece.total);
+        let done = r.done();
+        if !had_total {
+            tracing::debug!(bytes = total, "checkpoint begins");
+        }
+        for (offset, bytes) in got {
+            self.outputs.push_back(Output::CheckpointChunk {
+                offset,
+                total,
+                bytes,
+            });
+        }
+        if done {
+            self.receiving = None;
+            self.checkpoint_done = true;
+            self.outputs.push_back(Output::CheckpointDone);
+            self.deliver();
+        }
+    }
+
+    pub(crate) fn ask_for_pieces(&mut self) {
+        if self.phase != Phase::Joining || self.wedged.is_some() {
+            return;
+        }
+        let since = self.joined_since;
+        while let Some((offset, len)) = self
+            .receiving
+            .as_mut()
+            .and_then(|r| r.want(self.now, &self.config.limits))
+        {
+            let leader = self.view().leader().clone();
+            self.send(&leader, Message::PiecesWanted { since, offset, len });
+        }
+    }
+
+    /// Whether the checkpoint has come in whole.
+    pub(crate) fn has_checkpoint(&self) -> bool {
+        self.checkpoint_done
+    }
 }
 
 #[cfg(test)]

@@ -27,6 +27,7 @@ fn fault(name: &str) -> Option<unbroken_group::Fault> {
         RestartSurvives,
         EarlyTrim,
         JoinerSkipsOne,
+        ClockWithoutLease,
     ]
     .into_iter()
     .find(|f| format!("{f:?}").eq_ignore_ascii_case(&name.replace('-', "")))

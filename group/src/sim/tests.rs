@@ -109,3 +109,13 @@ fn a_restarted_process_that_survives_is_found() {
 fn a_joiner_that_misses_an_event_is_found() {
     found(Fault::JoinerSkipsOne, &["fifo", "view synchrony"]);
 }
+
+#[test]
+fn a_service_clock_that_forgets_the_lease_is_found() {
+    found(Fault::ClockWithoutLease, &["service clock"]);
+}
+
+#[test]
+fn forgetting_events_too_early_is_found() {
+    found(Fault::EarlyTrim, &["liveness", "view synchrony", "fifo"]);
+}

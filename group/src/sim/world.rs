@@ -6,7 +6,6 @@ use super::invariants::{self, Invariant, Observed};
 use super::network::{Network, below, chance};
 use super::plan::{self, HEALED_AT, Options, Trouble};
 use super::registry::{Registry, Request};
-use crate::config::Config;
 use crate::core::Core;
 use crate::output::{Command, ControlEvent, Output, RegistryReply, Role};
 use crate::rng::Rng;
@@ -14,14 +13,12 @@ use crate::time::Instant;
 use crate::view::MemberId;
 use bytes::Bytes;
 use std::collections::{BTreeMap, VecDeque};
-use std::time::Duration;
 
 /// After healing, all must be well within this long.
 const LIVE_WITHIN: u64 = 8_000_000;
 /// Datagrams that the kernel keeps for a process that is stopped.
 const INBOX_MAX: usize = 3000;
 const REGISTRY_GIVES_UP: u64 = 60_000;
-const CHALLENGE_AGAIN: u64 = 500_000;
 
 /// How a run ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -58,7 +55,7 @@ pub struct Report {
     pub longest_silence_us: u64,
 }
 
-enum Happening {
+pub(super) enum Happening {
     Timer {
         node: usize,
         epoch: u64,
@@ -113,52 +110,52 @@ enum Happening {
 }
 
 #[derive(Clone)]
-enum Incoming {
+pub(super) enum Incoming {
     Datagram { from: MemberId, body: Bytes },
     Control { peer: usize, event: ControlEvent },
     Registry { epoch: u64, reply: RegistryReply },
 }
 
-struct Node {
-    name: String,
-    core: Option<Core>,
+pub(super) struct Node {
+    pub(super) name: String,
+    pub(super) core: Option<Core>,
     /// Counts cores; what belongs to an older one is void.
-    epoch: u64,
+    pub(super) epoch: u64,
     /// Counts processes.
-    life: u64,
-    alive: bool,
-    stopped: bool,
-    app: App,
-    generation: u32,
-    view: u64,
-    inbox: VecDeque<Incoming>,
-    skew_ppm: i64,
-    offset: u64,
-    registry_off: bool,
-    checkpoint_bytes: Option<u64>,
-    connections: Vec<(Connection, Instant)>,
-    timer_at: u64,
+    pub(super) life: u64,
+    pub(super) alive: bool,
+    pub(super) stopped: bool,
+    pub(super) app: App,
+    pub(super) generation: u32,
+    pub(super) view: u64,
+    pub(super) inbox: VecDeque<Incoming>,
+    pub(super) skew_ppm: i64,
+    pub(super) offset: u64,
+    pub(super) registry_off: bool,
+    pub(super) checkpoint_bytes: Option<u64>,
+    pub(super) connections: Vec<(Connection, Instant)>,
+    pub(super) timer_at: u64,
 }
 
-struct World {
-    options: Options,
-    rng: Rng,
-    now: u64,
-    seq: u64,
-    queue: BTreeMap<(u64, u64), Happening>,
-    nodes: Vec<Node>,
-    network: Network,
-    registry: Registry,
-    invariants: Vec<Box<dyn Invariant>>,
-    failure: Option<(String, String)>,
-    fingerprint: u64,
-    steps: u64,
-    views: u64,
-    events: u64,
-    stable_since_heal: bool,
-    healed: bool,
-    spoke_at: u64,
-    longest_silence_us: u64,
+pub(super) struct World {
+    pub(super) options: Options,
+    pub(super) rng: Rng,
+    pub(super) now: u64,
+    pub(super) seq: u64,
+    pub(super) queue: BTreeMap<(u64, u64), Happening>,
+    pub(super) nodes: Vec<Node>,
+    pub(super) network: Network,
+    pub(super) registry: Registry,
+    pub(super) invariants: Vec<Box<dyn Invariant>>,
+    pub(super) failure: Option<(String, String)>,
+    pub(super) fingerprint: u64,
+    pub(super) steps: u64,
+    pub(super) views: u64,
+    pub(super) events: u64,
+    pub(super) stable_since_heal: bool,
+    pub(super) healed: bool,
+    pub(super) spoke_at: u64,
+    pub(super) longest_silence_us: u64,
 }
 
 /// Runs one seed to its end.
@@ -265,7 +262,7 @@ impl World {
         self.queue.insert((at.max(self.now), self.seq), what);
     }
 
-    fn after(&mut self, us: u64, what: Happening) {
+    pub(super) fn after(&mut self, us: u64, what: Happening) {
         self.at(self.now + us, what);
     }
 
@@ -274,7 +271,7 @@ impl World {
         self.failure.get_or_insert((invariant.to_owned(), what));
     }
 
-    fn log(&mut self, line: impl FnOnce() -> String) {
+    pub(super) fn log(&mut self, line: impl FnOnce() -> String) {
         let line = line();
         self.fingerprint = app::mix(self.fingerprint ^ app::digest(line.as_bytes()) ^ self.now);
         if self.options.trace {
@@ -284,7 +281,7 @@ impl World {
 
     // ---- clocks ------------------------------------------------------------------------------------------------
 
-    fn local(&self, node: usize, at: u64) -> Instant {
+    pub(super) fn local(&self, node: usize, at: u64) -> Instant {
         let n = &self.nodes[node];
         let at = i128::from(at);
         let skewed = at + at * i128::from(n.skew_ppm) / 1_000_000 + i128::from(n.offset);
@@ -402,7 +399,7 @@ impl World {
         }
     }
 
-    fn arrives(&mut self, node: usize, what: Incoming) {
+    pub(super) fn arrives(&mut self, node: usize, what: Incoming) {
         match what {
             Incoming::Datagram { from, body } => {
                 self.call(node, |core, now| core.handle_datagram(now, &from, &body));
@@ -420,7 +417,7 @@ impl World {
         }
     }
 
-    fn call(&mut self, node: usize, f: impl FnOnce(&mut Core, Instant)) {
+    pub(super) fn call(&mut self, node: usize, f: impl FnOnce(&mut Core, Instant)) {
         if !self.nodes[node].alive || self.nodes[node].stopped {
             return;
         }
@@ -673,320 +670,6 @@ impl World {
         self.after(us, Happening::Arrives { node, life, what });
     }
 
-    // ---- control connections -----------------------------------------------------------------------------------
-
-    fn tell(&mut self, at: usize, peer: usize, us: u64, event: ControlEvent) {
-        let life = self.nodes[at].life;
-        let what = Incoming::Control { peer, event };
-        self.after(
-            us,
-            Happening::Arrives {
-                node: at,
-                life,
-                what,
-            },
-        );
-    }
-
-    fn redial(&mut self, from: usize, to: usize, us: u64) {
-        let c = &mut self.nodes[from].connections[to].0;
-        c.attempt += 1;
-        let attempt = c.attempt;
-        self.after(us, Happening::Dial { from, to, attempt });
-    }
-
-    fn dial(&mut self, from: usize, to: usize, attempt: u64) {
-        let n = &self.nodes[from];
-        if !n.alive || n.connections[to].0.attempt != attempt {
-            return;
-        }
-        if n.stopped || !self.network.both_ways(from, to) {
-            return self.redial(from, to, 50_000);
-        }
-        let since = self.local(from, self.now);
-        let t = &self.nodes[to];
-        if !t.alive {
-            self.tell(from, to, 100, ControlEvent::Refused { since });
-            return self.redial(from, to, 20_000);
-        }
-        let Some(core) = t.core.as_ref().filter(|_| !t.stopped) else {
-            return self.redial(from, to, 50_000);
-        };
-        let incarnation = core.me().incarnation;
-        self.nodes[from].connections[to] = (
-            Connection {
-                up: Some(incarnation),
-                attempt,
-            },
-            since,
-        );
-        self.after(CHALLENGE_AGAIN, Happening::Challenge { from, to, attempt });
-        let us = 100 + below(&mut self.rng, 300);
-        self.tell(from, to, us, ControlEvent::Connected { incarnation, since });
-    }
-
-    /// A connection that is up is asked again now and then who is there, so that evidence is never older than a view.
-    fn challenge(&mut self, from: usize, to: usize, attempt: u64) {
-        let c = self.nodes[from].connections[to].0;
-        if !self.nodes[from].alive || c.attempt != attempt {
-            return;
-        }
-        self.after(CHALLENGE_AGAIN, Happening::Challenge { from, to, attempt });
-        let t = &self.nodes[to];
-        let there = t
-            .core
-            .as_ref()
-            .filter(|_| t.alive && !t.stopped)
-            .map(|c| c.me().incarnation);
-        let asks = !self.nodes[from].stopped && self.network.both_ways(from, to);
-        if let (Some(incarnation), true) = (there.filter(|i| c.up == Some(*i)), asks) {
-            let since = self.local(from, self.now);
-            self.nodes[from].connections[to].1 = since;
-            self.tell(
-                from,
-                to,
-                200,
-                ControlEvent::Connected { incarnation, since },
-            );
-        }
-    }
-
-    /// The incarnation of `node` is over: its connections end at the other ends.
-    fn hang_up(&mut self, node: usize) {
-        let Some(core) = &self.nodes[node].core else {
-            return;
-        };
-        let mine = core.me().incarnation;
-        for at in 0..self.nodes.len() {
-            let c = self.nodes[at].connections[node].0;
-            if at != node && self.nodes[at].alive && c.up == Some(mine) {
-                let us = 50 + below(&mut self.rng, 100);
-                let us = if self.network.both_ways(at, node) {
-                    us
-                } else {
-                    1_000_000
-                };
-                let attempt = c.attempt;
-                self.after(
-                    us,
-                    Happening::Ends {
-                        at,
-                        peer: node,
-                        incarnation: mine,
-                        attempt,
-                    },
-                );
-            }
-        }
-    }
-
-    // ---- processes ---------------------------------------------------------------------------------------------
-
-    fn new_core(&mut self, node: usize) {
-        self.hang_up(node);
-        let incarnation = self.rng.next_u128();
-        let members = self.nodes.iter().map(|n| n.name.clone()).collect();
-        let me = MemberId::new(self.nodes[node].name.clone(), incarnation);
-        let mut config = Config::new(1, me.clone(), members, self.rng.next_u128());
-        config.total_failure_after = Duration::from_millis(400);
-        config.lease_alone = Duration::from_millis(100);
-        config.limits.flight_bytes_max = 64 << 10;
-        #[cfg(any(test, feature = "faults"))]
-        {
-            config.fault = self.options.fault;
-        }
-        let now = self.local(node, self.now);
-        let core = Core::new(config, self.rng.next_u64(), now);
-        let n = &mut self.nodes[node];
-        n.core = Some(core);
-        n.epoch += 1;
-        n.app = App::default();
-        n.view = 0;
-        n.timer_at = u64::MAX;
-        self.log(|| format!("{me} begins"));
-        for peer in 0..self.nodes.len() {
-            let (c, since) = self.nodes[node].connections[peer];
-            if let Some(incarnation) = c.up {
-                self.tell(
-                    node,
-                    peer,
-                    0,
-                    ControlEvent::Connected { incarnation, since },
-                );
-            }
-        }
-        self.call(node, |core, now| {
-            core.handle_command(now, Command::Join)
-                .expect("a new core joins once");
-        });
-    }
-
-    fn crash(&mut self, node: usize) {
-        if !self.nodes[node].alive {
-            return;
-        }
-        self.log(|| format!("r{} crashes", node + 1));
-        self.hang_up(node);
-        let n = &mut self.nodes[node];
-        n.alive = false;
-        n.stopped = false;
-        n.core = None;
-        n.life += 1;
-        n.epoch += 1;
-        n.inbox.clear();
-        for c in &mut n.connections {
-            c.0.up = None;
-            c.0.attempt += 1;
-        }
-    }
-
-    fn start(&mut self, node: usize) {
-        if self.nodes[node].alive {
-            return;
-        }
-        let n = &mut self.nodes[node];
-        n.alive = true;
-        n.life += 1;
-        for peer in (0..self.nodes.len()).filter(|p| *p != node) {
-            self.redial(node, peer, 10);
-        }
-        self.new_core(node);
-    }
-
-    fn stop(&mut self, node: usize, us: u64) {
-        let n = &mut self.nodes[node];
-        if n.alive && !n.stopped {
-            n.stopped = true;
-            let life = n.life;
-            self.log(|| format!("r{} is stopped for {us} us", node + 1));
-            self.after(us, Happening::Resume { node, life });
-        }
-    }
-
-    fn resume(&mut self, node: usize) {
-        if !self.nodes[node].stopped {
-            return;
-        }
-        self.log(|| format!("r{} goes on", node + 1));
-        self.nodes[node].stopped = false;
-        // Sockets are drained before timers are judged.
-        while let Some(what) = self.nodes[node].inbox.pop_front() {
-            self.arrives(node, what);
-        }
-        self.nodes[node].timer_at = u64::MAX;
-        self.call(node, |core, now| core.handle_timeout(now));
-    }
-
-    fn leader(&self) -> Option<usize> {
-        let leads = |n: &Node| n.core.as_ref().is_some_and(Core::can_multicast);
-        self.nodes
-            .iter()
-            .position(|n| n.alive && !n.stopped && leads(n))
-    }
-
-    fn trouble(&mut self, trouble: Trouble) {
-        self.log(|| format!("trouble: {trouble:?}"));
-        match trouble {
-            Trouble::Crash(n) => self.crash(n),
-            Trouble::Restart(n) => self.start(n),
-            Trouble::Pause(n, us) => self.stop(n, us),
-            Trouble::Cut(ways) => ways.into_iter().for_each(|(a, b)| self.network.cut(a, b)),
-            Trouble::Heal => {
-                self.network.heal();
-                self.network.loss = self.network.loss.min(300);
-            }
-            Trouble::Noise {
-                loss,
-                duplicates,
-                reorder,
-            } => {
-                self.network.loss = loss;
-                self.network.duplicates = duplicates;
-                self.network.reorder = reorder;
-            }
-            Trouble::RegistryOff(n) => self.nodes[n].registry_off = true,
-            Trouble::RegistryOn => self.nodes.iter_mut().for_each(|n| n.registry_off = false),
-            Trouble::HandOver => {
-                if let Some(n) = self.leader() {
-                    self.call(n, |core, now| {
-                        let _ = core.handle_command(now, Command::HandOver);
-                    });
-                }
-            }
-            Trouble::Leave(n) => self.call(n, |core, now| {
-                let _ = core.handle_command(now, Command::Leave);
-            }),
-            Trouble::CrashLeader => {
-                if let Some(n) = self.leader() {
-                    self.crash(n);
-                    let us = 2000 + below(&mut self.rng, 400_000);
-                    self.after(us, Happening::Trouble(Trouble::Restart(n)));
-                }
-            }
-            Trouble::PauseLeader(us) => {
-                if let Some(n) = self.leader() {
-                    self.stop(n, us);
-                }
-            }
-            Trouble::CutLeader => {
-                if let Some(n) = self.leader() {
-                    self.isolate(n);
-                }
-            }
-            Trouble::ResetLeader { cut } => {
-                if let Some(n) = self.leader() {
-                    for at in (0..self.nodes.len()).filter(|o| *o != n) {
-                        if self.nodes[at].connections[n].0.up.take().is_some() {
-                            let end = self.local(at, self.now);
-                            self.tell(at, n, 50, ControlEvent::Ended { at: end });
-                            self.redial(at, n, 100);
-                        }
-                    }
-                    if cut {
-                        self.isolate(n);
-                    }
-                }
-            }
-            Trouble::CrashLeaderAndCut => {
-                if let Some(n) = self.leader() {
-                    for a in 0..self.nodes.len() {
-                        for b in 0..a {
-                            if chance(&mut self.rng, 350) {
-                                self.network.cut(a, b);
-                                self.network.cut(b, a);
-                            }
-                        }
-                    }
-                    // What it sent last may have reached some and not others.
-                    self.network.loss = self.network.loss.max(below(&mut self.rng, 600));
-                    let life = self.nodes[n].life;
-                    let us = below(&mut self.rng, 10_000);
-                    self.after(us, Happening::Kill { node: n, life });
-                }
-            }
-        }
-    }
-
-    fn isolate(&mut self, node: usize) {
-        for other in (0..self.nodes.len()).filter(|o| *o != node) {
-            self.network.cut(node, other);
-            self.network.cut(other, node);
-        }
-    }
-
-    fn heal(&mut self) {
-        self.log(|| "all is healed".into());
-        self.healed = true;
-        self.network.heal();
-        self.network.loss = 0;
-        for node in 0..self.nodes.len() {
-            self.nodes[node].registry_off = false;
-            self.resume(node);
-            self.start(node);
-        }
-        self.after(10_000, Happening::Check);
-    }
-
     // ---- load and judgement ------------------------------------------------------------------------------------
 
     fn load(&mut self) {
@@ -1026,12 +709,14 @@ impl World {
 
     fn watch_emitters(&mut self) {
         let mut who = Vec::new();
+        let mut speaks = Vec::new();
         for (i, n) in self.nodes.iter().enumerate() {
             // One that is stopped counts: frames may still be in its hands.
             if let (true, Some(core)) = (n.alive, &n.core)
                 && core.may_emit(self.local(i, self.now))
             {
                 who.push(core.me().clone());
+                speaks.push((i, core.me().clone()));
             }
         }
         if who.is_empty() {
@@ -1040,6 +725,17 @@ impl World {
                 self.longest_silence_us = self.longest_silence_us.max(silence);
             }
         } else {
+            for (node, me) in &speaks {
+                let n = &self.nodes[*node];
+                let Some(core) = &n.core else { continue };
+                let clock_us = core.service_clock(self.local(*node, self.now));
+                let generation = n.generation;
+                let what = Observed::Clock {
+                    generation,
+                    clock_us,
+                };
+                self.observe(me, &what);
+            }
             self.spoke_at = self.now;
             if who.len() > 1 {
                 let first = who[0].clone();

@@ -1,5 +1,6 @@
 //! What must hold in every run. One file each; a checker counts once it has caught a planted fault (see `tests.rs`).
 
+mod clock;
 mod fifo;
 mod joiner_state;
 mod no_ack_after_wedge;
@@ -45,6 +46,8 @@ pub(crate) enum Observed<'a> {
         applied: u64,
         chain: u64,
     },
+    /// The service clock of one that may emit at this moment.
+    Clock { generation: u32, clock_us: u64 },
     /// These may emit at this moment.
     Emitters(&'a [MemberId]),
 }
@@ -64,6 +67,7 @@ pub(crate) fn all() -> Vec<Box<dyn Invariant>> {
         Box::<no_ack_after_wedge::NoAckAfterWedge>::default(),
         Box::<stable_survives::StableSurvives>::default(),
         Box::<one_leader_emits::OneLeaderEmits>::default(),
+        Box::<clock::Clock>::default(),
         Box::<joiner_state::JoinerState>::default(),
     ]
 }
