@@ -6,7 +6,7 @@
 use crate::config::{Config, planted};
 use crate::detector::{Peer, Proofs};
 use crate::fbcast::{Assembler, EventLog};
-use crate::flush::Proposal;
+use crate::flush::{JOINER_GAP_BYTES, Proposal};
 use crate::membership::Seeking;
 use crate::output::{
     Command, CommandError, ControlEvent, Counters, GroupStatus, Lag, MemberStatus, Notice, Output,
@@ -332,9 +332,15 @@ impl Core {
             && self.log.bytes_after(self.stable) < limits.window_bytes_max
             && self.log.bytes_after(self.full_held()) < limits.retained_bytes_max
             && self.joiners().all(|(m, p)| {
+                // One that is ready shall come near enough to become full.
+                let most = if p.ready {
+                    JOINER_GAP_BYTES / 2
+                } else {
+                    limits.window_bytes_max
+                };
                 self.dropped.contains(m)
                     || self.now.since(p.heard) >= self.config.suspect_after
-                    || self.log.bytes_after(p.held) < limits.window_bytes_max
+                    || self.log.bytes_after(p.held) < most
             })
     }
 

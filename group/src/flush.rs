@@ -19,7 +19,7 @@ const STAGGER: Duration = Duration::from_millis(2);
 /// Servers that differ by less than this are equally far; rank decides.
 const LAG_STEP_BYTES: u64 = 1 << 20;
 /// A joiner becomes full when it is at most this far behind.
-const JOINER_GAP_BYTES: u64 = 1 << 20;
+pub(crate) const JOINER_GAP_BYTES: u64 = 1 << 20;
 
 /// One attempt to leave the installed view.
 pub(crate) struct Proposal {
