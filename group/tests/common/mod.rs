@@ -146,6 +146,7 @@ impl Cluster {
                 driver: Driver::open(&me.name, &members, &[7; 32], now(started)).unwrap(),
                 core: Core::new(config.clone(), 1, now(started)),
                 config,
+                trace: std::env::var_os("GROUP_TRACE").is_some(),
                 registry,
                 replies: VecDeque::new(),
                 seen,
@@ -174,6 +175,7 @@ pub(crate) fn fold(digest: u64, number: u64, payload: &[u8]) -> u64 {
 
 struct Node {
     config: Config,
+    trace: bool,
     poll: Poll,
     driver: Driver,
     core: Core,
@@ -315,11 +317,8 @@ impl Node {
                 }
                 // A loaded machine may stop a thread for long enough to be excluded: it joins anew, as a node does.
                 Output::Outside => outside = true,
-                Output::Notice(n) => {
-                    if std::env::var_os("GROUP_TRACE").is_some() {
-                        let us = now(self.started).micros();
-                        println!("{us:>9} {} {n:?}", self.core.me());
-                    }
+                Output::Notice(n) if self.trace => {
+                    println!("{:>9} {} {n:?}", now(self.started).micros(), self.core.me());
                 }
                 _ => {}
             }
