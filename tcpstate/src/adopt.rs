@@ -197,6 +197,11 @@ impl Sender {
         self.pushed + u64::from(self.closed)
     }
 
+    /// Offset behind the last byte given to the socket.
+    pub(crate) fn pushed(&self) -> u64 {
+        self.pushed
+    }
+
     /// SND.UNA as the socket knows it.
     pub(crate) fn una(&self) -> u64 {
         self.una

@@ -354,6 +354,35 @@ impl Endpoint {
         Fate::Live
     }
 
+    /// What must hold after every input.
+    ///
+    /// # Panics
+    /// If it does not: stopping beats corrupting a stream.
+    pub(crate) fn check_invariants(&self) {
+        let received = self.state.received + u64::from(self.state.peer_fin);
+        assert!(self.peer_acked <= self.snd_nxt, "SND.UNA <= SND.NXT");
+        assert!(
+            self.state.acked <= self.peer_acked,
+            "the record lags what is acknowledged"
+        );
+        assert!(
+            self.last_ack <= self.stable_received,
+            "nothing unstable was acknowledged"
+        );
+        assert!(
+            self.stable_received <= received,
+            "nothing is stable that was not received"
+        );
+        if let Some(sender) = &self.sender {
+            let start = self.produced - self.gate.len() as u64;
+            assert_eq!(
+                sender.pushed(),
+                start,
+                "the gate follows the library without a gap"
+            );
+        }
+    }
+
     /// Its next deadline.
     pub(crate) fn poll_timeout(&mut self, library: &mut Library, now: Instant) -> Option<Instant> {
         if self.resetting {

@@ -60,6 +60,8 @@ pub(crate) struct Record {
     pub(crate) retained: VecDeque<u8>,
     /// Offset behind our server's last byte.
     pub(crate) produced: u64,
+    /// What our server is known to have taken; told only once this node leads.
+    pub(crate) consumed: u64,
     /// Our server closed its side.
     pub(crate) server_fin: bool,
     /// Our server broke off, or could not be reached.
@@ -83,6 +85,7 @@ impl Record {
             state,
             retained: VecDeque::new(),
             produced: 0,
+            consumed: 0,
             server_fin: false,
             server_reset: false,
         }

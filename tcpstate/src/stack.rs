@@ -264,6 +264,11 @@ impl Stack {
 
     /// This node's server has taken its input up to stream offset `offset`.
     pub fn handle_consumed(&mut self, now: Instant, conn: ConnId, offset: u64) {
+        // What is still to be taken up waits for its turn.
+        if let Some(record) = self.inherited.get_mut(&conn) {
+            record.consumed = record.consumed.max(offset);
+            return;
+        }
         self.with(now, conn, |endpoint, cx| {
             endpoint.handle_consumed(offset);
             endpoint.pump(cx)
@@ -411,6 +416,7 @@ impl Stack {
             log: &mut self.log,
         };
         let fate = react(endpoint, &mut cx);
+        endpoint.check_invariants();
         let ending = match fate {
             Fate::Live => {
                 let at = endpoint.poll_timeout(&mut self.library, now);
@@ -445,7 +451,7 @@ impl Stack {
             record.produced -= over as u64;
         }
         let retained = record.retained.make_contiguous();
-        let endpoint = Endpoint::adopt(
+        let mut endpoint = Endpoint::adopt(
             now,
             &self.config,
             conn,
@@ -454,6 +460,7 @@ impl Stack {
             record.produced,
             true,
         );
+        endpoint.handle_consumed(record.consumed);
         self.counters.adopted += 1;
         self.endpoints.insert(conn, endpoint);
         self.with(now, conn, Endpoint::greet);

@@ -431,3 +431,52 @@ fn connections_are_named_by_their_open_event() {
     assert_eq!(b.stack.next_event(), EventNo(3));
     assert_eq!(b.stack.connections(), 2);
 }
+
+/// `ordering = "total"`: B's answer may depend on A's question, and waits for that event.
+#[test]
+fn output_may_wait_for_another_connections_event() {
+    let mut b = Bench::new(config(false));
+    let (a, iss) = b.open(1);
+    b.peer.set_port(1_000);
+    let (other, _) = b.open(2);
+    b.peer.set_port(49_500);
+    let out = b.peer_sends(data(2, iss.wrapping_add(1), b"SET x 1"));
+    let Out::Event(number, _) = out[0] else {
+        panic!()
+    };
+    nothing(b.server_says(other, b"x is 1", number));
+    let out = segs(b.stable());
+    assert_eq!(
+        out.iter().map(|s| &s.payload[..]).collect::<Vec<_>>(),
+        [&b"x is 1"[..]]
+    );
+    assert_eq!(b.stack.output_produced(a), 0);
+}
+
+/// A client that restarted, and uses its old port: RFC 5961 §4.2's dance, then a new connection.
+#[test]
+fn a_restarted_client_gets_its_port_back() {
+    let mut b = Bench::new(config(true));
+    let (_, iss) = b.open(99);
+    b.peer_sends(data(100, iss.wrapping_add(1), b"unstable still"));
+    let s = one_seg(b.peer_sends(Seg {
+        seq: 5_000_000,
+        ..SYN
+    }));
+    assert_eq!((s.flags, s.ack), ("A", 100), "the ACK is clamped");
+    let out = b.peer_sends(Seg {
+        flags: "R",
+        ..data(s.ack, 0, b"")
+    });
+    assert!(matches!(
+        events(&out)[..],
+        [Event::Reset {
+            by: ResetBy::Peer,
+            ..
+        }]
+    ));
+    let (conn, fresh) = b.open(5_000_000);
+    assert_ne!(fresh, iss);
+    assert_eq!(b.stack.connections(), 1);
+    assert_eq!(b.stack.state(conn).map(|s| s.received), Some(0));
+}

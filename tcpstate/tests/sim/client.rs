@@ -243,8 +243,10 @@ impl Client {
         socket.into_iter().chain(slow).min()
     }
 
-    /// Whether it is through.
+    /// Whether it is through, and has read everything.
     pub fn finished(&self) -> bool {
-        self.ever_open && matches!(self.state(), tcp::State::Closed | tcp::State::TimeWait)
+        let s = self.sockets.get::<tcp::Socket>(self.handle);
+        let over = matches!(s.state(), tcp::State::Closed | tcp::State::TimeWait);
+        self.ever_open && over && !s.can_recv()
     }
 }
