@@ -145,12 +145,17 @@ impl Recovery {
         self.progress_at + wait.min(NO_PROGRESS_MAX)
     }
 
-    /// The timer fired: send the oldest segment again. The first time may be a lost tail (a probe
-    /// then repairs it, RFC 8985 §7); later the window starts over.
+    /// The timer fired: send the oldest segment again. The first time it may be a lost tail, or an
+    /// ACK that is late, and costs nothing but the probe (RFC 8985 §7); then the window starts over.
     pub(crate) fn on_timeout(&mut self, now: Instant, una: u64, nxt: u64) {
-        self.enter(una, nxt);
         if self.backoff > 0 {
+            self.enter(una, nxt);
             self.cwnd = self.mss;
+        } else if self.recover.is_none() {
+            // What follows it is lost too, if the answer is a partial ACK.
+            self.recover = Some(nxt);
+            self.ssthresh = self.cwnd;
+            self.sample = None;
         }
         self.backoff = self.backoff.saturating_add(1);
         self.dup_acks = 0;
