@@ -303,6 +303,7 @@ impl Endpoint {
             self.silence_check_at = cx.now + cx.config.give_up_after / SILENCES_MAX;
         }
         self.on_recovery_timeout(cx);
+        self.drop_idle_sender(cx.now);
         self.pump(cx)
     }
 
@@ -388,7 +389,8 @@ impl Endpoint {
         if self.resetting {
             return None;
         }
-        let mut next = [self.ack_due, self.acked_due].into_iter().flatten().min();
+        let due = [self.ack_due, self.acked_due, self.sender_expiry()];
+        let mut next = due.into_iter().flatten().min();
         let mut sooner = |at: Instant| next = Some(next.map_or(at, |n| n.min(at)));
         if self.outstanding() {
             sooner(self.silence_check_at);

@@ -4,6 +4,9 @@ use std::collections::VecDeque;
 
 use crate::event::EventNo;
 
+/// An empty gate keeps no more memory than this.
+const KEPT_BYTES_MAX: usize = 64 * 1024;
+
 /// Bytes of one connection's server, each with the newest event that the server had been given.
 #[derive(Default)]
 pub(crate) struct Gate {
@@ -67,6 +70,9 @@ impl Gate {
     /// Drops `n` bytes from the front, which must be there.
     pub(crate) fn consume(&mut self, mut n: usize) {
         self.bytes.drain(..n);
+        if self.bytes.is_empty() && self.bytes.capacity() > KEPT_BYTES_MAX {
+            self.bytes = VecDeque::new();
+        }
         while n > 0 {
             let (_, len) = self.runs.front_mut().expect("runs cover all bytes");
             let step = n.min(*len);

@@ -138,6 +138,11 @@ impl Recovery {
         self.sample = None;
     }
 
+    /// When there was progress last.
+    pub(crate) fn progress_at(&self) -> Instant {
+        self.progress_at
+    }
+
     /// When the timer fires, if something is outstanding.
     pub(crate) fn deadline(&self) -> Instant {
         let by_round_trip = Duration::from_micros(self.srtt_us.unwrap_or(0) * 2 + 10_000);

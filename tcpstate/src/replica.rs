@@ -53,6 +53,9 @@ impl Image {
     }
 }
 
+/// A record without output keeps no more memory than this.
+const KEPT_BYTES_MAX: usize = 64 * 1024;
+
 /// One connection's record and what its server has said.
 pub(crate) struct Record {
     pub(crate) state: ConnState,
@@ -99,6 +102,9 @@ impl Record {
             .unwrap_or(usize::MAX)
             .min(self.retained.len());
         self.retained.drain(..known);
+        if self.retained.is_empty() && self.retained.capacity() > KEPT_BYTES_MAX {
+            self.retained = VecDeque::new();
+        }
     }
 }
 

@@ -480,3 +480,22 @@ fn a_restarted_client_gets_its_port_back() {
     assert_eq!(b.stack.connections(), 1);
     assert_eq!(b.stack.state(conn).map(|s| s.received), Some(0));
 }
+
+/// An idle connection gives its buffer back; later output finds the numbers where they were.
+#[test]
+fn an_idle_connection_costs_no_timer_and_goes_on() {
+    let mut b = Bench::new(config(false));
+    let (conn, iss) = b.open(99);
+    let mut ack = iss.wrapping_add(1);
+    for round in 1..=3u64 {
+        let s = one_seg(b.server_says(conn, b"tick", 1));
+        assert_eq!((s.seq, &s.payload[..]), (ack, &b"tick"[..]));
+        ack = ack.wrapping_add(4);
+        b.peer_sends(data(100, ack, b""));
+        let out = b.at(1_000 + round * 20_000);
+        assert!(segs(out).is_empty());
+        assert_eq!(b.stack.poll_timeout(), None);
+    }
+    b.stack.handle_server_fin(b.now, conn);
+    assert_eq!(one_seg(b.stable()).seq, ack);
+}

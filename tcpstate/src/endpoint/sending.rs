@@ -1,16 +1,21 @@
 //! To the client: the server's bytes through the gate into the library, and its segments onto the
 //! wire with a header of ours.
 
+use std::time::Duration;
+
 use super::{ACKED_LATE_MAX, Context, Endpoint, Fate, Mark};
 use crate::adopt::{Emitted, LibraryFault, Sender, Terms};
 use crate::config::Config;
 use crate::event::{Event, EventNo, ResetBy};
 use crate::output::{HEADROOM, Output, Packet};
 use crate::segment::{Segment, TIMESTAMP_LEN, flag, seal, timestamp_option};
+use crate::time::{Instant, micros_of};
 
 /// How far beyond what this leader knows an acknowledgement is believed after a takeover: the
 /// earlier leader may have sent that much more than the record says.
 const ADOPTED_ACK_SLACK: u64 = 1 << 30;
+/// An idle connection gives its transmit buffer back after this long, or twice that.
+const SENDER_IDLE: Duration = Duration::from_secs(4);
 /// RFC 5961 §5.2: an acknowledgement older than this is a forgery.
 const OLD_ACK_MAX: u64 = 1 << 30;
 
@@ -127,7 +132,20 @@ impl Endpoint {
         {
             sender.skip(known as u64);
         }
-        let bytes = &bytes[known..];
+        let mut bytes = &bytes[known..];
+        // The common case takes no detour: nothing waits, and this need not.
+        if self.gate.is_empty()
+            && tag <= cx.stable
+            && let budget = self.budget_for(bytes.len())
+            && let Some(sender) = self.sender.as_mut()
+        {
+            let n = sender.push(&bytes[..budget]);
+            self.produced += n as u64;
+            bytes = &bytes[n..];
+            if n > 0 && !self.outstanding() {
+                self.recovery.restart(cx.now);
+            }
+        }
         self.gate.append(bytes, tag);
         self.produced += bytes.len() as u64;
         self.pump(cx)
@@ -186,7 +204,7 @@ impl Endpoint {
     pub(super) fn send_what_may_leave(&mut self, cx: &mut Context<'_>) -> Result<(), LibraryFault> {
         self.sync_sender(cx)?;
         self.pass_over_acknowledged();
-        let mut budget = self.push_budget(cx.stable);
+        let mut budget = self.budget_for(self.gate.released_len(cx.stable));
         let pushed = budget > 0;
         while budget > 0 {
             let sender = match &mut self.sender {
@@ -221,10 +239,9 @@ impl Endpoint {
         Ok(())
     }
 
-    /// How much of what is released may enter the library now: what the congestion window leaves, in
+    /// How many of `ready` bytes may enter the library now: what the congestion window leaves, in
     /// whole segments unless it is the tail (RFC 9293 §3.8.6.2.1: no silly small ones).
-    fn push_budget(&self, stable: EventNo) -> usize {
-        let ready = self.gate.released_len(stable);
+    fn budget_for(&self, ready: usize) -> usize {
         let in_library = self.sender.as_ref().map_or(0, Sender::queued);
         let cwnd = usize::try_from(self.recovery.cwnd()).unwrap_or(usize::MAX);
         let room = cwnd.saturating_sub(in_library);
@@ -369,6 +386,24 @@ impl Endpoint {
             // A lone FIN: the library would wait for its own timer.
             let seq = self.state.iss.at_offset(self.peer_acked);
             self.send_header(cx, seq, flag::FIN);
+        }
+    }
+
+    /// When the library's socket, which is idle, may go. In steps, so that an active connection does
+    /// not move a timer with every segment.
+    pub(super) fn sender_expiry(&self) -> Option<Instant> {
+        let sender = self.sender.as_ref()?;
+        let idle = !sender.has_bytes() && !sender.closed() && self.gate.is_empty();
+        let step = micros_of(SENDER_IDLE);
+        let last = self.recovery.progress_at().micros();
+        idle.then(|| Instant::from_micros((last / step + 2) * step))
+    }
+
+    /// Gives an idle socket's buffer back. The next output makes another, at any offset: that is what
+    /// `adopt` is for.
+    pub(super) fn drop_idle_sender(&mut self, now: Instant) {
+        if self.sender_expiry().is_some_and(|at| at <= now) {
+            self.sender = None;
         }
     }
 
