@@ -30,6 +30,8 @@ pub struct Config {
     pub max_half_open: usize,
     /// Closed tuples remembered at once.
     pub max_closed: usize,
+    /// Bytes that all connections together keep beyond gaps; more are dropped, and come again.
+    pub reassembly_max: usize,
     /// How far a backup reads its server ahead of the client's last known acknowledgement, in bytes
     /// per connection.
     pub retained_output_max: usize,
@@ -54,6 +56,7 @@ impl Config {
             max_connections: 100_000,
             max_half_open: 1_024,
             max_closed: 1 << 18,
+            reassembly_max: 256 * 1024 * 1024,
             retained_output_max: 1024 * 1024,
             give_up_after: Duration::from_secs(900),
             ack_delay: Duration::from_millis(2),

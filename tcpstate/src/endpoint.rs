@@ -46,6 +46,8 @@ pub(crate) struct Context<'a> {
     pub(crate) clock: ServiceClock,
     /// Every event up to here is stable.
     pub(crate) stable: EventNo,
+    /// Bytes that may yet be kept beyond gaps, by all connections together.
+    pub(crate) reassembly_room: usize,
     pub(crate) library: &'a mut Library,
     pub(crate) log: &'a mut Log,
 }
@@ -234,6 +236,11 @@ impl Endpoint {
         &self.state
     }
 
+    /// Bytes kept beyond gaps.
+    pub(crate) fn held(&self) -> usize {
+        self.reassembly.held()
+    }
+
     /// Whether we have announced that it is broken off.
     pub(crate) fn resetting(&self) -> bool {
         self.resetting
@@ -314,6 +321,7 @@ impl Endpoint {
         }
         self.resetting = true;
         self.sender = None;
+        self.reassembly = Reassembly::default();
         let number = self.announce(cx, Event::Reset { conn: self.id, by });
         self.unstable.push_back((number, Mark::Reset));
         cx.log

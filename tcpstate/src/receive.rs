@@ -19,6 +19,8 @@ const PIECES_MAX: usize = 256;
 #[derive(Debug, Default)]
 pub(crate) struct Reassembly {
     pieces: BTreeMap<u64, Bytes>,
+    /// Bytes in `pieces`.
+    held: usize,
     /// Offset of the client's FIN, once seen.
     fin_at: Option<u64>,
     /// Start of the piece that arrived last: its block is reported first (RFC 2018 §4).
@@ -68,6 +70,11 @@ pub(crate) fn trim(
 }
 
 impl Reassembly {
+    /// Bytes kept beyond gaps.
+    pub(crate) fn held(&self) -> usize {
+        self.held
+    }
+
     /// Whether anything waits behind a gap.
     pub(crate) fn has_gap(&self) -> bool {
         !self.pieces.is_empty()
@@ -106,6 +113,7 @@ impl Reassembly {
             };
             let free = usize::try_from(free).unwrap_or(usize::MAX).min(bytes.len());
             if free > 0 {
+                self.held += free;
                 self.pieces
                     .insert(offset, Bytes::copy_from_slice(&bytes[..free]));
             }
@@ -124,6 +132,7 @@ impl Reassembly {
                 return None;
             }
             let (_, piece) = self.pieces.pop_first()?;
+            self.held -= piece.len();
             let old = usize::try_from(received - start).unwrap_or(usize::MAX);
             if old < piece.len() {
                 return Some(piece.slice(old..));
@@ -210,7 +219,7 @@ mod tests {
                 }
             }
             assert_eq!(got, stream, "rotation {rotation}");
-            assert!(!r.has_gap());
+            assert!(!r.has_gap() && r.held() == 0);
         }
     }
 

@@ -79,6 +79,8 @@ pub struct Stack {
     half_open: HalfOpens,
     closed: ClosedTuples,
     quiet_until: Option<Instant>,
+    /// Bytes kept beyond gaps, by all connections together.
+    held: usize,
     counters: Counters,
 }
 
@@ -121,6 +123,7 @@ impl Stack {
             half_open: HalfOpens::default(),
             closed: ClosedTuples::default(),
             quiet_until: None,
+            held: 0,
             counters: Counters::default(),
         }
     }
@@ -412,13 +415,16 @@ impl Stack {
             config: &self.config,
             clock: self.clock,
             stable: self.stable,
+            reassembly_room: self.config.reassembly_max.saturating_sub(self.held),
             library: &mut self.library,
             log: &mut self.log,
         };
+        self.held -= endpoint.held();
         let fate = react(endpoint, &mut cx);
         endpoint.check_invariants();
         let ending = match fate {
             Fate::Live => {
+                self.held += endpoint.held();
                 let at = endpoint.poll_timeout(&mut self.library, now);
                 self.timers.arm(conn, at);
                 if let Some(tag) = endpoint.waits_for(self.stable) {

@@ -499,3 +499,34 @@ fn an_idle_connection_costs_no_timer_and_goes_on() {
     b.stack.handle_server_fin(b.now, conn);
     assert_eq!(one_seg(b.stable()).seq, ack);
 }
+
+/// What waits beyond gaps is bounded over all connections; the rest comes again.
+#[test]
+fn reassembly_is_bounded_over_all_connections() {
+    let mut c = config(false);
+    c.reassembly_max = 1_000;
+    let mut b = Bench::new(c);
+    let mut ports = Vec::new();
+    for port in 1..=5u16 {
+        b.peer.set_port(port);
+        let (_, iss) = b.open(99);
+        let s = one_seg(b.peer_sends(data(110, iss.wrapping_add(1), &[1; 300])));
+        assert_eq!(s.sack.is_empty(), port > 3, "port {port}");
+        ports.push((port, iss));
+    }
+    // A filled gap, and an end, give room to others.
+    let (port, iss) = ports[0];
+    b.peer.set_port(port);
+    b.peer_sends(data(100, iss.wrapping_add(1), &[1; 10]));
+    let (port, _) = ports[1];
+    b.peer.set_port(port);
+    b.peer_sends(Seg {
+        flags: "R",
+        ..data(100, 0, b"")
+    });
+    for (port, iss) in &ports[3..] {
+        b.peer.set_port(*port);
+        let s = one_seg(b.peer_sends(data(110, iss.wrapping_add(1), &[1; 300])));
+        assert_eq!(s.sack, [(110, 410)]);
+    }
+}

@@ -76,8 +76,6 @@ pub(crate) struct Plane {
     stable: EventNo,
     /// What of it the stack has been told.
     stable_told: EventNo,
-    /// The records at the cut, taken before a takeover issued events of its own.
-    image_at_cut: Option<tcp::Image>,
 }
 
 impl Plane {
@@ -109,7 +107,6 @@ impl Plane {
             datagrams_taken: false,
             stable: EventNo(0),
             stable_told: EventNo(0),
-            image_at_cut: None,
         }
     }
 
@@ -280,7 +277,6 @@ impl Plane {
     fn settle(&mut self, now: BootTime, cx: &mut Context<'_>) {
         loop {
             let group = self.drain_group(now, cx);
-            self.image_at_cut = None;
             if self.stable > self.stable_told
                 && !self.wedged
                 && let Role::Leader(stack) = &mut self.role
@@ -540,9 +536,6 @@ impl Plane {
             at: tcp_time(now),
             value_us: installed.clock_us,
         };
-        if !installed.view.joining.is_empty() {
-            self.image_at_cut = Some(replica.snapshot(tcp_time(now)));
-        }
         let mut stack = Stack::take_over(
             self.config.tcp.clone(),
             self.config.secrets.clone(),
@@ -580,10 +573,7 @@ impl Plane {
         let Role::Leader(stack) = &self.role else {
             return;
         };
-        let image = match &self.image_at_cut {
-            Some(image) => image.clone(),
-            None => stack.snapshot(tcp_time(now)),
-        };
+        let image = stack.snapshot(tcp_time(now));
         let inputs = self.servers.inputs();
         let segments = checkpoint::encode(&image, inputs);
         let bytes: usize = segments.iter().map(Bytes::len).sum();

@@ -104,7 +104,7 @@ impl Endpoint {
         let end = offset + segment.payload.len().cast_signed() as i64;
         self.ack_now |= end > (new.offset + new.bytes.len() as u64).cast_signed();
         if new.offset > received {
-            if !new.bytes.is_empty() {
+            if !new.bytes.is_empty() && new.bytes.len() <= cx.reassembly_room {
                 self.reassembly.keep(new.offset, new.bytes);
             }
             // RFC 5681 §4.2: out of order, so at once, with SACK blocks.
