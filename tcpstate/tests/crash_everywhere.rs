@@ -380,6 +380,28 @@ fn on_a_lossy_path() {
     }
 }
 
+/// Found by this seed: the client held more than the new leader knew of, so it took every segment of
+/// ours for old; its sender had gone back on a timeout, so we took every segment of its for old; and
+/// each answered the other for ever.
+#[test]
+fn old_segments_from_both_sides_end_in_agreement() {
+    run(Plan {
+        app: App::Echo,
+        script: Script {
+            sends: 58_795,
+            close: Close::Sent,
+            timestamps: false,
+            buffer: 5_000,
+            ..script()
+        },
+        offload: true,
+        seed: 21_229,
+        crash_at: Some(22),
+        loss: Some(58),
+        ..CALM
+    });
+}
+
 /// One seed, one run: byte for byte.
 #[test]
 fn a_seed_repeats_its_run() {

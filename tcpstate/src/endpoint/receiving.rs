@@ -37,12 +37,13 @@ impl Endpoint {
         };
         match judge(&view, segment, offset) {
             Verdict::Accept => {}
-            Verdict::Answer => {
-                self.ack_now = true;
-                return false;
-            }
-            Verdict::Challenge => {
-                self.challenge(cx);
+            verdict @ (Verdict::Answer | Verdict::Challenge) => {
+                if verdict == Verdict::Answer {
+                    self.ack_now = true;
+                } else {
+                    self.challenge(cx);
+                }
+                self.learn_from_old(cx, segment, offset);
                 return false;
             }
             Verdict::Drop => return false,
@@ -57,6 +58,17 @@ impl Endpoint {
             self.challenge(cx);
         }
         false
+    }
+
+    /// After a takeover the client may hold more of our output than we know of. Then all we send has
+    /// too low a number for it, and it cannot learn that we have its bytes; if it answers with old
+    /// numbers (a sender that goes back on a timeout), neither side would ever believe the other. An
+    /// acknowledgement is cumulative, so that of an old segment is as true as any.
+    fn learn_from_old(&mut self, cx: &mut Context<'_>, segment: &Segment<'_>, offset: i64) {
+        let plain = segment.has(flag::ACK) && !segment.has(flag::SYN) && !segment.has(flag::RST);
+        if plain && self.adopted(cx.now) && offset <= self.state.received.cast_signed() {
+            self.on_ack(cx, segment, offset);
+        }
     }
 
     fn heard(&mut self, cx: &Context<'_>) {

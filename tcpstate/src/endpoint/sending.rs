@@ -25,6 +25,11 @@ impl Endpoint {
         self.peer_acked < self.snd_nxt
     }
 
+    /// Whether an earlier leader may have sent more than we know of.
+    pub(super) fn adopted(&self, now: Instant) -> bool {
+        self.adopted_until.is_some_and(|until| now < until)
+    }
+
     /// The segment's ACK and window. False: it acknowledges what was never sent; drop it.
     pub(super) fn on_ack(
         &mut self,
@@ -32,8 +37,11 @@ impl Endpoint {
         segment: &Segment<'_>,
         offset: i64,
     ) -> bool {
-        let adopted = self.adopted_until.is_some_and(|until| cx.now < until);
-        let slack = if adopted { ADOPTED_ACK_SLACK } else { 0 };
+        let slack = if self.adopted(cx.now) {
+            ADOPTED_ACK_SLACK
+        } else {
+            0
+        };
         let limit = (self.snd_nxt + slack).min(self.state.fin_end().unwrap_or(u64::MAX));
         let ack = segment.ack.offset(self.state.iss, self.peer_acked);
         if ack > limit.cast_signed()
