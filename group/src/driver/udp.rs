@@ -202,6 +202,8 @@ impl Receiver {
         };
         let outcome = match received {
             Ok(n) => {
+                // A short batch emptied the queue; what comes later makes the socket readable anew.
+                self.readable = n == BATCH_SIZE;
                 for (slot, meta) in slots.chunks_exact_mut(SLOT_BYTES).zip(&metas[..n]) {
                     let stride = meta.stride.max(1);
                     for datagram in slot[..meta.len.min(SLOT_BYTES)].chunks_mut(stride) {
