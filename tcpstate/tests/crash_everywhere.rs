@@ -397,6 +397,7 @@ fn old_segments_from_both_sides_end_in_agreement() {
         offload: true,
         seed: 21_229,
         crash_at: Some(22),
+        crash_again_after: Some(24),
         loss: Some(58),
         ..CALM
     });
