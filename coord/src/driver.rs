@@ -102,7 +102,7 @@ pub enum StartError {
     #[error("{0}")]
     Config(#[from] ConfigError),
     /// An address cannot be listened on.
-    #[error("cannot listen for {whom} on {address}: {source}")]
+    #[error("cannot listen for {whom} on {address}")]
     Listen {
         /// For whom.
         whom: &'static str,

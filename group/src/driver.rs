@@ -36,7 +36,7 @@ pub enum DriverError {
     #[error("{0:?} is not one of the configured members")]
     NotAMember(String),
     /// The address cannot be had.
-    #[error("cannot listen for group members on {address}: {source}")]
+    #[error("cannot listen for group members on {address}")]
     Listen {
         /// Where.
         address: SocketAddr,

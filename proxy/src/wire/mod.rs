@@ -91,7 +91,7 @@ pub enum WireError {
         interface: String,
     },
     /// Anything else that the kernel refused.
-    #[error("cannot {action} on interface {interface:?}: {source}")]
+    #[error("cannot {action} on interface {interface:?}")]
     Os {
         /// What was being done.
         action: &'static str,
