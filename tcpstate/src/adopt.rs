@@ -12,6 +12,7 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
+use memmap2::MmapMut;
 use smoltcp::iface::{Config as InterfaceConfig, Interface, PollResult, SocketSet};
 use smoltcp::phy::{self, Device, DeviceCapabilities, Medium, PacketMeta};
 use smoltcp::socket::tcp;
@@ -31,6 +32,8 @@ const SUPER_SEGMENT_MAX: usize = 45 * 1448 + 52;
 const LIBRARY_IP_HEADER: usize = 20;
 /// Emptied packet buffers kept for the next packets.
 const POOL_BUFFERS_MAX: usize = 128;
+/// Transmit buffers kept for the next connections.
+const POOL_MAPPINGS_MAX: usize = 32;
 /// Both ends of every connection, as the library sees it (RFC 5737 addresses). One socket set holds
 /// one socket, so they need not differ.
 const LIBRARY_LOCAL: ([u8; 4], u16) = ([192, 0, 2, 1], 1);
@@ -47,6 +50,9 @@ pub(crate) struct LibraryFault;
 pub(crate) struct Library {
     interface: Interface,
     device: Loop,
+    /// Transmit buffers that sockets have left, for the next ones: mapping one and touching its
+    /// first pages costs more than all else at the birth of a connection.
+    mappings: Vec<MmapMut>,
 }
 
 impl Library {
@@ -55,7 +61,11 @@ impl Library {
         let config = InterfaceConfig::new(HardwareAddress::Ip);
         let mut interface = Interface::new(config, &mut device, library_time(now));
         interface.set_any_ip(true);
-        Self { interface, device }
+        Self {
+            interface,
+            device,
+            mappings: Vec::new(),
+        }
     }
 
     /// An empty buffer for a packet.
@@ -67,6 +77,13 @@ impl Library {
     pub(crate) fn recycle(&mut self, buf: Vec<u8>) {
         if self.device.pool.len() < POOL_BUFFERS_MAX {
             self.device.pool.push(buf);
+        }
+    }
+
+    /// Takes a sender's buffer back.
+    pub(crate) fn reclaim(&mut self, sender: Sender) {
+        if self.mappings.len() < POOL_MAPPINGS_MAX {
+            self.mappings.extend(sender.mapped.into_memory());
         }
     }
 
@@ -139,7 +156,7 @@ impl Sender {
         una: u64,
         window: u64,
     ) -> Result<Self, LibraryFault> {
-        let mut mapped = MappedSocket::new(terms.capacity);
+        let mut mapped = MappedSocket::new(terms.capacity, library.mappings.pop());
         let socket = mapped.socket_mut();
         socket.set_ack_delay(None);
         socket.set_nagle_enabled(false);

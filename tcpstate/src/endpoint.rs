@@ -236,6 +236,13 @@ impl Endpoint {
         &self.state
     }
 
+    /// Gives the library's socket up, and its buffer back.
+    pub(crate) fn release_sender(&mut self, library: &mut Library) {
+        if let Some(sender) = self.sender.take() {
+            library.reclaim(sender);
+        }
+    }
+
     /// Bytes kept beyond gaps.
     pub(crate) fn held(&self) -> usize {
         self.reassembly.held()
@@ -310,7 +317,7 @@ impl Endpoint {
             self.silence_check_at = cx.now + cx.config.give_up_after / SILENCES_MAX;
         }
         self.on_recovery_timeout(cx);
-        self.drop_idle_sender(cx.now);
+        self.drop_idle_sender(cx);
         self.pump(cx)
     }
 
@@ -320,7 +327,7 @@ impl Endpoint {
             return Fate::Live;
         }
         self.resetting = true;
-        self.sender = None;
+        self.release_sender(cx.library);
         self.reassembly = Reassembly::default();
         let number = self.announce(cx, Event::Reset { conn: self.id, by });
         self.unstable.push_back((number, Mark::Reset));

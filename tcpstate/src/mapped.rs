@@ -17,37 +17,46 @@ pub(crate) struct MappedSocket {
     handle: SocketHandle,
     /// Never touched again: the socket holds the only live reference to its bytes. `None` where the
     /// mapping was refused and the buffer is on the heap.
-    _memory: Option<MmapMut>,
+    memory: Option<MmapMut>,
 }
 
 impl MappedSocket {
     /// A closed socket with room for `capacity` bytes of output and none of input: input never
-    /// passes through the library.
-    pub(crate) fn new(capacity: usize) -> Self {
-        let memory = MmapOptions::new()
-            .len(capacity)
-            .no_reserve_swap()
-            .map_anon();
+    /// passes through the library. `used` is a mapping that an earlier socket has left.
+    pub(crate) fn new(capacity: usize, used: Option<MmapMut>) -> Self {
+        let memory = match used.filter(|m| m.len() == capacity) {
+            Some(used) => Ok(used),
+            None => MmapOptions::new()
+                .len(capacity)
+                .no_reserve_swap()
+                .map_anon(),
+        };
         let (transmit, memory) = match memory {
             Ok(mut memory) => {
-                // SAFETY: the pointer is valid for `capacity` bytes and zeroed for as long as
-                // `_memory` lives; moving an `MmapMut` does not move what it maps; the set that
-                // holds the slice is dropped first, and this module hands out no way to take it out.
+                // SAFETY: the pointer is valid for `capacity` initialised bytes for as long as
+                // `memory` lives; moving an `MmapMut` does not move what it maps; the set that
+                // holds the slice is dropped first (`into_memory` does the same).
                 let slice: &'static mut [u8] =
                     unsafe { std::slice::from_raw_parts_mut(memory.as_mut_ptr(), capacity) };
                 (tcp::SocketBuffer::new(slice), Some(memory))
             }
             Err(_) => (tcp::SocketBuffer::new(vec![0; capacity]), None),
         };
-        // One byte: the library divides by the capacity when it computes window updates.
+        // One byte: without any its window would be closed, and it judges fabricated ACKs by it.
         let socket = tcp::Socket::new(tcp::SocketBuffer::new(vec![0; 1]), transmit);
         let mut set = SocketSet::new(Vec::with_capacity(1));
         let handle = set.add(socket);
         Self {
             set,
             handle,
-            _memory: memory,
+            memory,
         }
+    }
+
+    /// The mapping, for another socket.
+    pub(crate) fn into_memory(self) -> Option<MmapMut> {
+        drop(self.set);
+        self.memory
     }
 
     /// The socket.

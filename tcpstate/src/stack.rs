@@ -437,6 +437,7 @@ impl Stack {
             Fate::ResetByUs => Ending::ByUs,
         };
         let past = Past::of(endpoint.state(), ending);
+        endpoint.release_sender(&mut self.library);
         self.endpoints.remove(&conn);
         self.by_tuple.remove(&past.tuple);
         self.timers.arm(conn, None);

@@ -409,9 +409,9 @@ impl Endpoint {
 
     /// Gives an idle socket's buffer back. The next output makes another, at any offset: that is what
     /// `adopt` is for.
-    pub(super) fn drop_idle_sender(&mut self, now: Instant) {
-        if self.sender_expiry().is_some_and(|at| at <= now) {
-            self.sender = None;
+    pub(super) fn drop_idle_sender(&mut self, cx: &mut Context<'_>) {
+        if self.sender_expiry().is_some_and(|at| at <= cx.now) {
+            self.release_sender(cx.library);
         }
     }
 
