@@ -243,6 +243,19 @@ impl Client {
         socket.into_iter().chain(slow).min()
     }
 
+    /// The library's own fault, as a client: when a third duplicate ACK finds only its FIN
+    /// outstanding, it drops its timer, and never sends that FIN again. (Our stack never shows it
+    /// duplicate ACKs then.)
+    pub fn forgot_its_fin(&self) -> bool {
+        let s = self.sockets.get::<tcp::Socket>(self.handle);
+        let closing = [
+            tcp::State::FinWait1,
+            tcp::State::Closing,
+            tcp::State::LastAck,
+        ];
+        s.send_queue() == 0 && closing.contains(&s.state())
+    }
+
     /// Whether it is through, and has read everything.
     pub fn finished(&self) -> bool {
         let s = self.sockets.get::<tcp::Socket>(self.handle);

@@ -156,6 +156,7 @@ pub struct World {
     judge: wire::Judge,
     trace: u64,
     handshake_lost: bool,
+    client_stuck: bool,
     opened_at: Option<usize>,
 }
 
@@ -232,6 +233,7 @@ impl World {
             judge: wire::Judge::default(),
             trace: 0xcbf2_9ce4_8422_2325,
             handshake_lost: false,
+            client_stuck: false,
             opened_at: None,
             config,
         }
@@ -259,11 +261,14 @@ impl World {
         while !self.finished() {
             assert!(self.now < LIMIT_US, "no end in sight: {}", self.describe());
             self.step();
-            if self.handshake_lost {
+            if self.handshake_lost || self.client_stuck {
                 break;
             }
         }
-        if !self.handshake_lost {
+        if self.client_stuck {
+            let whole = Server::whole_answer(self.plan.app, &self.client.sent);
+            assert_eq!(self.client.received, whole, "{}", self.describe());
+        } else if !self.handshake_lost {
             self.compare();
         }
         Run {
@@ -330,6 +335,10 @@ impl World {
             sooner(backup.servers.queue.front().map(|q| q.0));
         }
         let Some(next) = next else {
+            if self.client.forgot_its_fin() {
+                self.client_stuck = true;
+                return;
+            }
             // The one thing that may be lost: a handshake younger than its announcement, where the
             // client has nothing to say (DESIGN §3: replicated lazily).
             let known = self
