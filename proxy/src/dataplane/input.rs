@@ -27,6 +27,8 @@ struct Segment {
 pub(crate) struct Input {
     segments: VecDeque<Segment>,
     base: u64,
+    /// The event that held the byte before `base`, once bytes were forgotten.
+    forgotten: Option<EventNo>,
     end: u64,
     fin: bool,
 }
@@ -35,10 +37,9 @@ impl Input {
     /// An input of which the bytes before `base` are no longer kept.
     pub(crate) fn starting_at(base: u64) -> Self {
         Self {
-            segments: VecDeque::new(),
             base,
             end: base,
-            fin: false,
+            ..Self::default()
         }
     }
 
@@ -97,6 +98,7 @@ impl Input {
                 break;
             }
             self.base = end;
+            self.forgotten = Some(first.number);
             self.segments.pop_front();
         }
     }
@@ -122,10 +124,13 @@ impl Input {
         newest
     }
 
-    /// The number of the event that holds the byte before `offset`, if it is still kept.
+    /// The number of the event that holds the byte before `offset`; `None` at the beginning, and
+    /// where a checkpoint did not bring the bytes.
     pub(crate) fn number_before(&self, offset: u64) -> Option<EventNo> {
-        let i = self.segments.partition_point(|s| s.start < offset);
-        i.checked_sub(1).map(|i| self.segments[i].number)
+        match self.segments.partition_point(|s| s.start < offset) {
+            0 => self.forgotten,
+            i => Some(self.segments[i - 1].number),
+        }
     }
 
     /// The retained bytes in order, shared rather than copied.
@@ -167,6 +172,8 @@ mod tests {
         input.forget_before(5);
         assert!(!input.complete());
         assert_eq!(input.base(), 3);
+        // R1: what the server answers still depends on what was forgotten.
+        assert_eq!(input.number_before(3), Some(EventNo(3)));
         assert_eq!(collect(&input, 5), b"fg");
     }
 }
