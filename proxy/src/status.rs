@@ -222,7 +222,7 @@ pub enum MemberState {
 pub struct ServiceCounters {
     /// Number of the newest event issued or delivered.
     pub last_event: u64,
-    /// Number up to which events are stable.
+    /// Number up to which events are known to be stable; on a backup, the cut of its view.
     pub stable_event: u64,
     /// Connections opened.
     pub connections_opened: u64,

@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use crate::admin::fetch_status;
 use crate::config::Config;
-use crate::status::{ServiceStatus, Status, word};
+use crate::status::{Role, ServiceStatus, Status, word};
 
 /// Shows roles, views, redundancy and connections of one node or several
 ///
@@ -201,7 +201,10 @@ fn row(status: &Status, service: &ServiceStatus) -> [String; HEADINGS.len()] {
         },
         word(&service.redundancy),
         service.connections.to_string(),
-        format!("{} (stable {})", counters.last_event, counters.stable_event),
+        match service.role {
+            Role::Leader => format!("{} (stable {})", counters.last_event, counters.stable_event),
+            _ => counters.last_event.to_string(),
+        },
     ]
 }
 
@@ -226,7 +229,7 @@ fn align<const N: usize>(rows: &[[String; N]]) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::status::{Board, CoordinatorRole, Redundancy, Role};
+    use crate::status::{Board, CoordinatorRole, Redundancy};
 
     fn answers() -> Vec<Answer> {
         let mut service =
@@ -268,7 +271,7 @@ mod tests {
     fn the_table_has_a_line_for_each_service_and_says_who_is_missing() {
         let expected = "\
 NODE  SERVICE  ADDRESS             ROLE    LEADER  VIEW  MEMBERS    REDUNDANCY   CONNECTIONS  EVENTS
-r1    web      10.98.0.100:80,443  backup  r2      7     r1,r2 +r3  catching-up  3            12 (stable 11)
+r1    web      10.98.0.100:80,443  backup  r2      7     r1,r2 +r3  catching-up  3            12
 r1: coordinator follower, zxid 123, 4 sessions, up 61 s
 r1: web: r3 is joining
 b:2: no answer: connecting: refused";
