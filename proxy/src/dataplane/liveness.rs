@@ -11,7 +11,6 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::net::TcpStream;
-use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::thread;
 use std::time::Duration;
@@ -21,7 +20,7 @@ use super::upstream::Target;
 /// How often the listening sockets are looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 /// A local listener accepts or refuses at once; one whose queue is full may do neither.
-const PROBE_MAX: Duration = Duration::from_millis(5);
+const PROBE_MAX: Duration = Duration::from_millis(1);
 /// `PF_EXITING` of the kernel's `sched.h`.
 const PF_EXITING: u64 = 0x4;
 /// `TCP_LISTEN` as `/proc/net/tcp` prints it.
@@ -82,7 +81,8 @@ impl Liveness {
 pub(crate) fn accepts(target: &Target) -> bool {
     match target {
         Target::Tcp(address) => TcpStream::connect_timeout(address, PROBE_MAX).is_ok(),
-        Target::Unix(path) => UnixStream::connect(path).is_ok(),
+        // Not blocking: a full queue must not hold the data plane.
+        Target::Unix(path) => mio::net::UnixStream::connect(path).is_ok(),
     }
 }
 

@@ -42,6 +42,10 @@ const BATCHES_PER_TURN: usize = 2;
 const PROGRESS_EVERY: Duration = Duration::from_millis(10);
 /// A leader without a server hands over no more often than this.
 const HAND_OVER_EVERY: Duration = Duration::from_secs(1);
+/// What the other fields of an event take beside its payload, roughly.
+const EVENT_OVERHEAD_BYTES: usize = 64;
+/// At most this much room is made for a checkpoint on the word of its donor; more as it comes.
+const CHECKPOINT_RESERVE_MAX: usize = 1 << 30;
 /// A server that is further behind than this cannot take over without being waited for.
 pub(crate) const BEHIND_BYTES_MAX: u64 = 4 << 20;
 
@@ -316,7 +320,11 @@ impl Plane {
 
     /// Leader: multicasts an event and gives it to the local server, without waiting.
     fn issue(&mut self, now: BootTime, number: EventNo, event: &Event, cx: &mut Context<'_>) {
-        let mut payload = Vec::with_capacity(64);
+        let bytes = match event {
+            Event::Data { bytes, .. } => bytes.len(),
+            _ => 0,
+        };
+        let mut payload = Vec::with_capacity(bytes + EVENT_OVERHEAD_BYTES);
         event.encode(&mut payload);
         // Output, or the wire's ACK, waits for these; the others only keep records fresh.
         let urgent = match event {
@@ -405,7 +413,8 @@ impl Plane {
                 GroupOutput::CheckpointChunk { bytes, total, .. } => {
                     if let Role::Joining(image) = &mut self.role {
                         if image.is_empty() {
-                            image.reserve(usize::try_from(total).unwrap_or(0));
+                            let total = usize::try_from(total).unwrap_or(usize::MAX);
+                            image.reserve(total.min(CHECKPOINT_RESERVE_MAX));
                         }
                         image.extend_from_slice(&bytes);
                     }
@@ -656,7 +665,7 @@ impl Plane {
             return;
         }
         self.progress_at = now + PROGRESS_EVERY;
-        let (behind_bytes, lost) = self.servers.lag();
+        let (behind_bytes, lost) = self.servers.lag(now);
         let unfit = lost > 0 || behind_bytes > BEHIND_BYTES_MAX;
         self.group.set_progress(group::Lag {
             behind_bytes,

@@ -98,7 +98,7 @@ impl Reporter {
         } else {
             plane.role.status()
         };
-        let (behind, lost) = plane.servers.lag();
+        let (behind, lost) = plane.servers.lag(now);
         let (redundancy, reason) = self.redundancy(&group, behind, lost);
         let view = group
             .view

@@ -40,6 +40,8 @@ pub(crate) trait OutputKeeper {
 const CONNECT_RETRY: Duration = Duration::from_millis(20);
 /// After this long without a server a leader tells the client.
 const CONNECT_GIVE_UP: Duration = Duration::from_secs(1);
+/// A connection to the server that is being made counts as missing after this long.
+const CONNECT_PATIENCE: Duration = Duration::from_millis(100);
 /// Where the server's process is unknown, a close counts as one if the server still accepts
 /// connections after this long (R5).
 const CLOSE_PROBE: Duration = Duration::from_millis(50);
@@ -489,6 +491,8 @@ impl Servers {
         reg: &Registry,
         keeper: &mut impl OutputKeeper,
     ) {
+        // A server is asked once a turn, however many of its closes are to be judged.
+        let mut asked = BTreeMap::new();
         for _ in 0..LATER_PER_TURN {
             let Some((at, conn)) = self.waiting.first().copied().filter(|(at, _)| *at <= now)
             else {
@@ -501,7 +505,9 @@ impl Servers {
             match server.later.take() {
                 Some((_, Later::Connect)) => self.connect(now, conn, reg),
                 Some((_, Later::JudgeClose(close))) => {
-                    if liveness::accepts(&server.target) {
+                    let target = server.target.clone();
+                    let accepts = *asked.entry(target).or_insert_with_key(liveness::accepts);
+                    if accepts {
                         self.closed(conn, close, keeper);
                     } else {
                         self.died(now, conn);
@@ -514,13 +520,14 @@ impl Servers {
 
     /// Input that the servers have not taken yet, in bytes, and connections that cannot be served
     /// here (their server refused, broke off, or their history is gone).
-    pub(crate) fn lag(&self) -> (u64, usize) {
+    pub(crate) fn lag(&self, now: BootTime) -> (u64, usize) {
         let mut bytes = 0;
         let mut lost = 0;
         for server in self.servers.values() {
             let taken = server.upstream.as_ref().map_or(0, Upstream::taken);
             bytes += server.input.end() - taken.min(server.input.end());
-            let absent = !server.upstream.as_ref().is_some_and(Upstream::connected);
+            let absent = !server.upstream.as_ref().is_some_and(Upstream::connected)
+                && now.since(server.absent_since) > CONNECT_PATIENCE;
             lost += usize::from(server.lost || absent);
         }
         (bytes, lost)
