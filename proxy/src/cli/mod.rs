@@ -4,6 +4,7 @@
 
 pub mod bench;
 pub mod check;
+pub mod completions;
 pub mod coord;
 pub mod keygen;
 mod logging;
@@ -49,6 +50,7 @@ enum Command {
     Status(status::StatusArgs),
     Zk(zk::ZkArgs),
     Bench(bench::BenchArgs),
+    Completions(completions::CompletionsArgs),
     BenchServer(bench::server::BenchServerArgs),
 }
 
@@ -80,6 +82,7 @@ pub(crate) fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Status(args) => status::run(&args),
         Command::Zk(args) => zk::run(&args),
         Command::Bench(args) => bench::run(&args),
+        Command::Completions(args) => Ok(completions::run::<Cli>(&args)),
         Command::BenchServer(args) => bench::server::run(&args),
     };
     match result {

@@ -1,7 +1,12 @@
 //! `unbroken zk`: the coordinator's znodes, or any ZooKeeper's, by hand.
 
+mod transfer;
+mod tree;
+
 use std::fmt;
-use std::io::{self, IsTerminal as _, Read as _, Write};
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, BufWriter, IsTerminal as _, Read as _, Write};
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -11,6 +16,8 @@ use serde_json::json;
 use unbroken_coord::client::{Client, ClientError, ConnectOptions, SessionState, WatchEvent};
 use unbroken_coord::wire::{Acl, CreateMode, ErrorCode, REQUEST_BYTES_MAX, Stat, parent};
 
+use self::transfer::Existing;
+use self::tree::{create_parents, delete_below};
 use super::EXIT_USAGE;
 
 /// Reads and changes the coordinator's znodes, or those of any ZooKeeper ensemble
@@ -23,7 +30,8 @@ use super::EXIT_USAGE;
     unbroken zk --server 10.98.0.11:2181,10.98.0.12:2181 get /unbroken\n  \
     unbroken zk create --parents /app/config 'answer=42'\n  \
     unbroken zk --json stat /app/config\n  \
-    unbroken zk watch /app/config --count 1\n\
+    unbroken zk watch /app/config --count 1\n  \
+    unbroken zk export /app > app.tree; unbroken zk import --to /copy app.tree\n\
     \n\
     Exit codes: 0 done, 1 failed (no such znode, wrong version, no server), 64 wrong usage.")]
 pub struct ZkArgs {
@@ -31,6 +39,7 @@ pub struct ZkArgs {
     #[arg(
         long,
         global = true,
+        env = "UNBROKEN_ZK_SERVER",
         value_name = "HOST:PORT,..[/CHROOT]",
         default_value = "127.0.0.1:2181"
     )]
@@ -48,10 +57,60 @@ pub struct ZkArgs {
 #[derive(Debug, Subcommand)]
 enum ZkCommand {
     /// Lists the children of a znode, sorted
-    #[command(after_help = "Example:\n  unbroken zk ls /")]
+    #[command(after_help = "Examples:\n  \
+        unbroken zk ls /\n  \
+        unbroken zk ls -R /app | grep config")]
     Ls {
         /// The znode
+        #[arg(default_value = "/")]
         path: String,
+        /// List the znode and everything below it, by full paths
+        #[arg(long, short = 'R')]
+        recursive: bool,
+        /// Print full paths, not names
+        #[arg(long, short)]
+        full: bool,
+    },
+    /// Lists paths that begin with what was typed, one a line, for a shell's completion
+    ///
+    /// A slash follows those that have children.
+    #[command(after_help = "Example, for bash:\n  \
+        _zk() { mapfile -t COMPREPLY < <(unbroken zk complete \"${COMP_WORDS[COMP_CWORD]}\"); }\n  \
+        complete -o nospace -F _zk zk-get    # where zk-get is an alias of yours for unbroken zk get")]
+    Complete {
+        /// The beginning of a path
+        #[arg(default_value = "")]
+        typed: String,
+    },
+    /// Writes a znode and everything below it as text, one JSON object a line
+    ///
+    /// Znodes that a session owns are left out. They are read one after the other: what changes
+    /// meanwhile may be there or not.
+    #[command(after_help = "Example:\n  unbroken zk export /app --output app.tree")]
+    Export {
+        /// The znode
+        #[arg(default_value = "/")]
+        path: String,
+        /// Write to this file, which appears when it is whole
+        #[arg(long, short, value_name = "FILE")]
+        output: Option<PathBuf>,
+    },
+    /// Creates the znodes that an export holds
+    ///
+    /// The file is checked as a whole before anything is changed. Then it is written in
+    /// transactions of some hundred znodes each.
+    #[command(after_help = "Examples:\n  \
+        unbroken zk import app.tree\n  \
+        unbroken zk export /app | unbroken zk --server other:2181 import --existing overwrite -")]
+    Import {
+        /// The file; - takes it from standard input
+        file: PathBuf,
+        /// Put the tree here, not where it was
+        #[arg(long, value_name = "PATH")]
+        to: Option<String>,
+        /// What to do about a znode that is there already
+        #[arg(long, value_enum, default_value_t = Existing::Fail)]
+        existing: Existing,
     },
     /// Prints the data of a znode, as it is
     #[command(after_help = "Example:\n  unbroken zk get /app/config > config")]
@@ -199,17 +258,19 @@ async fn execute(
     out: &mut impl Write,
 ) -> anyhow::Result<()> {
     match command {
-        ZkCommand::Ls { path } => {
-            client.sync(path).await.map_err(at(path))?;
-            let mut children = client.children(path).await.map_err(at(path))?;
-            children.sort_unstable();
-            if json {
-                writeln!(out, "{}", json!({ "path": path, "children": children }))?;
-            } else {
-                for child in children {
-                    writeln!(out, "{child}")?;
-                }
-            }
+        ZkCommand::Ls {
+            path,
+            recursive,
+            full,
+        } => tree::list(client, path, *recursive, *full, json, out).await?,
+        ZkCommand::Complete { typed } => tree::complete(client, typed, out).await?,
+        ZkCommand::Export { path, output } => export(client, path, output.as_deref(), out).await?,
+        ZkCommand::Import { file, to, existing } => {
+            let reader = open(file)?;
+            let imported = transfer::import(client, reader, to.as_deref(), *existing)
+                .await
+                .with_context(|| file.display().to_string())?;
+            imported.write(json, out)?;
         }
         ZkCommand::Get { path } => {
             let (data, stat) = client.sync_and_get(path).await.map_err(at(path))?;
@@ -348,46 +409,42 @@ async fn hold(client: &Client) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn create_parents(client: &Client, path: &str) -> Result<(), Failure> {
-    let mut missing = Vec::new();
-    let mut below = path;
-    while let Some((above, _)) = parent(below).filter(|(above, _)| *above != "/") {
-        missing.push(above);
-        below = above;
-    }
-    for above in missing.into_iter().rev() {
-        match client
-            .create(above, "", CreateMode::Persistent, Acl::open())
-            .await
-        {
-            Ok(_) | Err(ClientError::Zk(ErrorCode::NodeExists)) => {}
-            Err(error) => return Err(at(above)(error)),
+/// To standard output, or to a file that appears when it is whole.
+async fn export(
+    client: &Client,
+    path: &str,
+    output: Option<&Path>,
+    out: &mut impl Write,
+) -> anyhow::Result<()> {
+    let (written, ephemeral) = match output {
+        None => transfer::export(client, path, out).await?,
+        Some(file) => {
+            let mut name = file.as_os_str().to_owned();
+            name.push(".part");
+            let part = PathBuf::from(name);
+            let whole = async {
+                let mut writer = BufWriter::new(File::create(&part)?);
+                let counts = transfer::export(client, path, &mut writer).await?;
+                writer.into_inner()?.sync_all()?;
+                std::fs::rename(&part, file)?;
+                anyhow::Ok(counts)
+            };
+            whole.await.with_context(|| file.display().to_string())?
         }
+    };
+    if ephemeral > 0 {
+        eprintln!("{written} znodes exported; {ephemeral} left out, because sessions own them");
     }
     Ok(())
 }
 
-/// Deletes everything below a znode, deepest first.
-async fn delete_below(client: &Client, path: &str) -> Result<(), Failure> {
-    let mut order = vec![path.to_owned()];
-    let mut next = 0;
-    while let Some(above) = order.get(next).cloned() {
-        let slash = if above == "/" { "" } else { "/" };
-        match client.children(&above).await {
-            Ok(names) => order.extend(names.iter().map(|name| format!("{above}{slash}{name}"))),
-            // Somebody else was faster; except for the one we were asked for.
-            Err(ClientError::Zk(ErrorCode::NoNode)) if next > 0 => {}
-            Err(error) => return Err(at(&above)(error)),
-        }
-        next += 1;
+/// A file, or standard input.
+fn open(file: &Path) -> anyhow::Result<Box<dyn BufRead>> {
+    if file == Path::new("-") {
+        return Ok(Box::new(io::stdin().lock()));
     }
-    for below in order[1..].iter().rev() {
-        match client.delete(below, -1).await {
-            Ok(()) | Err(ClientError::Zk(ErrorCode::NoNode)) => {}
-            Err(error) => return Err(at(below)(error)),
-        }
-    }
-    Ok(())
+    let opened = File::open(file).with_context(|| file.display().to_string())?;
+    Ok(Box::new(BufReader::new(opened)))
 }
 
 /// The data of the command line, or of standard input.
@@ -477,7 +534,7 @@ mod tests {
         for wrong in [
             "",
             "frob",
-            "ls",
+            "get",
             "--server host:0 ls /",
             "--server host/a/ ls /",
             "--timeout -1 ls /",
@@ -531,6 +588,12 @@ mod tests {
             printed("{\"path\":\"/a/n-0000000001\"}\n")
         );
         assert_eq!(zk("ls /a").await, printed("b\nn-0000000001\n"));
+        assert_eq!(zk("ls -f /a").await, printed("/a/b\n/a/n-0000000001\n"));
+        assert_eq!(zk("ls -R /a").await, printed("/a\n/a/b\n/a/n-0000000001\n"));
+        assert_eq!(zk("complete").await, printed("/\n"));
+        assert_eq!(zk("complete /a").await, printed("/a/\n"));
+        assert_eq!(zk("complete /a/n").await, printed("/a/n-0000000001\n"));
+        assert_eq!(zk("complete /none/x").await, printed(""));
         assert_eq!(
             zk("--json ls /a").await,
             printed("{\"children\":[\"b\",\"n-0000000001\"],\"path\":\"/a\"}\n")
@@ -577,6 +640,35 @@ mod tests {
             told = watching => assert_eq!(told, printed("NodeDataChanged /a/b\n")),
             () = changing => {}
         }
+        let file = data_dir.join("a.tree").display().to_string();
+        assert_eq!(zk(&format!("export /a -o {file}")).await, printed(""));
+        assert_eq!(
+            zk(&format!("import {file}")).await,
+            refused(&format!(
+                "{file}: /a: znode exists already; nothing was changed (try --existing skip or overwrite)"
+            ))
+        );
+        assert_eq!(
+            zk(&format!("import --to /c/d {file}")).await,
+            printed("3 created, 0 overwritten, 0 left as they were\n")
+        );
+        assert_eq!(
+            zk("ls -R /c").await,
+            printed("/c\n/c/d\n/c/d/b\n/c/d/n-0000000001\n")
+        );
+        client.set("/a/b", "y", -1).await.unwrap();
+        assert_eq!(zk("delete /a/n-0000000001").await, printed(""));
+        assert_eq!(
+            zk(&format!("import --existing skip {file}")).await,
+            printed("1 created, 0 overwritten, 2 left as they were\n")
+        );
+        assert_eq!(zk("get /a/b").await.unwrap().trim_end(), "y");
+        assert_eq!(
+            zk(&format!("--json import --existing overwrite {file}")).await,
+            printed("{\"created\":0,\"overwritten\":3,\"read\":3}\n")
+        );
+        assert_eq!(zk("get /a/b").await.unwrap().trim_end(), "x");
+
         assert_eq!(zk("delete -r /a").await, printed(""));
         assert_eq!(zk("delete -r /a").await, refused("/a: no such znode"));
 
