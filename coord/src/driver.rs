@@ -4,10 +4,11 @@
 //! runtime that [`start`] was called in. No answer to a heartbeat ever waits for the disk.
 
 mod clients;
-mod disk;
+pub(crate) mod disk;
 mod engine;
 mod peers;
-mod wal;
+pub(crate) mod storage;
+pub(crate) mod wal;
 
 #[cfg(test)]
 mod tests;

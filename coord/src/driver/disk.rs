@@ -5,6 +5,7 @@
 //! data_dir/identity          which server this is, of which cluster
 //! data_dir/known-peers        peers that were seen with something on their disk
 //! data_dir/wal-*.log         the log: see `wal`
+//! data_dir/mark              how far the log was known to be durable: see `wal`
 //! data_dir/snapshot-*.state  the newest snapshot
 //! ```
 
@@ -12,8 +13,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
 use serde::de::DeserializeOwned;
@@ -21,15 +22,16 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use super::engine::{Input, InputSender};
-use super::wal::{FRAME_BYTES_MAX, Record, Wal, write_atomically};
+use super::storage::{Directory, Storage, TEMPORARY, write_atomically};
+use super::wal::{FRAME_BYTES_MAX, Record, Wal};
 use crate::quorum::{Recovered, SnapshotImage, Write};
 
 /// What is wrong with the data directory.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum DiskError {
-    /// The system refused an operation.
-    #[error("the data directory cannot be read or written: {0}")]
+    /// The system refused an operation; the error names the file.
+    #[error("the data directory: {0}")]
     Io(#[from] io::Error),
     /// Another process uses it.
     #[error("{path}: another server uses this data directory")]
@@ -74,6 +76,7 @@ pub(super) struct Identity {
     pub(super) servers: BTreeMap<u64, String>,
 }
 
+const IDENTITY: &str = "identity";
 const IDENTITY_MAGIC: [u8; 8] = *b"UBCID\0\0\x01";
 const SNAPSHOT_MAGIC: [u8; 8] = *b"UBCSNAP\x01";
 
@@ -97,7 +100,7 @@ pub(super) struct Disk {
 
 /// A directory that was read and checked, and is not written to yet.
 pub(super) struct Opened {
-    dir: PathBuf,
+    storage: Arc<dyn Storage>,
     wal: Wal,
     lock: File,
     pub(super) recovered: Recovered,
@@ -105,7 +108,7 @@ pub(super) struct Opened {
 
 /// A directory that is ours alone, and was not read yet.
 pub(super) struct Claimed {
-    dir: PathBuf,
+    storage: Arc<dyn Storage>,
     lock: File,
     /// None if no server has been here.
     identity: Option<Identity>,
@@ -129,9 +132,9 @@ pub(super) fn claim(
         Err(std::fs::TryLockError::WouldBlock) => return Err(DiskError::Locked { path }),
         Err(std::fs::TryLockError::Error(error)) => return Err(error.into()),
     }
-    let path = dir.join("identity");
-    let identity = if path.exists() {
-        let found: Identity = read_checked(&path, IDENTITY_MAGIC)?;
+    let storage: Arc<dyn Storage> = Arc::new(Directory::new(dir));
+    let identity = if dir.join(IDENTITY).exists() {
+        let found: Identity = read_checked(&*storage, IDENTITY, IDENTITY_MAGIC)?;
         if found.name != name || found.servers != *servers {
             return Err(DiskError::NotOurs {
                 found: found.name,
@@ -145,7 +148,7 @@ pub(super) fn claim(
         None
     };
     Ok(Claimed {
-        dir: dir.to_owned(),
+        storage,
         lock,
         identity,
     })
@@ -160,20 +163,20 @@ impl Claimed {
     /// Reads the directory. A fresh one becomes that of `new`.
     pub(super) fn open(self, new: Identity) -> Result<Opened, DiskError> {
         let Self {
-            dir,
+            storage,
             lock,
             identity,
         } = self;
         let identity = match identity {
             Some(identity) => identity,
             None => {
-                write_checked(&dir.join("identity"), IDENTITY_MAGIC, &new)?;
+                write_checked(&*storage, IDENTITY, IDENTITY_MAGIC, &new)?;
                 new
             }
         };
-        let (wal, recovered) = read(&dir, identity.log_id)?;
+        let (wal, recovered) = recover(&storage, identity.log_id)?;
         Ok(Opened {
-            dir,
+            storage,
             wal,
             lock,
             recovered,
@@ -181,27 +184,50 @@ impl Claimed {
     }
 }
 
-fn read(dir: &Path, log_id: u64) -> Result<(Wal, Recovered), DiskError> {
-    let snapshot = match newest_snapshot(dir)? {
-        Some(path) => Some(read_checked::<SnapshotImage>(&path, SNAPSHOT_MAGIC)?),
+/// Reads the log and the newest snapshot.
+pub(crate) fn recover(
+    storage: &Arc<dyn Storage>,
+    log_id: u64,
+) -> Result<(Wal, Recovered), DiskError> {
+    for name in storage.list()? {
+        if name.ends_with(TEMPORARY) {
+            storage.remove(&name)?;
+        }
+    }
+    let snapshot = match snapshots(&**storage)?.pop() {
+        Some(name) => Some(read_checked::<SnapshotImage>(
+            &**storage,
+            &name,
+            SNAPSHOT_MAGIC,
+        )?),
         None => None,
     };
-    let (mut wal, replay) = Wal::open(dir, log_id)?;
-    let base = snapshot.as_ref().map_or(0, |image| image.index);
+    let (mut wal, replay) = Wal::open(storage, log_id)?;
+    let (base, base_term) = snapshot
+        .as_ref()
+        .map_or((0, 0), |image| (image.index, image.term));
     let mut entries = replay.entries;
-    if entries.last().is_some_and(|entry| entry.index < base) {
-        // Stopped between saving a leader's snapshot and noting it in the log.
-        wal.append(&[Record::Reset { index: base }])?;
-    }
-    entries.retain(|entry| entry.index > base);
-    let gap = entries.first().is_some_and(|entry| entry.index != base + 1);
-    if replay.reset > base || gap {
+    let first = entries.first().map_or(base + 1, |entry| entry.index);
+    if replay.reset > base || first > base + 1 {
         return Err(DiskError::Damaged {
-            path: dir.to_owned(),
+            path: storage.path(""),
             offset: 0,
             what: "the log begins after the newest snapshot ends",
         });
     }
+    let goes_on = match entries.iter().find(|entry| entry.index == base) {
+        Some(entry) => entry.term == base_term,
+        // It begins right after it, or ends before.
+        None => first == base + 1,
+    };
+    if !goes_on && !entries.is_empty() {
+        // The snapshot was saved, and the machine stopped before the log had the entries in it (a
+        // follower may apply what others have on disk) or knew that it replaces them. What stands
+        // in their place is of another leader and led to nothing.
+        entries.clear();
+        wal.append(&[Record::Reset { index: base }])?;
+    }
+    entries.retain(|entry| entry.index > base);
     let recovered = Recovered {
         snapshot,
         hard_state: replay.hard_state,
@@ -214,7 +240,7 @@ impl Opened {
     /// Starts the threads. They tell `engine` what is durable.
     pub(super) fn start(self, engine: &InputSender) -> io::Result<Disk> {
         let Self {
-            dir,
+            storage,
             wal,
             lock,
             recovered: _,
@@ -224,15 +250,15 @@ impl Opened {
         let spawn = |name: &str, run: Box<dyn FnOnce() + Send>| {
             std::thread::Builder::new().name(name.into()).spawn(run)
         };
-        let (to_engine, log_dir) = (engine.clone(), dir.clone());
+        let (to_engine, to_log) = (engine.clone(), storage.clone());
         let writer = move || {
-            if let Err(error) = write_log(wal, &log_dir, &job_queue, &to_engine) {
+            if let Err(error) = write_log(wal, &*to_log, &job_queue, &to_engine) {
                 to_engine.send_blocking(Input::DiskFailed(error));
             }
         };
         let (to_engine, trims) = (engine.clone(), jobs.clone());
         let saver = move || {
-            if let Err(error) = save_snapshots(&dir, &snapshot_queue, &trims, &to_engine) {
+            if let Err(error) = save_snapshots(&*storage, &snapshot_queue, &trims, &to_engine) {
                 to_engine.send_blocking(Input::DiskFailed(error));
             }
         };
@@ -277,56 +303,80 @@ impl Drop for Disk {
     }
 }
 
+/// What shares one frame of the log, and so one sync.
+#[derive(Default)]
+pub(crate) struct Group {
+    records: Vec<Record>,
+    bytes: usize,
+}
+
+impl Group {
+    /// Adds a write. A leader's snapshot in it is saved at once: its record in the log says that it
+    /// is there.
+    pub(crate) fn add(&mut self, storage: &dyn Storage, write: Write) -> io::Result<()> {
+        if let Some(image) = write.snapshot {
+            save_snapshot(storage, &image)?;
+            self.records.push(Record::Reset { index: image.index });
+        }
+        self.records.extend(write.hard_state.map(Record::Hard));
+        let lengths = write.entries.iter().map(|entry| entry.data.len());
+        self.bytes += lengths.sum::<usize>();
+        self.records
+            .extend(write.entries.into_iter().map(Record::Entry));
+        Ok(())
+    }
+
+    /// Whether it should be written before more is added.
+    pub(crate) fn is_full(&self) -> bool {
+        self.bytes >= FRAME_BYTES_MAX / 16
+    }
+
+    /// Makes it durable.
+    pub(crate) fn commit(self, wal: &mut Wal) -> io::Result<()> {
+        wal.append(&self.records)
+    }
+}
+
 fn write_log(
     mut wal: Wal,
-    dir: &Path,
+    storage: &dyn Storage,
     jobs: &Receiver<Job>,
     engine: &InputSender,
 ) -> io::Result<()> {
     while let Ok(first) = jobs.recv() {
-        // Everything that has come meanwhile shares one frame, and so one fdatasync.
+        // Everything that has come meanwhile shares one frame.
         let mut next = Some(first);
-        let mut records = Vec::new();
-        let mut bytes = 0;
+        let mut group = Group::default();
         let mut durable = None;
         while let Some(job) = next.take() {
             match job {
                 Job::Trim(index) => wal.trim(index)?,
                 Job::Write { token, write } => {
-                    if let Some(image) = write.snapshot {
-                        save_snapshot(dir, &image)?;
-                        records.push(Record::Reset { index: image.index });
-                    }
-                    records.extend(write.hard_state.map(Record::Hard));
-                    bytes += write
-                        .entries
-                        .iter()
-                        .map(|entry| entry.data.len())
-                        .sum::<usize>();
-                    records.extend(write.entries.into_iter().map(Record::Entry));
+                    group.add(storage, write)?;
                     durable = Some(token);
                 }
             }
-            if bytes < FRAME_BYTES_MAX / 16 {
+            if !group.is_full() {
                 next = jobs.try_recv().ok();
             }
         }
         if let Some(token) = durable {
-            wal.append(&records)?;
+            group.commit(&mut wal)?;
             engine.send_blocking(Input::Persisted(token));
+            wal.write_mark()?;
         }
     }
-    Ok(())
+    wal.sync_mark()
 }
 
 fn save_snapshots(
-    dir: &Path,
+    storage: &dyn Storage,
     snapshots: &Receiver<SnapshotImage>,
     log: &Sender<Job>,
     engine: &InputSender,
 ) -> io::Result<()> {
     while let Ok(image) = snapshots.recv() {
-        save_snapshot(dir, &image)?;
+        save_snapshot(storage, &image)?;
         // The log's thread may have saved a newer one that came from the leader; then this was
         // deleted again at once, and the newer one stands for it.
         let _ = log.send(Job::Trim(image.index));
@@ -335,37 +385,23 @@ fn save_snapshots(
     Ok(())
 }
 
-fn snapshot_path(dir: &Path, index: u64) -> PathBuf {
-    dir.join(format!("snapshot-{index:016x}.state"))
-}
-
-fn snapshots(dir: &Path) -> io::Result<Vec<PathBuf>> {
-    let mut found = Vec::new();
-    for entry in std::fs::read_dir(dir)? {
-        let path = entry?.path();
-        let name = path
-            .file_name()
-            .and_then(|name| name.to_str())
-            .unwrap_or_default();
-        if name.starts_with("snapshot-") && name.ends_with(".state") {
-            found.push(path);
-        }
-    }
+/// The names of the snapshots, oldest first.
+fn snapshots(storage: &dyn Storage) -> io::Result<Vec<String>> {
+    let mut found = storage.list()?;
+    found.retain(|name| name.starts_with("snapshot-") && name.ends_with(".state"));
     // The index has a fixed width, so the order of names is the order of indexes.
     found.sort();
     Ok(found)
 }
 
-fn newest_snapshot(dir: &Path) -> io::Result<Option<PathBuf>> {
-    Ok(snapshots(dir)?.pop())
-}
-
-fn save_snapshot(dir: &Path, image: &SnapshotImage) -> io::Result<()> {
-    write_checked(&snapshot_path(dir, image.index), SNAPSHOT_MAGIC, image)?;
-    let mut old = snapshots(dir)?;
+/// Saves a snapshot for good and deletes the older ones.
+pub(crate) fn save_snapshot(storage: &dyn Storage, image: &SnapshotImage) -> io::Result<()> {
+    let name = format!("snapshot-{:016x}.state", image.index);
+    write_checked(storage, &name, SNAPSHOT_MAGIC, image)?;
+    let mut old = snapshots(storage)?;
     old.pop();
-    for path in old {
-        match std::fs::remove_file(path) {
+    for name in old {
+        match storage.remove(&name) {
             // Two threads save snapshots; the other may have been here.
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
@@ -374,15 +410,25 @@ fn save_snapshot(dir: &Path, image: &SnapshotImage) -> io::Result<()> {
     Ok(())
 }
 
-fn write_checked<T: Serialize>(path: &Path, magic: [u8; 8], value: &T) -> io::Result<()> {
+fn write_checked<T: Serialize>(
+    storage: &dyn Storage,
+    name: &str,
+    magic: [u8; 8],
+    value: &T,
+) -> io::Result<()> {
     let body = postcard::to_allocvec(value).map_err(io::Error::other)?;
-    write_atomically(path, &[&magic, &crc32c::crc32c(&body).to_le_bytes(), &body])
+    let crc = crc32c::crc32c(&body).to_le_bytes();
+    write_atomically(storage, name, &[&magic, &crc, &body])
 }
 
-fn read_checked<T: DeserializeOwned>(path: &Path, magic: [u8; 8]) -> Result<T, DiskError> {
-    let bytes = std::fs::read(path)?;
+fn read_checked<T: DeserializeOwned>(
+    storage: &dyn Storage,
+    name: &str,
+    magic: [u8; 8],
+) -> Result<T, DiskError> {
+    let bytes = storage.read(name)?;
     let damaged = |what| DiskError::Damaged {
-        path: path.to_owned(),
+        path: storage.path(name),
         offset: 0,
         what,
     };
@@ -398,31 +444,27 @@ fn read_checked<T: DeserializeOwned>(path: &Path, magic: [u8; 8]) -> Result<T, D
     postcard::from_bytes(body).map_err(|_| damaged("it cannot be read"))
 }
 
-/// Makes the names in a directory durable.
-pub(super) fn sync_dir(dir: &Path) -> io::Result<()> {
-    File::open(dir)?.sync_all()
-}
-
 /// The peers that have been seen with something on their disk. If one of them comes back with
 /// nothing, it has forgotten what it promised.
 #[derive(Debug)]
 pub(super) struct KnownPeers {
-    path: PathBuf,
+    storage: Directory,
     names: Mutex<BTreeSet<String>>,
 }
 
+const KNOWN: &str = "known-peers";
 const KNOWN_MAGIC: [u8; 8] = *b"UBCPEER\x01";
 
 impl KnownPeers {
     pub(super) fn open(dir: &Path) -> Result<Self, DiskError> {
-        let path = dir.join("known-peers");
-        let names = if path.exists() {
-            read_checked(&path, KNOWN_MAGIC)?
+        let storage = Directory::new(dir);
+        let names = if dir.join(KNOWN).exists() {
+            read_checked(&storage, KNOWN, KNOWN_MAGIC)?
         } else {
             BTreeSet::new()
         };
         Ok(Self {
-            path,
+            storage,
             names: Mutex::new(names),
         })
     }
@@ -441,7 +483,7 @@ impl KnownPeers {
             .lock()
             .expect("no thread panics while it holds this");
         if names.insert(name.to_owned()) {
-            write_checked(&self.path, KNOWN_MAGIC, &*names)?;
+            write_checked(&self.storage, KNOWN, KNOWN_MAGIC, &*names)?;
         }
         Ok(())
     }

@@ -2,13 +2,15 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
 
 use super::disk::{self, DiskError, Identity, KnownPeers, Opened};
 use super::engine::{Input, inputs};
-use super::wal::{Record, Wal};
+use super::storage::{Directory, Storage};
+use super::wal::{Record, Replay, Wal};
 use crate::quorum::{HardState, LogEntry, Recovered, SnapshotImage, Write};
 
 struct TempDir(PathBuf);
@@ -34,6 +36,12 @@ impl Drop for TempDir {
 }
 
 const ID: u64 = 0x1234_5678_9abc_def0;
+
+/// Opens a log as a server does.
+fn open_wal(dir: &Path) -> Result<(Wal, Replay), DiskError> {
+    let storage: Arc<dyn Storage> = Arc::new(Directory::new(dir));
+    Wal::open(&storage, ID)
+}
 
 fn log_entry(index: u64, term: u64) -> LogEntry {
     LogEntry {
@@ -83,7 +91,7 @@ fn what_was_written_comes_back_across_segments() {
     let dir = TempDir::new();
     let mut all = Vec::new();
     for opening in 0..3 {
-        let (mut wal, replay) = Wal::open(&dir.0, ID).unwrap();
+        let (mut wal, replay) = open_wal(&dir.0).unwrap();
         assert_eq!(replay.entries, all);
         for index in opening * 5 + 1..=opening * 5 + 5 {
             write(&mut wal, index, 1);
@@ -91,12 +99,12 @@ fn what_was_written_comes_back_across_segments() {
         }
     }
     // Entries of a new term replace what stood there.
-    let (mut wal, _) = Wal::open(&dir.0, ID).unwrap();
+    let (mut wal, _) = open_wal(&dir.0).unwrap();
     write(&mut wal, 12, 2);
     drop(wal);
     all.truncate(11);
     all.push(log_entry(12, 2));
-    let (_, replay) = Wal::open(&dir.0, ID).unwrap();
+    let (_, replay) = open_wal(&dir.0).unwrap();
     assert_eq!(replay.entries, all);
     assert_eq!(
         replay.hard_state,
@@ -111,7 +119,7 @@ fn what_was_written_comes_back_across_segments() {
 #[test]
 fn large_logs_roll_and_are_trimmed() {
     let dir = TempDir::new();
-    let (mut wal, _) = Wal::open(&dir.0, ID).unwrap();
+    let (mut wal, _) = open_wal(&dir.0).unwrap();
     let data = Bytes::from(vec![7; 4 << 20]);
     for index in 1..=9 {
         let data = data.clone();
@@ -123,12 +131,12 @@ fn large_logs_roll_and_are_trimmed() {
         .unwrap();
     }
     let count = |dir: &Path| std::fs::read_dir(dir).unwrap().count();
-    assert_eq!(count(&dir.0), 3, "four of these fill a segment");
+    assert_eq!(count(&dir.0), 3 + 1, "four of these fill a segment");
     wal.trim(5).unwrap();
-    assert_eq!(count(&dir.0), 2);
+    assert_eq!(count(&dir.0), 2 + 1);
     write(&mut wal, 10, 1);
     drop(wal);
-    let (_, replay) = Wal::open(&dir.0, ID).unwrap();
+    let (_, replay) = open_wal(&dir.0).unwrap();
     assert_eq!(
         replay.entries.iter().map(|e| e.index).collect::<Vec<_>>(),
         [5, 6, 7, 8, 9, 10]
@@ -138,7 +146,7 @@ fn large_logs_roll_and_are_trimmed() {
 #[test]
 fn an_unfinished_write_is_cut_off_wherever_it_stopped() {
     let dir = TempDir::new();
-    let (mut wal, _) = Wal::open(&dir.0, ID).unwrap();
+    let (mut wal, _) = open_wal(&dir.0).unwrap();
     (1..=4).for_each(|index| write(&mut wal, index, 1));
     drop(wal);
     let path = largest_segment(&dir.0);
@@ -150,12 +158,13 @@ fn an_unfinished_write_is_cut_off_wherever_it_stopped() {
         let mut torn = whole.clone();
         torn[stop..].fill(0);
         std::fs::write(copy.0.join(path.file_name().unwrap()), &torn).unwrap();
-        let (mut wal, replay) = Wal::open(&copy.0, ID).unwrap();
+        std::fs::copy(dir.0.join("mark"), copy.0.join("mark")).unwrap();
+        let (mut wal, replay) = open_wal(&copy.0).unwrap();
         assert_eq!(replay.entries.len(), 3, "cut at {stop}");
         // And the log goes on from there.
         write(&mut wal, 4, 2);
         drop(wal);
-        let (_, replay) = Wal::open(&copy.0, ID).unwrap();
+        let (_, replay) = open_wal(&copy.0).unwrap();
         assert_eq!(replay.entries.last(), Some(&log_entry(4, 2)));
     }
 }
@@ -163,7 +172,7 @@ fn an_unfinished_write_is_cut_off_wherever_it_stopped() {
 #[test]
 fn damage_before_the_end_is_refused() {
     let dir = TempDir::new();
-    let (mut wal, _) = Wal::open(&dir.0, ID).unwrap();
+    let (mut wal, _) = open_wal(&dir.0).unwrap();
     (1..=4).for_each(|index| write(&mut wal, index, 1));
     drop(wal);
     let path = largest_segment(&dir.0);
@@ -175,7 +184,8 @@ fn damage_before_the_end_is_refused() {
         let mut damaged = whole.clone();
         damaged[place] ^= 0x10;
         std::fs::write(copy.0.join(path.file_name().unwrap()), &damaged).unwrap();
-        let opened = Wal::open(&copy.0, ID).map(|(_, replay)| replay.entries);
+        std::fs::copy(dir.0.join("mark"), copy.0.join("mark")).unwrap();
+        let opened = open_wal(&copy.0).map(|(_, replay)| replay.entries);
         let padding = (1..5).any(|frame| {
             let length = &whole[starts[frame] + 16..starts[frame] + 20];
             let length = u32::from_le_bytes(length.try_into().unwrap()) as usize;
@@ -197,7 +207,7 @@ fn damage_before_the_end_is_refused() {
 #[test]
 fn a_write_that_is_missing_is_noticed() {
     let dir = TempDir::new();
-    let (mut wal, _) = Wal::open(&dir.0, ID).unwrap();
+    let (mut wal, _) = open_wal(&dir.0).unwrap();
     for term in 1..=3 {
         // A vote: no index shows that it is gone.
         wal.append(&[Record::Hard(HardState {
@@ -214,10 +224,74 @@ fn a_write_that_is_missing_is_noticed() {
     let mut cut = whole[..starts[2]].to_vec();
     cut.extend_from_slice(&whole[starts[3]..]);
     std::fs::write(&path, &cut).unwrap();
-    assert!(matches!(
-        Wal::open(&dir.0, ID),
-        Err(DiskError::Damaged { .. })
-    ));
+    assert!(matches!(open_wal(&dir.0), Err(DiskError::Damaged { .. })));
+}
+
+/// The bytes of the log's files as a server leaves them that has written four entries, and where the
+/// last of their frames begins.
+fn four_entries_marked(dir: &Path) -> (PathBuf, Vec<u8>, usize) {
+    let (mut wal, _) = open_wal(dir).unwrap();
+    for index in 1..=4 {
+        write(&mut wal, index, 1);
+        wal.write_mark().unwrap();
+    }
+    drop(wal);
+    let path = largest_segment(dir);
+    let whole = std::fs::read(&path).unwrap();
+    let last = *frame_starts(&whole).last().unwrap();
+    (path, whole, last)
+}
+
+#[test]
+fn damage_to_the_newest_frame_is_told_from_a_torn_write() {
+    let dir = TempDir::new();
+    let (path, whole, last) = four_entries_marked(&dir.0);
+    // Flipped bits, zeros, and a write that went elsewhere: it was durable, so it is not cut off.
+    let mut flipped = whole.clone();
+    flipped[last + 40] ^= 1;
+    let mut gone = whole.clone();
+    gone[last..].fill(0);
+    for damaged in [&flipped, &gone, &whole[..last].to_vec()] {
+        std::fs::write(&path, damaged).unwrap();
+        let refused = open_wal(&dir.0).map(|(_, replay)| replay.entries);
+        assert!(
+            matches!(refused, Err(DiskError::Damaged { .. })),
+            "{refused:?}"
+        );
+    }
+    std::fs::write(&path, &whole).unwrap();
+    let (_, replay) = open_wal(&dir.0).unwrap();
+    assert_eq!(replay.entries.len(), 4);
+}
+
+#[test]
+fn a_torn_mark_leaves_the_one_before_it() {
+    let dir = TempDir::new();
+    let (path, whole, last) = four_entries_marked(&dir.0);
+    let mark = dir.0.join("mark");
+    let sound = std::fs::read(&mark).unwrap();
+    // The frames are numbered from 0 (the head), so the newest mark, of 4, is in the first sector.
+    let mut torn = sound.clone();
+    torn[20] ^= 1;
+    std::fs::write(&mark, &torn).unwrap();
+    let mut cut = whole.clone();
+    cut[last + 8..].fill(0);
+    std::fs::write(&path, &cut).unwrap();
+    let (_, replay) = open_wal(&dir.0).unwrap();
+    assert_eq!(replay.entries.len(), 3, "frame 3 was marked, 4 was torn");
+    // With neither, or without the file, nothing is known.
+    let refused = |bytes: Option<&[u8]>| {
+        match bytes {
+            Some(bytes) => std::fs::write(&mark, bytes).unwrap(),
+            None => std::fs::remove_file(&mark).unwrap(),
+        }
+        let opened = open_wal(&dir.0).map(|(_, replay)| replay.entries);
+        assert!(opened.is_err(), "{opened:?}");
+    };
+    torn[512 + 20] ^= 1;
+    refused(Some(&torn));
+    refused(Some(&[]));
+    refused(None);
 }
 
 fn servers() -> BTreeMap<u64, String> {
@@ -357,6 +431,37 @@ fn a_snapshot_that_was_saved_and_not_yet_noted_stands() {
             .collect::<Vec<_>>(),
         [21]
     );
+}
+
+#[test]
+fn a_snapshot_does_not_go_on_in_another_leaders_log() {
+    let dir = TempDir::new();
+    // The log has entries of term 0 beyond the snapshot of term 1, which replaced them.
+    let stale = Write {
+        snapshot: None,
+        hard_state: None,
+        entries: (1..=25).map(|index| log_entry(index, 0)).collect(),
+    };
+    written(&dir.0, vec![stale], None);
+    let other = TempDir::new();
+    let installed = Write {
+        snapshot: Some(image(20)),
+        hard_state: None,
+        entries: vec![],
+    };
+    written(&other.0, vec![installed], None);
+    let name = "snapshot-0000000000000014.state";
+    std::fs::copy(other.0.join(name), dir.0.join(name)).unwrap();
+    // What was being written when the machine stopped is cleared away.
+    std::fs::write(dir.0.join("snapshot-0000000000000030.state.tmp"), [1; 9]).unwrap();
+    for _ in 0..2 {
+        let recovered = open(&dir.0, "a").unwrap().recovered;
+        assert_eq!(recovered.snapshot, Some(image(20)));
+        assert_eq!(recovered.entries, []);
+    }
+    let left = std::fs::read_dir(&dir.0).unwrap();
+    let mut left = left.map(|entry| entry.unwrap().path());
+    assert!(!left.any(|path| path.extension().is_some_and(|ext| ext == "tmp")));
 }
 
 #[test]

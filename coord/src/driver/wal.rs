@@ -8,17 +8,17 @@
 //! so that a frame that is missing, repeated or from elsewhere is noticed. A frame is written only
 //! when the one before is durable. Therefore a broken frame with a sound one after it was durable
 //! once and has been damaged: the log is refused. A broken frame with nothing sound after it was
-//! being written when the machine stopped, has been acknowledged to nobody, and is cut off. The log
-//! id is random, so that a client cannot forge a frame inside its data.
+//! being written when the machine stopped, has been acknowledged to nobody, and is cut off; unless
+//! the [mark](Mark) says that it was durable. The log id is random, so that a client cannot forge a
+//! frame inside its data.
 
-use std::fs::{File, OpenOptions};
-use std::io::{self, Read, Write as _};
-use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::io;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use super::disk::{DiskError, sync_dir};
+use super::disk::DiskError;
+use super::storage::{Storage, StorageFile};
 use crate::quorum::{HardState, LogEntry};
 
 const HEAD: usize = 32;
@@ -84,18 +84,77 @@ impl Replay {
 }
 
 struct Segment {
-    path: PathBuf,
+    name: String,
     number: u64,
     /// The highest index of an entry in it.
     max_index: u64,
 }
 
+/// Where the log was known to be durable: number and checksum of a frame.
+///
+/// A frame that was being written when the machine stopped looks like the last frame damaged later.
+/// The mark tells them apart: it is written, to a file of its own, when a frame has become durable,
+/// and a log that ends before its mark has lost what may have been acknowledged (the persist records
+/// of Alagappan et al., FAST'18). It is not synced while the log is in use, so that it costs no time,
+/// and may lag behind by what the system has not written back yet; it never runs ahead.
+///
+/// Two sectors are written in turn, so that a torn write leaves the other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Mark {
+    frame: u64,
+    crc: u32,
+}
+
+impl Mark {
+    const NAME: &'static str = "mark";
+    const MAGIC: [u8; 8] = *b"UBCMARK\x01";
+    const SECTOR: usize = 512;
+    const BYTES: usize = 32;
+
+    fn encode(self, log_id: u64) -> [u8; Self::BYTES] {
+        let mut bytes = [0; Self::BYTES];
+        bytes[..8].copy_from_slice(&Self::MAGIC);
+        bytes[8..16].copy_from_slice(&log_id.to_le_bytes());
+        bytes[16..24].copy_from_slice(&self.frame.to_le_bytes());
+        bytes[24..28].copy_from_slice(&self.crc.to_le_bytes());
+        let sum = crc32c::crc32c(&bytes[..28]);
+        bytes[28..].copy_from_slice(&sum.to_le_bytes());
+        bytes
+    }
+
+    fn decode(bytes: &[u8], log_id: u64) -> Option<Self> {
+        let bytes = bytes.get(..Self::BYTES)?;
+        let frame = u64::from_le_bytes(bytes[16..24].try_into().expect("eight bytes"));
+        let crc = u32::from_le_bytes(bytes[24..28].try_into().expect("four bytes"));
+        let mark = Self { frame, crc };
+        (mark.encode(log_id) == bytes).then_some(mark)
+    }
+
+    /// The newest that can be read.
+    fn read(storage: &dyn Storage, log_id: u64) -> Result<Self, DiskError> {
+        let bytes = storage.read(Self::NAME)?;
+        let second = bytes.get(Self::SECTOR..).unwrap_or_default();
+        let newest = Self::decode(&bytes, log_id).max(Self::decode(second, log_id));
+        newest.ok_or_else(|| DiskError::Damaged {
+            path: storage.path(Self::NAME),
+            offset: 0,
+            what: "it does not say how far the log was durable",
+        })
+    }
+
+    /// Its place in the file.
+    fn offset(self) -> u64 {
+        self.frame % 2 * Self::SECTOR as u64
+    }
+}
+
 /// The log, open for appending.
-pub(super) struct Wal {
-    dir: PathBuf,
+pub(crate) struct Wal {
+    storage: Arc<dyn Storage>,
     log_id: u64,
     segments: Vec<Segment>,
-    file: File,
+    file: Box<dyn StorageFile>,
+    mark: Box<dyn StorageFile>,
     offset: u64,
     next_frame: u64,
     chain: u32,
@@ -104,42 +163,55 @@ pub(super) struct Wal {
 }
 
 impl Wal {
-    /// Reads all segments in `dir`, cuts off a torn tail, and begins a new segment.
-    pub(super) fn open(dir: &Path, log_id: u64) -> Result<(Self, Replay), DiskError> {
-        let mut segments = Vec::new();
-        for entry in std::fs::read_dir(dir)? {
-            let path = entry?.path();
-            let name = path
-                .file_name()
-                .and_then(|name| name.to_str())
-                .unwrap_or_default();
-            let number = name
-                .strip_prefix("wal-")
-                .and_then(|name| name.strip_suffix(".log"));
-            if let Some(Ok(number)) = number.map(|hex| u64::from_str_radix(hex, 16)) {
-                segments.push(Segment {
-                    path,
-                    number,
-                    max_index: 0,
-                });
-            }
-        }
+    /// Reads all segments, cuts off a torn tail, and begins a new segment.
+    pub(super) fn open(
+        storage: &Arc<dyn Storage>,
+        log_id: u64,
+    ) -> Result<(Self, Replay), DiskError> {
+        // What a run before saw in the directory need not be durable, if it was killed.
+        storage.sync_names()?;
+        let names = storage.list()?;
+        let mut segments: Vec<Segment> = names.iter().filter_map(|name| segment(name)).collect();
         segments.sort_by_key(|segment| segment.number);
-        let mut replay = Replay::default();
-        let mut chain: Option<(u64, u32)> = None;
+        let mark = if segments.is_empty() && !names.iter().any(|name| name == Mark::NAME) {
+            None
+        } else {
+            Some(Mark::read(&**storage, log_id)?)
+        };
+        let mut reader = Reader {
+            storage: &**storage,
+            log_id,
+            mark,
+            chain: None,
+            replay: Replay::default(),
+        };
         let count = segments.len();
         for (place, segment) in segments.iter_mut().enumerate() {
-            read_segment(segment, log_id, place + 1 == count, &mut chain, &mut replay)?;
+            reader.segment(segment, place + 1 == count)?;
         }
+        let Reader { chain, replay, .. } = reader;
         let (next_frame, chain) = chain.unwrap_or((0, 0));
+        if mark.is_some_and(|mark| mark.frame >= next_frame) {
+            let last = segments.last().map_or(Mark::NAME, |s| s.name.as_str());
+            return Err(DiskError::Damaged {
+                path: storage.path(last),
+                offset: 0,
+                what: "the log ends before what was durable",
+            });
+        }
         let number = segments.last().map_or(0, |segment| segment.number + 1);
-        let (segment, file) = create_segment(dir, number)?;
+        let (segment, file) = create_segment(&**storage, number)?;
         segments.push(segment);
+        let mark = match mark {
+            Some(_) => storage.open(Mark::NAME)?,
+            None => storage.create(Mark::NAME)?,
+        };
         let mut wal = Self {
-            dir: dir.to_owned(),
+            storage: storage.clone(),
             log_id,
             segments,
             file,
+            mark,
             offset: 0,
             next_frame,
             chain,
@@ -147,6 +219,8 @@ impl Wal {
             buffer: Vec::new(),
         };
         wal.write_head()?;
+        wal.sync_mark()?;
+        storage.sync_names()?;
         Ok((wal, replay))
     }
 
@@ -172,7 +246,7 @@ impl Wal {
         }
         if self.offset >= SEGMENT_BYTES {
             let number = self.segments.last().map_or(0, |segment| segment.number + 1);
-            let (segment, file) = create_segment(&self.dir, number)?;
+            let (segment, file) = create_segment(&*self.storage, number)?;
             self.segments.push(segment);
             self.file = file;
             self.offset = 0;
@@ -214,9 +288,25 @@ impl Wal {
             .take_while(|s| s.max_index <= index)
             .count();
         for segment in self.segments.drain(..count) {
-            std::fs::remove_file(&segment.path)?;
+            self.storage.remove(&segment.name)?;
         }
         Ok(())
+    }
+
+    /// Notes that everything appended so far is durable. Costs no sync.
+    pub(super) fn write_mark(&mut self) -> io::Result<()> {
+        let mark = Mark {
+            frame: self.next_frame - 1,
+            crc: self.chain,
+        };
+        self.mark
+            .write_all_at(&mark.encode(self.log_id), mark.offset())
+    }
+
+    /// [`Wal::write_mark`], for good.
+    pub(super) fn sync_mark(&mut self) -> io::Result<()> {
+        self.write_mark()?;
+        self.mark.sync_all()
     }
 }
 
@@ -224,82 +314,104 @@ fn checksum(frame: &[u8]) -> u32 {
     crc32c::crc32c_append(crc32c::crc32c(&frame[..24]), &frame[HEAD..])
 }
 
-fn create_segment(dir: &Path, number: u64) -> io::Result<(Segment, File)> {
-    let path = dir.join(format!("wal-{number:016x}.log"));
-    let file = OpenOptions::new()
-        .create_new(true)
-        .read(true)
-        .write(true)
-        .open(&path)?;
-    // So that an append changes no metadata. A file system that cannot is only slower.
-    let _ = rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, SEGMENT_BYTES);
-    file.sync_all()?;
-    sync_dir(dir)?;
-    Ok((
-        Segment {
-            path,
-            number,
-            max_index: 0,
-        },
-        file,
-    ))
+/// The segment that this file is, if it is one.
+fn segment(name: &str) -> Option<Segment> {
+    let hex = name.strip_prefix("wal-")?.strip_suffix(".log")?;
+    Some(Segment {
+        name: name.to_owned(),
+        number: u64::from_str_radix(hex, 16).ok()?,
+        max_index: 0,
+    })
 }
 
-fn read_segment(
-    segment: &mut Segment,
+fn create_segment(
+    storage: &dyn Storage,
+    number: u64,
+) -> io::Result<(Segment, Box<dyn StorageFile>)> {
+    let name = format!("wal-{number:016x}.log");
+    let mut file = storage.create(&name)?;
+    // So that an append changes no metadata. A file system that cannot is only slower, and one that
+    // is full may still have room for a little.
+    let _ = file.allocate(SEGMENT_BYTES);
+    file.sync_all()?;
+    storage.sync_names()?;
+    let segment = segment(&name).expect("a segment's name");
+    Ok((segment, file))
+}
+
+struct Reader<'a> {
+    storage: &'a dyn Storage,
     log_id: u64,
-    last: bool,
-    chain: &mut Option<(u64, u32)>,
-    replay: &mut Replay,
-) -> Result<(), DiskError> {
-    let mut bytes = Vec::new();
-    File::open(&segment.path)?.read_to_end(&mut bytes)?;
-    let damaged = |offset: usize, what: &'static str| DiskError::Damaged {
-        path: segment.path.clone(),
-        offset: offset as u64,
-        what,
-    };
-    let mut offset = 0;
-    while let Some((frame, end)) = frame_at(&bytes, offset, log_id) {
-        let number = u64::from_le_bytes(frame[8..16].try_into().expect("eight bytes"));
-        let previous = u32::from_le_bytes(frame[20..24].try_into().expect("four bytes"));
-        let crc = u32::from_le_bytes(frame[24..28].try_into().expect("four bytes"));
-        // The oldest segment may follow on ones that were deleted.
-        if chain.is_some_and(|expected| expected != (number, previous)) {
-            return Err(damaged(
-                offset,
-                "a frame does not follow on the one before it",
-            ));
-        }
-        *chain = Some((number + 1, crc));
-        let records: Vec<Record> = postcard::from_bytes(&frame[HEAD..])
-            .map_err(|_| damaged(offset, "a frame holds no records"))?;
-        for record in records {
-            if let Record::Entry(entry) = &record {
-                segment.max_index = segment.max_index.max(entry.index);
+    mark: Option<Mark>,
+    /// Number of the next frame, and checksum of the one before it.
+    chain: Option<(u64, u32)>,
+    replay: Replay,
+}
+
+impl Reader<'_> {
+    fn segment(&mut self, segment: &mut Segment, last: bool) -> Result<(), DiskError> {
+        let bytes = self.storage.read(&segment.name)?;
+        let path = self.storage.path(&segment.name);
+        let damaged = |offset: usize, what: &'static str| DiskError::Damaged {
+            path: path.clone(),
+            offset: offset as u64,
+            what,
+        };
+        let (mut offset, mut newest) = (0, 0..0);
+        while let Some((frame, end)) = frame_at(&bytes, offset, self.log_id) {
+            let number = u64::from_le_bytes(frame[8..16].try_into().expect("eight bytes"));
+            let previous = u32::from_le_bytes(frame[20..24].try_into().expect("four bytes"));
+            let crc = u32::from_le_bytes(frame[24..28].try_into().expect("four bytes"));
+            // The oldest segment may follow on ones that were deleted.
+            let follows = self.chain.is_none_or(|next| next == (number, previous));
+            let marked = Some(Mark { frame: number, crc });
+            if !follows || self.mark.map(|m| m.frame) == Some(number) && self.mark != marked {
+                return Err(damaged(
+                    offset,
+                    "a frame does not follow on the one before it",
+                ));
             }
-            replay.take(record).map_err(|what| damaged(offset, what))?;
+            self.chain = Some((number + 1, crc));
+            let records: Vec<Record> = postcard::from_bytes(&frame[HEAD..])
+                .map_err(|_| damaged(offset, "a frame holds no records"))?;
+            for record in records {
+                if let Record::Entry(entry) = &record {
+                    segment.max_index = segment.max_index.max(entry.index);
+                }
+                self.replay
+                    .take(record)
+                    .map_err(|what| damaged(offset, what))?;
+            }
+            newest = offset..end.min(bytes.len());
+            offset = end;
         }
-        offset = end;
-    }
-    let rest = &bytes[offset.min(bytes.len())..];
-    if rest.iter().any(|byte| *byte != 0) {
-        if !last {
-            return Err(damaged(offset, "a frame is broken and segments follow"));
+        let rest = bytes.get(offset..).unwrap_or_default();
+        if rest.iter().any(|byte| *byte != 0) {
+            if !last {
+                return Err(damaged(offset, "a frame is broken and segments follow"));
+            }
+            let mut after = (offset + 8..bytes.len()).step_by(8);
+            if after.any(|later| frame_at(&bytes, later, self.log_id).is_some()) {
+                return Err(damaged(offset, "a frame is broken and sound ones follow"));
+            }
+            let next = self.chain.map_or(0, |(number, _)| number);
+            if self.mark.is_some_and(|mark| mark.frame >= next) {
+                return Err(damaged(offset, "a frame is broken that was durable"));
+            }
+            tracing::warn!(path = %path.display(), offset, "cut off an unfinished write");
         }
-        let mut after = (offset + 8..bytes.len()).step_by(8);
-        if after.any(|later| frame_at(&bytes, later, log_id).is_some()) {
-            return Err(damaged(offset, "a frame is broken and sound ones follow"));
+        if last || !rest.is_empty() {
+            // The newest frame may have been read from the system's memory and not be on the disk:
+            // whoever wrote it was killed before its sync, or the sync failed, after which Linux
+            // takes the page for written. So it is written once more. And nothing more comes here:
+            // what was set aside is given back.
+            let mut file = self.storage.open(&segment.name)?;
+            file.write_all_at(&bytes[newest.clone()], newest.start as u64)?;
+            file.set_len(offset.min(bytes.len()) as u64)?;
+            file.sync_all()?;
         }
-        tracing::warn!(path = %segment.path.display(), offset, "cut off an unfinished write");
+        Ok(())
     }
-    if !rest.is_empty() {
-        // Nothing more is written here: give back what was set aside, too.
-        let file = OpenOptions::new().write(true).open(&segment.path)?;
-        file.set_len(offset as u64)?;
-        file.sync_all()?;
-    }
-    Ok(())
 }
 
 /// The sound frame at `offset`, if there is one, and where the next would be.
@@ -318,16 +430,4 @@ fn frame_at(bytes: &[u8], offset: usize, log_id: u64) -> Option<(&[u8], usize)> 
         return None;
     }
     Some((frame, offset + (HEAD + length).next_multiple_of(8)))
-}
-
-/// Writes a file so that it is there whole or not at all.
-pub(super) fn write_atomically(path: &Path, parts: &[&[u8]]) -> io::Result<()> {
-    let temporary = path.with_extension("tmp");
-    let mut file = File::create(&temporary)?;
-    for part in parts {
-        file.write_all(part)?;
-    }
-    file.sync_all()?;
-    std::fs::rename(&temporary, path)?;
-    sync_dir(path.parent().expect("a file is in a directory"))
 }
