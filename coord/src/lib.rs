@@ -61,6 +61,7 @@ pub mod client;
 pub mod core;
 pub mod driver;
 pub mod quorum;
+pub mod recipes;
 mod rng;
 pub mod session;
 pub mod snapshot;

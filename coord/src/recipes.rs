@@ -1,0 +1,67 @@
+//! What people build on a coordinator: locks, elections, queues and the like.
+//!
+//! Every recipe here needs a [`Client`](crate::client::Client) and nothing else, so that it runs on
+//! Apache ZooKeeper as well. Where Curator or kazoo has a znode layout for the same thing, the recipe
+//! has that layout and takes part in what they do; its own page says so.
+//!
+//! | recipe | module |
+//! |---|---|
+//!
+//! # What holds for all of them
+//!
+//! - **Nothing is believed held after its session has expired.** What is held is a [`Hold`]: it knows by
+//!   the local clock until when the session is certainly alive, and says that it is lost before any
+//!   server could have given it to another. [`Hold::run`] cancels work at that moment.
+//! - **Dropping is cleaning up.** A future that waits for something may be dropped at any time (put
+//!   [`tokio::time::timeout`] around it); what it had created is deleted in the background, again and
+//!   again until that has succeeded or the session is over. The same holds for a dropped [`Hold`].
+//! - **A lost connection is bridged.** Requests are repeated, in another server's hands where need be;
+//!   what may not be done twice carries a mark by which it is found again. Waiting has no limit but the
+//!   caller's own, whatever the client's request timeout is.
+//! - **Each wait ends by an event**: nothing here polls.
+
+mod common;
+mod hold;
+mod session;
+
+use thiserror::Error;
+
+use crate::client::ClientError;
+
+pub use hold::{Hold, HoldState, LostReason};
+
+/// Why a recipe did not succeed.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum RecipeError {
+    /// The session or the server said no.
+    #[error(transparent)]
+    Client(#[from] ClientError),
+    /// The znode that stood for the caller was deleted by somebody else.
+    #[error("{path} was deleted by somebody else")]
+    Removed {
+        /// The znode.
+        path: String,
+    },
+    /// What was held is held no longer.
+    #[error("no longer held: {0}")]
+    Lost(#[from] LostReason),
+    /// The data of a znode is not what this recipe writes there.
+    #[error("{path} holds something else than this recipe's data")]
+    Foreign {
+        /// The znode.
+        path: String,
+    },
+    /// An argument is out of its range.
+    #[error("{what} is {value}, and may be {min} to {max}")]
+    OutOfRange {
+        /// Which argument.
+        what: &'static str,
+        /// What was given.
+        value: usize,
+        /// The smallest that is allowed.
+        min: usize,
+        /// The largest that is allowed.
+        max: usize,
+    },
+}
