@@ -1,12 +1,16 @@
 //! Access control: who may do what to one znode.
 //!
-//! Three schemes: `world` (anyone), `digest` (a name and the SHA-1 of name and password) and `ip`
-//! (an address or a prefix). An access list holds entries; an operation is allowed if any entry
-//! grants its permission to any identity of the session's connection.
+//! Four schemes: `world` (anyone), `digest` (a name and the SHA-1 of name and password), `ip` (an
+//! address or a prefix) and `x509` (the subject of a certificate). An access list holds entries; an
+//! operation is allowed if any entry grants its permission to any identity of the session's
+//! connection. The identity `super` is granted everything, and stands in no list.
 
 use std::net::IpAddr;
 
 use crate::wire::{Acl, Id};
+
+/// Scheme of the identity that is granted everything.
+const SUPER: &str = "super";
 
 /// Entries in one access list at most; a longer list is refused as invalid.
 pub const ACL_ENTRIES_MAX: usize = 1024;
@@ -15,6 +19,7 @@ pub const ACL_ENTRIES_MAX: usize = 1024;
 #[must_use]
 pub fn allows(acl: &[Acl], perm: i32, identities: &[Id]) -> bool {
     acl.is_empty()
+        || identities.iter().any(|who| who.scheme == SUPER)
         || acl
             .iter()
             .filter(|grant| grant.perms & perm != 0)
@@ -43,12 +48,14 @@ pub fn normalise(acl: Vec<Acl>, identities: &[Id]) -> Option<Vec<Acl>> {
     for grant in acl {
         let valid = match grant.id.scheme.as_str() {
             "world" => grant.id.id == "anyone",
-            "digest" => grant.id.id.split(':').count() == 2,
+            // As Java splits: empty parts at the end do not count.
+            "digest" => grant.id.id.trim_end_matches(':').split(':').count() == 2,
+            "x509" => !grant.id.id.is_empty(),
             "ip" => parse_prefix(&grant.id.id).is_some(),
             "auth" => {
                 let mut own = identities
                     .iter()
-                    .filter(|who| who.scheme == "digest")
+                    .filter(|who| matches!(who.scheme.as_str(), "digest" | "x509"))
                     .peekable();
                 own.peek()?;
                 own.for_each(|who| {
@@ -78,6 +85,42 @@ pub fn digest_identity(credentials: &[u8]) -> Option<Id> {
     Some(Id {
         scheme: "digest".into(),
         id: format!("{user}:{}", base64(sum.as_ref())),
+    })
+}
+
+/// Who may do everything: what the operator's own credentials prove beside their digest.
+#[must_use]
+pub fn super_user() -> Id {
+    Id {
+        scheme: SUPER.into(),
+        id: String::new(),
+    }
+}
+
+/// The list as it is shown to somebody who may read it and not set it: without what proves a name.
+#[must_use]
+pub fn masked(acl: &[Acl]) -> Vec<Acl> {
+    let mask = |grant: &Acl| {
+        let mut grant = grant.clone();
+        if let ("digest", Some((user, _))) = (&*grant.id.scheme, grant.id.id.split_once(':')) {
+            grant.id.id = format!("{user}:x");
+        }
+        grant
+    };
+    acl.iter().map(mask).collect()
+}
+
+/// An identity by name alone, as `whoAmI` tells it; `None` for the super user, who has none.
+#[must_use]
+pub fn user(id: &Id) -> Option<Id> {
+    let name = match id.scheme.as_str() {
+        SUPER => return None,
+        "digest" => id.id.split(':').next().unwrap_or_default(),
+        _ => &id.id,
+    };
+    Some(Id {
+        scheme: id.scheme.clone(),
+        id: name.to_owned(),
     })
 }
 

@@ -16,7 +16,9 @@ mod client;
 mod config;
 mod convert;
 mod leader;
+mod read;
 mod status;
+mod words;
 
 #[cfg(test)]
 mod tests;
@@ -27,9 +29,11 @@ use std::time::Duration;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
+pub use self::client::Caller;
 use self::client::Conn;
 pub use self::config::{Config, ConfigError};
 pub use self::status::Status;
+pub use self::words::Surroundings;
 use crate::quorum::{
     Consensus, QuorumConfig, QuorumOutput, RaftMessage, RaftQuorum, Recovered, Role, SnapshotImage,
     Write, ticks,
@@ -183,6 +187,7 @@ pub struct Core {
     quorum: Box<dyn Consensus + Send>,
     state: State,
     now: Instant,
+    started: Instant,
     /// Wall clock minus `now`, milliseconds: only for the times that znodes show.
     wall_offset_ms: i64,
     next_tick: Instant,
@@ -274,6 +279,7 @@ impl Core {
             quorum: Box::new(quorum),
             state,
             now,
+            started: now,
             wall_offset_ms: 0,
             next_tick: now + config.tick,
             next_touch: now + config.heartbeat,
@@ -309,6 +315,12 @@ impl Core {
         self.advance(now);
         let now_ms = i64::try_from(now.micros() / 1000).unwrap_or(i64::MAX);
         self.wall_offset_ms = wall_ms.saturating_sub(now_ms);
+    }
+
+    /// The time of day at `at`, in milliseconds since 1970.
+    fn wall_ms(&self, at: Instant) -> i64 {
+        let at_ms = i64::try_from(at.micros() / 1000).unwrap_or(i64::MAX);
+        at_ms.saturating_add(self.wall_offset_ms)
     }
 
     /// A message has come from a peer. `from` is who the link says it is.
@@ -573,6 +585,7 @@ impl Core {
             }
             Outcome::Expired { session } => {
                 if let Some(session) = session {
+                    self.counters.sessions_expired += 1;
                     self.deadlines.end(session);
                     if let Some(conn) = self.here.get(&session).copied() {
                         self.close(conn, CloseReason::Expired);

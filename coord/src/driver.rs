@@ -6,6 +6,7 @@
 mod clients;
 pub(crate) mod disk;
 mod engine;
+mod environment;
 mod peers;
 pub(crate) mod storage;
 pub(crate) mod wal;
@@ -26,6 +27,7 @@ use tokio::sync::{mpsc, watch};
 
 use self::disk::{Claimed, Identity, KnownPeers};
 use self::engine::{Alive, Clock, Engine, Input, InputSender, while_alive};
+use self::environment::Environment;
 use self::peers::Peers;
 use crate::core::{Config, ConfigError, Core};
 use crate::snapshot::SnapshotError;
@@ -222,6 +224,11 @@ pub async fn start(config: ServerConfig) -> Result<Server, StartError> {
         core: core_config,
         seed: random()?,
         identity,
+        environment: Environment {
+            client_port: client_address.port(),
+            secure_client_port: None,
+            data_dir: config.data_dir.clone(),
+        },
         inputs,
         engine: engine.clone(),
         peers: peers.clone(),
@@ -267,6 +274,7 @@ struct Launch {
     core: Config,
     seed: u64,
     identity: Identity,
+    environment: Environment,
     inputs: std::sync::mpsc::Receiver<Input>,
     engine: InputSender,
     peers: Peers,
@@ -298,6 +306,7 @@ impl Launch {
             disk,
             peers: queues,
             names: self.core.servers,
+            surroundings: self.environment,
             _alive: alive_sender,
             status: self.status,
         };

@@ -5,6 +5,7 @@
 //! [`Tree::undo`].
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Bound;
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
@@ -176,6 +177,14 @@ pub struct Tree {
     ephemerals: BTreeMap<SessionId, BTreeSet<String>>,
     /// Invariant: holds exactly the paths of the znodes of kind `Container`.
     containers: BTreeSet<String>,
+    /// Invariant: the sum of [`footprint`] over all znodes.
+    data_bytes: u64,
+}
+
+/// What a znode adds to [`Tree::data_bytes`].
+fn footprint(path: &str, data: Option<&Bytes>) -> u64 {
+    let bytes = path.len() + data.map_or(0, Bytes::len);
+    u64::try_from(bytes).expect("a znode fits into memory")
 }
 
 impl Default for Tree {
@@ -189,6 +198,7 @@ impl Default for Tree {
             nodes: BTreeMap::new(),
             ephemerals: BTreeMap::new(),
             containers: BTreeSet::new(),
+            data_bytes: 0,
         };
         for path in ["/", "/zookeeper", "/zookeeper/config", "/zookeeper/quota"] {
             let acl = if path == "/zookeeper/config" {
@@ -196,7 +206,7 @@ impl Default for Tree {
             } else {
                 Acl::open()
             };
-            tree.nodes.insert(
+            tree.insert(
                 path.into(),
                 Znode::new(Some(Bytes::new()), acl, Kind::Persistent, stamp),
             );
@@ -254,6 +264,25 @@ impl Tree {
         false
     }
 
+    /// How many znodes there are below `path`, itself not counted. Takes as long as there are.
+    #[must_use]
+    pub fn count_below(&self, path: &str) -> usize {
+        self.below(path).count()
+    }
+
+    /// The znodes below `path`, itself excluded.
+    fn below(&self, path: &str) -> impl Iterator<Item = (&String, &Znode)> {
+        let prefix = if path == "/" {
+            "/".to_owned()
+        } else {
+            format!("{path}/")
+        };
+        let start = (Bound::Excluded(prefix.clone()), Bound::Unbounded);
+        self.nodes
+            .range(start)
+            .take_while(move |(path, _)| path.starts_with(&prefix))
+    }
+
     /// All znodes in the order of their paths.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &Znode)> {
         self.nodes
@@ -274,6 +303,17 @@ impl Tree {
     #[must_use]
     pub fn ephemeral_count(&self) -> usize {
         self.ephemerals.values().map(BTreeSet::len).sum()
+    }
+
+    /// The sessions that own ephemeral znodes.
+    pub fn owners(&self) -> impl ExactSizeIterator<Item = SessionId> {
+        self.ephemerals.keys().copied()
+    }
+
+    /// Bytes of all paths and data.
+    #[must_use]
+    pub fn data_bytes(&self) -> u64 {
+        self.data_bytes
     }
 
     /// Containers that have had children and have none now.
@@ -348,9 +388,7 @@ impl Tree {
         parent.children.insert(name);
         parent.created = parent.created.wrapping_add(1);
         parent.pzxid = stamp.zxid;
-        self.index(&path, kind);
-        self.nodes
-            .insert(path.clone(), Znode::new(data, acl, kind, stamp));
+        self.insert(path.clone(), Znode::new(data, acl, kind, stamp));
         Ok((path, undo))
     }
 
@@ -387,7 +425,7 @@ impl Tree {
         let parent = self.nodes.get_mut(parent).expect("a znode's parent exists");
         parent.children.remove(name);
         let pzxid = std::mem::replace(&mut parent.pzxid, zxid);
-        self.unindex(path, znode.kind);
+        self.unindex(path, &znode);
         Undo::Delete {
             path: path.to_owned(),
             znode: Box::new(znode),
@@ -410,6 +448,8 @@ impl Tree {
         let znode = self.nodes.get_mut(path).ok_or(ErrorCode::NoNode)?;
         permit(znode, perms::WRITE, who)?;
         check_version(version, znode.version)?;
+        self.data_bytes -= footprint(path, znode.data.as_ref());
+        self.data_bytes += footprint(path, data.as_ref());
         let undo = Undo::Set {
             path: path.to_owned(),
             data: std::mem::replace(&mut znode.data, data),
@@ -471,8 +511,7 @@ impl Tree {
                 let parent = self.nodes.get_mut(parent).expect("a znode's parent exists");
                 parent.children.insert(name.to_owned());
                 parent.pzxid = pzxid;
-                self.index(&path, znode.kind);
-                self.nodes.insert(path, *znode);
+                self.insert(path, *znode);
             }
             Undo::Set {
                 path,
@@ -482,6 +521,8 @@ impl Tree {
                 mtime,
             } => {
                 let znode = self.nodes.get_mut(&path).expect("what was set exists");
+                self.data_bytes -= footprint(&path, znode.data.as_ref());
+                self.data_bytes += footprint(&path, data.as_ref());
                 znode.data = data;
                 znode.version = version;
                 znode.mzxid = mzxid;
@@ -490,23 +531,27 @@ impl Tree {
         }
     }
 
-    fn index(&mut self, path: &str, kind: Kind) {
-        match kind {
+    /// Puts a znode into its place, of which its parent knows.
+    fn insert(&mut self, path: String, znode: Znode) {
+        self.data_bytes += footprint(&path, znode.data.as_ref());
+        match znode.kind {
             Kind::Persistent => {}
             Kind::Ephemeral(session) => {
                 self.ephemerals
                     .entry(session)
                     .or_default()
-                    .insert(path.to_owned());
+                    .insert(path.clone());
             }
             Kind::Container => {
-                self.containers.insert(path.to_owned());
+                self.containers.insert(path.clone());
             }
         }
+        self.nodes.insert(path, znode);
     }
 
-    fn unindex(&mut self, path: &str, kind: Kind) {
-        match kind {
+    fn unindex(&mut self, path: &str, znode: &Znode) {
+        self.data_bytes -= footprint(path, znode.data.as_ref());
+        match znode.kind {
             Kind::Persistent => {}
             Kind::Ephemeral(session) => {
                 if let Some(paths) = self.ephemerals.get_mut(&session) {
@@ -562,6 +607,9 @@ impl Tree {
                 }
             }
         }
+        let bytes = self.nodes.iter();
+        let bytes = bytes.map(|(path, znode)| footprint(path, znode.data.as_ref()));
+        assert_eq!(self.data_bytes, bytes.sum::<u64>(), "bytes of all znodes");
         assert_eq!(self.ephemerals, ephemerals, "index of ephemerals");
         assert_eq!(self.containers, containers, "index of containers");
     }

@@ -36,7 +36,7 @@ pub use frame::{
     encode_reply, encode_request, split_frame,
 };
 pub use jute::{Reader, Writer};
-pub use multi::{MultiOp, MultiResult};
+pub use multi::{MultiOp, MultiResult, ReadOp, ReadResult};
 pub use path::{PathError, parent, validate_path};
 pub use request::{CreateOp, OpCode, Request, SetWatches};
 pub use response::Response;

@@ -1,21 +1,22 @@
 //! One client's connection: its handshake, and its requests in their order.
 
 use std::collections::VecDeque;
-use std::net::IpAddr;
+use std::net::SocketAddr;
+use std::sync::Arc;
 
 use bytes::Bytes;
 
-use super::convert::{Shape, operation, respond, valid};
+use super::convert::{Shape, operation, respond};
+use super::status::Latency;
+use super::words::short_name;
 use super::{Barrier, CloseReason, ConnId, Core, Outgoing, Output, RESEND_MIN};
 use crate::acl;
 use crate::session::{PASSWORD_LEN, Password, SessionId};
 use crate::time::Instant;
 use crate::txn::{Command, Done, Op, Proposal, Refused};
-use crate::watch::WatchKind;
 use crate::wire::{
-    ConnectRequest, ConnectResponse, ErrorCode, EventType, Id, Request, RequestHeader, Response,
-    SetWatches, WatcherEvent, WatcherKind, encode_connect_response, encode_error, encode_event,
-    encode_reply, perms,
+    ConnectRequest, ConnectResponse, ErrorCode, Id, OpCode, Request, RequestHeader, Response,
+    encode_connect_response, encode_error, encode_reply,
 };
 
 /// Requests of one connection that wait for their answer at most; a client with more is cut off.
@@ -79,13 +80,40 @@ enum Phase {
     Open { session: SessionId, attached: u64 },
 }
 
+/// Who is at the other end of a client's connection, as far as the driver knows.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Caller {
+    /// Where the connection comes from.
+    pub address: Option<SocketAddr>,
+    /// Who the client has proved to be with the connection itself, such as the subject of its
+    /// certificate (scheme `x509`).
+    pub proven: Vec<Id>,
+}
+
+/// What was said on a connection.
+#[derive(Debug, Default)]
+pub(super) struct Talk {
+    pub(super) received: u64,
+    pub(super) sent: u64,
+    /// The operation last asked for, as `cons` prints it.
+    pub(super) last_op: &'static str,
+    pub(super) last_xid: i32,
+    pub(super) last_zxid: u64,
+    pub(super) last_reply: Instant,
+    pub(super) latency: Latency,
+}
+
 /// A client's connection.
 pub(super) struct Conn {
     phase: Phase,
-    since: Instant,
-    address: Option<IpAddr>,
-    who: Vec<Id>,
+    pub(super) since: Instant,
+    pub(super) talk: Talk,
+    address: Option<SocketAddr>,
+    /// Who the client has proved to be, besides somebody.
+    who: Arc<Vec<Id>>,
     queue: VecDeque<Pending>,
+    /// When each of the queue came.
+    arrived: VecDeque<Instant>,
     /// Syncs in the queue, and writes that wait behind them.
     syncs: usize,
     held: usize,
@@ -101,31 +129,48 @@ impl Conn {
         }
     }
 
-    pub(super) fn address(&self) -> String {
-        self.address
-            .map_or("unknown".to_owned(), |address| address.to_string())
+    pub(super) fn who(&self) -> Arc<Vec<Id>> {
+        self.who.clone()
+    }
+
+    /// Where it comes from, for people.
+    pub(super) fn address(&self, conn: ConnId) -> String {
+        match self.address {
+            Some(address) => address.to_string(),
+            None => format!("unknown:{}", conn.0),
+        }
+    }
+
+    /// Requests that wait for their answer.
+    pub(super) fn queued(&self) -> usize {
+        self.queue.len()
     }
 }
 
 impl Core {
-    /// A client has connected from `address`.
-    pub fn handle_connect(&mut self, now: Instant, conn: ConnId, address: Option<IpAddr>) {
+    /// A client has connected.
+    pub fn handle_connect(&mut self, now: Instant, conn: ConnId, caller: Caller) {
         self.advance(now);
-        let mut who = vec![Id::anyone()];
-        who.extend(address.map(|ip| Id {
+        let Caller { address, proven } = caller;
+        let mut who = proven;
+        who.extend(address.map(|address| Id {
             scheme: "ip".into(),
-            id: ip.to_canonical().to_string(),
+            id: address.ip().to_canonical().to_string(),
         }));
+        who.truncate(IDENTITIES_MAX);
         let state = Conn {
             phase: Phase::New,
             since: now,
+            talk: Talk::default(),
             address,
-            who,
+            who: Arc::new(who),
             queue: VecDeque::new(),
+            arrived: VecDeque::new(),
             syncs: 0,
             held: 0,
             writes: 0,
         };
+        self.counters.connections += 1;
         self.conns.insert(conn, state);
         self.opening.insert(conn);
     }
@@ -144,6 +189,8 @@ impl Core {
             return;
         };
         self.counters.frames_received += 1;
+        self.counters.bytes_received += u64::try_from(frame.len()).expect("a frame is small");
+        state.talk.received += 1;
         match state.phase {
             Phase::New => match ConnectRequest::decode(frame) {
                 Ok(request) => self.on_connect_request(conn, request),
@@ -298,6 +345,10 @@ impl Core {
 
     fn on_request(&mut self, conn: ConnId, header: RequestHeader, body: &[u8]) {
         let RequestHeader { xid, op } = header;
+        if let Some(state) = self.conns.get_mut(&conn) {
+            state.talk.last_xid = xid;
+            state.talk.last_op = OpCode::from_code(op).map_or("NA", short_name);
+        }
         let request = match Request::decode(op, body) {
             Ok(request) => request,
             Err(error) => {
@@ -314,6 +365,11 @@ impl Core {
                 self.reply(conn, encode_reply(xid, zxid, &Response::Empty));
             }
             Request::Auth { scheme, auth, .. } => self.on_auth(conn, xid, &scheme, auth),
+            // Without a security layer there is nothing to negotiate: null, at once.
+            Request::Sasl { .. } => {
+                let response = Response::Sasl { token: None };
+                self.reply(conn, encode_reply(xid, 0, &response));
+            }
             Request::Sync { path } => {
                 let (barrier, now) = (self.barrier_to_join(), self.now);
                 let entry = self.barriers.entry(barrier);
@@ -353,11 +409,12 @@ impl Core {
         match identity {
             Some(id) if state.who.contains(&id) || state.who.len() < IDENTITIES_MAX => {
                 if !state.who.contains(&id) {
-                    state.who.push(id);
+                    Arc::make_mut(&mut state.who).push(id);
                 }
                 self.reply(conn, encode_reply(xid, zxid, &Response::Empty));
             }
             _ => {
+                self.counters.auth_failed += 1;
                 self.reply(conn, encode_error(xid, zxid, ErrorCode::AuthFailed));
                 self.close(conn, CloseReason::Auth);
             }
@@ -383,7 +440,7 @@ impl Core {
             Ok((op, shape)) => {
                 state.writes += 1;
                 let number = state.writes;
-                let who = state.who.clone();
+                let who = state.who.to_vec();
                 let sending = if state.syncs > 0 {
                     state.held += 1;
                     Sending::Held(who, op)
@@ -424,6 +481,7 @@ impl Core {
         };
         state.syncs += usize::from(matches!(pending, Pending::Sync { .. }));
         state.queue.push_back(pending);
+        state.arrived.push_back(self.now);
         if state.queue.len() == 1 {
             self.advance_conn(conn);
         }
@@ -443,7 +501,9 @@ impl Core {
                 }) if *index <= applied => {}
                 Some(Pending::Write { .. } | Pending::Sync { .. }) | None => break,
             }
-            match state.queue.pop_front().expect("just seen") {
+            let pending = state.queue.pop_front().expect("just seen");
+            self.count_answer(conn);
+            match pending {
                 Pending::Read { xid, request } => self.answer_read(conn, xid, &request),
                 Pending::Refuse { xid, code, close } => {
                     self.reply(conn, encode_error(xid, applied.cast_signed(), code));
@@ -452,7 +512,9 @@ impl Core {
                     }
                 }
                 Pending::Sync { xid, path, .. } => {
-                    state.syncs -= 1;
+                    if let Some(state) = self.conns.get_mut(&conn) {
+                        state.syncs -= 1;
+                    }
                     let response = Response::Synced { path };
                     self.reply(conn, encode_reply(xid, applied.cast_signed(), &response));
                     self.send_held(conn);
@@ -540,6 +602,7 @@ impl Core {
             panic!("write {number} came back and was never sent");
         };
         self.outbox.remove(&out);
+        self.count_answer(conn);
         let zxid = self.state.zxid.cast_signed();
         let closed = matches!(result, Ok(Done::Closed));
         let frame = match respond(result, &shape) {
@@ -554,128 +617,35 @@ impl Core {
         }
     }
 
-    fn answer_read(&mut self, conn: ConnId, xid: i32, request: &Request) {
-        let zxid = self.state.zxid.cast_signed();
-        let frame = match self.read(conn, request) {
-            Ok(response) => encode_reply(xid, zxid, &response),
-            Err(code) => encode_error(xid, zxid, code),
-        };
-        self.reply(conn, frame);
-    }
-
-    fn read(&mut self, conn: ConnId, request: &Request) -> Result<Response, ErrorCode> {
-        let who = self
-            .conns
-            .get(&conn)
-            .map(|state| state.who.clone())
-            .unwrap_or_default();
-        let tree = &self.state.tree;
-        match request {
-            Request::Exists { path, watch } => {
-                valid(path)?;
-                let stat = tree.znode(path).map(|znode| znode.stat());
-                self.watch(conn, *watch, WatchKind::Data, path);
-                stat.map(Response::Stat).ok_or(ErrorCode::NoNode)
-            }
-            Request::GetData { path, watch } => {
-                valid(path)?;
-                let znode = tree.read(path, perms::READ, &who)?;
-                let response = Response::Data {
-                    data: znode.data.clone(),
-                    stat: znode.stat(),
-                };
-                self.watch(conn, *watch, WatchKind::Data, path);
-                Ok(response)
-            }
-            Request::GetAcl { path } => {
-                valid(path)?;
-                let znode = tree.read(path, perms::READ | perms::ADMIN, &who)?;
-                Ok(Response::Acl {
-                    acl: znode.acl.clone(),
-                    stat: znode.stat(),
-                })
-            }
-            Request::GetChildren { path, watch } | Request::GetChildren2 { path, watch } => {
-                valid(path)?;
-                let znode = tree.read(path, perms::READ, &who)?;
-                let children = znode.children.iter().cloned().collect();
-                let response = match request {
-                    Request::GetChildren { .. } => Response::Children(children),
-                    _ => Response::Children2 {
-                        children,
-                        stat: znode.stat(),
-                    },
-                };
-                self.watch(conn, *watch, WatchKind::Children, path);
-                Ok(response)
-            }
-            Request::SetWatches(watches) => {
-                self.set_watches(conn, watches);
-                Ok(Response::Empty)
-            }
-            Request::RemoveWatches { path, kind } => {
-                valid(path)?;
-                let kinds: &[WatchKind] = match WatcherKind::from_code(*kind)? {
-                    WatcherKind::Children => &[WatchKind::Children],
-                    WatcherKind::Data => &[WatchKind::Data],
-                    WatcherKind::Any => &[WatchKind::Children, WatchKind::Data],
-                };
-                let removed = kinds
-                    .iter()
-                    .filter(|k| self.watches.remove(conn, **k, path))
-                    .count();
-                if removed > 0 {
-                    Ok(Response::Empty)
-                } else {
-                    Err(ErrorCode::NoWatcher)
-                }
-            }
-            // Persistent watches are not kept here.
-            _ => Err(ErrorCode::Unimplemented),
+    /// The first of the queue is answered now.
+    fn count_answer(&mut self, conn: ConnId) {
+        if let Some(state) = self.conns.get_mut(&conn)
+            && let Some(arrived) = state.arrived.pop_front()
+        {
+            let took = self.now.since(arrived);
+            state.talk.latency.add(took);
+            self.counters.latency.add(took);
         }
     }
 
-    fn watch(&mut self, conn: ConnId, wanted: bool, kind: WatchKind, path: &str) {
-        if wanted && self.conns.contains_key(&conn) && !self.watches.set(conn, kind, path) {
-            self.close(conn, CloseReason::TooMuch);
+    /// `crst`: counts anew what is counted for each connection.
+    pub(super) fn reset_connections(&mut self) {
+        for state in self.conns.values_mut() {
+            state.talk = Talk {
+                last_op: state.talk.last_op,
+                last_xid: state.talk.last_xid,
+                last_zxid: state.talk.last_zxid,
+                last_reply: state.talk.last_reply,
+                ..Talk::default()
+            };
         }
     }
 
-    /// Sets watches again for a client that has come back, and tells it first what they would have
-    /// told while it was away.
-    fn set_watches(&mut self, conn: ConnId, watches: &SetWatches) {
-        let since = u64::try_from(watches.relative_zxid).unwrap_or(0);
-        let lists = [
-            (&watches.data, WatchKind::Data, false),
-            (&watches.exist, WatchKind::Data, true),
-            (&watches.child, WatchKind::Children, false),
-        ];
-        for (paths, kind, waits_for_creation) in lists {
-            for path in paths {
-                let missed = match (self.state.tree.znode(path), waits_for_creation, kind) {
-                    (Some(_), true, _) => Some(EventType::NodeCreated),
-                    (None, true, _) => None,
-                    (None, false, _) => Some(EventType::NodeDeleted),
-                    (Some(znode), false, WatchKind::Data) => {
-                        (znode.mzxid > since).then_some(EventType::NodeDataChanged)
-                    }
-                    (Some(znode), false, WatchKind::Children) => {
-                        (znode.pzxid > since).then_some(EventType::NodeChildrenChanged)
-                    }
-                };
-                match missed {
-                    Some(event) => {
-                        let frame = encode_event(&WatcherEvent::new(event, path.as_str()));
-                        self.outputs.push_back(Output::Notify { conn, frame });
-                    }
-                    None => self.watch(conn, true, kind, path),
-                }
-            }
-        }
-    }
-
-    fn reply(&mut self, conn: ConnId, frame: Bytes) {
-        if self.conns.contains_key(&conn) {
+    pub(super) fn reply(&mut self, conn: ConnId, frame: Bytes) {
+        if let Some(state) = self.conns.get_mut(&conn) {
+            state.talk.sent += 1;
+            state.talk.last_zxid = self.state.zxid;
+            state.talk.last_reply = self.now;
             self.counters.frames_sent += 1;
             self.outputs.push_back(Output::Reply { conn, frame });
         }

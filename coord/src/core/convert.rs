@@ -78,7 +78,24 @@ pub(super) fn operation(request: Request, session: SessionId) -> Result<(Op, Sha
             (Op::Multi(ops), Shape::Multi(shapes))
         }
         Request::CloseSession => (Op::Close, Shape::Empty),
-        _ => return Err(ErrorCode::Unimplemented),
+        Request::Reconfig { .. } => return Err(ErrorCode::ReconfigDisabled),
+        Request::Exists { .. }
+        | Request::GetData { .. }
+        | Request::GetAcl { .. }
+        | Request::GetChildren { .. }
+        | Request::GetChildren2 { .. }
+        | Request::Sync { .. }
+        | Request::Ping
+        | Request::RemoveWatches { .. }
+        | Request::CheckWatches { .. }
+        | Request::Auth { .. }
+        | Request::SetWatches(_)
+        | Request::AddWatch { .. }
+        | Request::MultiRead(_)
+        | Request::Sasl { .. }
+        | Request::GetEphemerals { .. }
+        | Request::GetAllChildrenNumber { .. }
+        | Request::WhoAmI => unreachable!("no writes"),
     })
 }
 
@@ -189,9 +206,11 @@ pub(super) fn respond(result: Result<Done, Refused>, shape: &Shape) -> Result<Re
 
 fn part_result(done: Done, shape: Option<CreateOp>) -> MultiResult {
     match (done, shape) {
-        (Done::Created(path, stat), Some(op)) if op.replies_stat() => {
-            MultiResult::Created2 { op, path, stat }
-        }
+        (Done::Created(path, stat), Some(op)) if op.replies_stat() => MultiResult::Created2 {
+            op: op.op(),
+            path,
+            stat,
+        },
         (Done::Created(path, _), _) => MultiResult::Created { path },
         (Done::Set(stat), _) => MultiResult::Set(stat),
         (Done::Deleted, _) => MultiResult::Deleted,

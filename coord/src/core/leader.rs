@@ -28,9 +28,8 @@ impl Core {
             }
             Command::Create { .. } | Command::Expire { .. } | Command::Reap { .. } => {}
         }
-        let now_ms = i64::try_from(self.now.micros() / 1000).unwrap_or(i64::MAX);
         let entry = Entry {
-            time_ms: now_ms.saturating_add(self.wall_offset_ms),
+            time_ms: self.wall_ms(self.now),
             proposal,
         };
         let data = postcard::to_allocvec(&entry).expect("memory takes everything");

@@ -1,19 +1,76 @@
 //! What the core tells of itself.
 
-use std::fmt::Write as _;
+use std::time::Duration;
 
 use serde::Serialize;
 
 use super::Core;
 use crate::quorum::Role;
-use crate::wire::FourLetterWord;
+use crate::time::as_micros;
 
-/// Counted since the start.
+/// Counted since the start, or since they were last set to nothing.
 #[derive(Debug, Default)]
 pub(super) struct Counters {
     pub(super) proposals_dropped: u64,
     pub(super) frames_received: u64,
     pub(super) frames_sent: u64,
+    pub(super) bytes_received: u64,
+    pub(super) connections: u64,
+    pub(super) auth_failed: u64,
+    pub(super) sessions_expired: u64,
+    pub(super) latency: Latency,
+}
+
+impl Counters {
+    /// What `srst` sets to nothing: metrics go on.
+    pub(super) fn reset(&mut self) {
+        self.frames_received = 0;
+        self.frames_sent = 0;
+        self.latency = Latency::default();
+    }
+}
+
+/// Time from a request to its answer, as the core sees it.
+#[derive(Debug, Default)]
+pub(super) struct Latency {
+    count: u64,
+    total_us: u64,
+    min_us: u64,
+    max_us: u64,
+    last_us: u64,
+}
+
+impl Latency {
+    pub(super) fn add(&mut self, took: Duration) {
+        let us = as_micros(took);
+        self.min_us = if self.count == 0 {
+            us
+        } else {
+            self.min_us.min(us)
+        };
+        self.max_us = self.max_us.max(us);
+        self.last_us = us;
+        self.count += 1;
+        self.total_us = self.total_us.saturating_add(us);
+    }
+
+    pub(super) const fn min_ms(&self) -> u64 {
+        self.min_us / 1000
+    }
+
+    pub(super) const fn max_ms(&self) -> u64 {
+        self.max_us / 1000
+    }
+
+    pub(super) const fn last_ms(&self) -> u64 {
+        self.last_us / 1000
+    }
+
+    /// Zero while nothing has been answered.
+    pub(super) fn average_ms(&self) -> f64 {
+        let average = Duration::from_micros(self.total_us / self.count.max(1));
+        average.as_secs_f64() * 1000.0
+    }
 }
 
 /// A server's state at one moment.
@@ -74,9 +131,6 @@ impl Status {
     }
 }
 
-/// The version that `srvr` shows first; kazoo reads it.
-const VERSION: &str = concat!("3.8.0-unbroken-", env!("CARGO_PKG_VERSION"));
-
 impl Core {
     /// This server's state now.
     #[must_use]
@@ -102,84 +156,5 @@ impl Core {
             frames_sent: self.counters.frames_sent,
             proposals_dropped: self.counters.proposals_dropped,
         }
-    }
-
-    /// Answers a four-letter word, in the form that ZooKeeper's tools read.
-    #[must_use]
-    pub fn four_letter_word(&self, word: FourLetterWord) -> String {
-        let status = self.status();
-        let mode = match status.role {
-            Role::Leader => "leader",
-            Role::Follower | Role::Candidate => "follower",
-        };
-        let serving = status.leader.is_some();
-        const NOT_SERVING: &str = "This ZooKeeper instance is not currently serving requests\n";
-        match word {
-            FourLetterWord::Ruok => "imok".into(),
-            FourLetterWord::Isro => (if serving { "rw" } else { "null" }).into(),
-            FourLetterWord::Srvr | FourLetterWord::Stat if !serving => NOT_SERVING.into(),
-            FourLetterWord::Srvr | FourLetterWord::Stat => {
-                let clients = if word == FourLetterWord::Stat {
-                    format!("Clients:\n{}\n", self.connection_lines())
-                } else {
-                    String::new()
-                };
-                format!(
-                    "Zookeeper version: {VERSION}\n{clients}Latency min/avg/max: 0/0.0/0\n\
-                     Received: {}\nSent: {}\nConnections: {}\nOutstanding: {}\nZxid: 0x{:x}\n\
-                     Mode: {mode}\nNode count: {}\n",
-                    status.frames_received,
-                    status.frames_sent,
-                    status.connections,
-                    status.outstanding,
-                    status.zxid,
-                    status.znodes,
-                )
-            }
-            FourLetterWord::Mntr if !serving => NOT_SERVING.into(),
-            FourLetterWord::Mntr => {
-                let mut text = String::new();
-                let mut line = |name: &str, value: &dyn std::fmt::Display| {
-                    let _ = writeln!(text, "zk_{name}\t{value}");
-                };
-                line("version", &VERSION);
-                line("server_state", &mode);
-                line("packets_received", &status.frames_received);
-                line("packets_sent", &status.frames_sent);
-                line("num_alive_connections", &status.connections);
-                line("outstanding_requests", &status.outstanding);
-                line("znode_count", &status.znodes);
-                line("watch_count", &status.watches);
-                line("ephemerals_count", &status.ephemerals);
-                line("global_sessions", &status.sessions);
-                line("term", &status.term);
-                line("proposals_dropped", &status.proposals_dropped);
-                text
-            }
-            FourLetterWord::Conf => format!(
-                "serverId={}\ntickTime={}\nminSessionTimeout={}\nmaxSessionTimeout={}\n",
-                self.config.id,
-                self.config.tick.as_millis(),
-                self.config.session_min.as_millis(),
-                self.config.session_max.as_millis(),
-            ),
-            FourLetterWord::Cons => self.connection_lines(),
-            FourLetterWord::Wchs => {
-                format!(
-                    "{} connections watching {} paths\n",
-                    status.connections, status.watches
-                )
-            }
-        }
-    }
-
-    /// One line for each connection, the first hundred of them.
-    fn connection_lines(&self) -> String {
-        let mut text = String::new();
-        for (id, conn) in self.conns.iter().take(100) {
-            let session = conn.session().map_or("none".to_owned(), |s| s.to_string());
-            let _ = writeln!(text, " /{}[{}](sid={session})", conn.address(), id.0);
-        }
-        text
     }
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
-use super::{CloseReason, Config, ConnId, Core, Output};
+use super::{Caller, CloseReason, Config, ConnId, Core, Output};
 use crate::core::PeerMessage;
 use crate::quorum::{RaftMessage, RaftMessageKind, Recovered, Role};
 use crate::time::Instant;
@@ -88,8 +88,7 @@ impl Bench {
     }
 
     fn hello(&mut self, conn: u64, session: i64, password: Option<Bytes>, last_zxid: i64) {
-        self.core
-            .handle_connect(self.now, ConnId(conn), Some([10, 0, 0, 1].into()));
+        self.core.handle_connect(self.now, ConnId(conn), caller());
         let request = ConnectRequest {
             protocol_version: 0,
             last_zxid_seen: last_zxid,
@@ -152,6 +151,13 @@ impl Bench {
     }
 }
 
+fn caller() -> Caller {
+    Caller {
+        address: Some(([10, 0, 0, 1], 4321).into()),
+        proven: vec![],
+    }
+}
+
 fn create(path: &str, mode: CreateMode) -> Request {
     let acl = Acl::open();
     Request::Create {
@@ -184,6 +190,8 @@ fn version(response: Result<Response, ErrorCode>) -> i32 {
         other => panic!("{other:?}"),
     }
 }
+
+mod operations;
 
 #[test]
 fn a_write_is_answered_when_it_is_on_disk_and_a_ping_at_once() {
@@ -346,7 +354,7 @@ fn a_session_moves_to_who_knows_its_password() {
 #[test]
 fn what_comes_before_the_session_is_open_waits_for_it() {
     let mut bench = Bench::alone();
-    bench.core.handle_connect(bench.now, ConnId(1), None);
+    bench.core.handle_connect(bench.now, ConnId(1), caller());
     let hello = ConnectRequest {
         protocol_version: 0,
         last_zxid_seen: 0,
@@ -371,7 +379,7 @@ fn what_comes_before_the_session_is_open_waits_for_it() {
 #[test]
 fn a_session_that_nobody_waits_for_is_ended() {
     let mut bench = Bench::alone();
-    bench.core.handle_connect(bench.now, ConnId(1), None);
+    bench.core.handle_connect(bench.now, ConnId(1), caller());
     let hello = ConnectRequest {
         protocol_version: 0,
         last_zxid_seen: 0,
@@ -459,10 +467,10 @@ fn what_is_not_the_protocol_is_answered_or_closed() {
         Err(ErrorCode::AuthFailed)
     );
     bench.expect_closed(2, CloseReason::Auth);
-    bench.core.handle_connect(bench.now, ConnId(3), None);
+    bench.core.handle_connect(bench.now, ConnId(3), caller());
     bench.frame(3, &[0, 0, 0, 1, 9]);
     bench.expect_closed(3, CloseReason::Protocol);
-    bench.core.handle_connect(bench.now, ConnId(4), None);
+    bench.core.handle_connect(bench.now, ConnId(4), caller());
     bench.pass(11_000);
     assert!(bench.closed.contains(&(ConnId(4), CloseReason::Handshake)));
 }

@@ -12,7 +12,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, mpsc, oneshot};
 
 use super::engine::{Alive, Input, InputSender, while_alive};
-use crate::core::ConnId;
+use crate::core::{Caller, ConnId};
 use crate::wire::{FourLetterWord, REQUEST_BYTES_MAX};
 
 /// Frames of one client that wait for an answer at most; then nothing more is read from it.
@@ -116,11 +116,14 @@ async fn serve(stream: TcpStream, address: SocketAddr, conn: ConnId, engine: &In
         queued_bytes: AtomicUsize::new(0),
         open_frames: Semaphore::new(OPEN_FRAMES_MAX),
     });
-    let address = Some(address.ip());
+    let caller = Caller {
+        address: Some(address),
+        proven: Vec::new(),
+    };
     if !engine
         .send(Input::Connect {
             conn,
-            address,
+            caller,
             outbound: outbound.clone(),
         })
         .await

@@ -1,7 +1,6 @@
 //! The thread that runs the core: one input after the other, then what it wants done.
 
 use std::collections::BTreeMap;
-use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
 use std::time::{Duration, SystemTime};
@@ -11,8 +10,9 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use super::clients::Outbound;
 use super::disk::Disk;
+use super::environment::Environment;
 use super::{ServerError, Status};
-use crate::core::{ConnId, Core, Event, Output, PeerMessage};
+use crate::core::{Caller, ConnId, Core, Event, Output, PeerMessage};
 use crate::time::Instant;
 use crate::wire::FourLetterWord;
 
@@ -36,7 +36,7 @@ pub(super) enum Input {
     PeerDied(u64),
     Connect {
         conn: ConnId,
-        address: Option<IpAddr>,
+        caller: Caller,
         outbound: Arc<Outbound>,
     },
     Frame {
@@ -124,6 +124,7 @@ pub(super) struct Engine {
     pub(super) disk: Disk,
     pub(super) peers: BTreeMap<u64, mpsc::Sender<PeerMessage>>,
     pub(super) names: BTreeMap<u64, String>,
+    pub(super) surroundings: Environment,
     /// Tasks of connections end when this is dropped.
     pub(super) _alive: watch::Sender<()>,
     /// Dropped last: who waits for the end then knows that the disk has been closed.
@@ -193,11 +194,11 @@ impl Engine {
             Input::PeerDied(peer) => self.core.handle_peer_died(now, peer),
             Input::Connect {
                 conn,
-                address,
+                caller,
                 outbound,
             } => {
                 conns.insert(conn, outbound);
-                self.core.handle_connect(now, conn, address);
+                self.core.handle_connect(now, conn, caller);
             }
             Input::Frame { conn, frame } => self.core.handle_frame(now, conn, &frame),
             Input::Disconnect(conn) => {
@@ -206,7 +207,8 @@ impl Engine {
             }
             Input::Word { word, answer } => {
                 // Who asked may have gone.
-                let _ = answer.send(self.core.four_letter_word(word));
+                let surroundings = self.surroundings.now();
+                let _ = answer.send(self.core.four_letter_word(word, &surroundings));
             }
             Input::Persisted(token) => self.core.handle_persisted(now, token),
             Input::Saved(index) => self.core.handle_saved(now, index),

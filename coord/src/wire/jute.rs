@@ -107,9 +107,18 @@ impl<'a> Reader<'a> {
     /// # Errors
     /// [`DecodeError::NotUtf8`], and those of [`Self::buffer`].
     pub fn string_or_empty(&mut self) -> Result<String, DecodeError> {
+        self.optional_string().map(Option::unwrap_or_default)
+    }
+
+    /// A string, `None` where it is null.
+    ///
+    /// # Errors
+    /// [`DecodeError::NotUtf8`], and those of [`Self::buffer`].
+    pub fn optional_string(&mut self) -> Result<Option<String>, DecodeError> {
         match self.string() {
-            Err(DecodeError::NullString) => Ok(String::new()),
-            string => string,
+            Ok(string) => Ok(Some(string)),
+            Err(DecodeError::NullString) => Ok(None),
+            Err(error) => Err(error),
         }
     }
 

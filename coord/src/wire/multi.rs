@@ -109,6 +109,14 @@ impl MultiOp {
             Some(OpCode::Create) => create(CreateOp::Create, r),
             Some(OpCode::Create2) => create(CreateOp::Create2, r),
             Some(OpCode::CreateContainer) => create(CreateOp::Container, r),
+            Some(OpCode::CreateTtl) => {
+                let mut create = create(CreateOp::Ttl(0), r)?;
+                let ttl_ms = r.long()?;
+                if let Self::Create { op, .. } = &mut create {
+                    *op = CreateOp::Ttl(ttl_ms);
+                }
+                Ok(create)
+            }
             Some(OpCode::Delete) => Ok(Self::Delete {
                 path: r.string()?,
                 version: r.int()?,
@@ -131,7 +139,7 @@ impl MultiOp {
             MultiHeader::encode(w, op.op().code(), false, -1);
             match op {
                 Self::Create {
-                    op: _,
+                    op,
                     path,
                     data,
                     acl,
@@ -141,6 +149,9 @@ impl MultiOp {
                     w.buffer(data.as_deref());
                     w.vector(acl, |w, acl| acl.encode(w));
                     w.int(*flags);
+                    if let CreateOp::Ttl(ttl_ms) = op {
+                        w.long(*ttl_ms);
+                    }
                 }
                 Self::Delete { path, version } | Self::Check { path, version } => {
                     w.string(path);
@@ -172,10 +183,10 @@ pub enum MultiResult {
         /// The path it got.
         path: String,
     },
-    /// A create2 or createContainer.
+    /// A create2, createContainer or createTTL.
     Created2 {
-        /// Which of the two.
-        op: CreateOp,
+        /// Which of the three.
+        op: OpCode,
         /// The path it got.
         path: String,
         /// Its metadata.
@@ -209,8 +220,9 @@ impl MultiResult {
             results.push(match OpCode::from_code(header.kind) {
                 None if header.kind == TYPE_NONE => Self::Error(ErrorCode::from_code(r.int()?)),
                 Some(OpCode::Create) => Self::Created { path: r.string()? },
-                Some(OpCode::Create2) => created2(CreateOp::Create2, r)?,
-                Some(OpCode::CreateContainer) => created2(CreateOp::Container, r)?,
+                Some(op @ (OpCode::Create2 | OpCode::CreateContainer | OpCode::CreateTtl)) => {
+                    created2(op, r)?
+                }
                 Some(OpCode::Delete) => Self::Deleted,
                 Some(OpCode::SetData) => Self::Set(Stat::decode(r)?),
                 Some(OpCode::Check) => Self::Checked,
@@ -227,7 +239,7 @@ impl MultiResult {
                     w.string(path);
                 }
                 Self::Created2 { op, path, stat } => {
-                    MultiHeader::encode(w, op.op().code(), false, 0);
+                    MultiHeader::encode(w, op.code(), false, 0);
                     w.string(path);
                     stat.encode(w);
                 }
@@ -241,6 +253,136 @@ impl MultiResult {
                     let code = err.map_or(0, ErrorCode::code);
                     MultiHeader::encode(w, TYPE_NONE, false, code);
                     w.int(code);
+                }
+            }
+        }
+        MultiHeader::encode(w, TYPE_NONE, true, -1);
+    }
+}
+
+/// One read of a multiRead.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ReadOp {
+    /// Asks for a znode's data.
+    GetData {
+        /// Which.
+        path: String,
+        /// Whether to be told of its change or deletion.
+        watch: bool,
+    },
+    /// Asks for the names of a znode's children.
+    GetChildren {
+        /// Which.
+        path: String,
+        /// Whether to be told of its deletion, or of children created or deleted.
+        watch: bool,
+    },
+}
+
+impl ReadOp {
+    pub(super) fn decode_all(r: &mut Reader<'_>, ops_max: usize) -> Result<Vec<Self>, DecodeError> {
+        let mut ops = Vec::new();
+        loop {
+            let header = MultiHeader::decode(r)?;
+            if header.done {
+                return Ok(ops);
+            }
+            if ops.len() == ops_max {
+                return Err(DecodeError::MultiTooLong);
+            }
+            ops.push(match OpCode::from_code(header.kind) {
+                Some(OpCode::GetData) => Self::GetData {
+                    path: r.string()?,
+                    watch: r.bool()?,
+                },
+                Some(OpCode::GetChildren) => Self::GetChildren {
+                    path: r.string()?,
+                    watch: r.bool()?,
+                },
+                _ => return Err(DecodeError::NotInMulti(header.kind)),
+            });
+        }
+    }
+
+    pub(super) fn encode_all(ops: &[Self], w: &mut Writer) {
+        for op in ops {
+            let (op, path, watch) = match op {
+                Self::GetData { path, watch } => (OpCode::GetData, path, watch),
+                Self::GetChildren { path, watch } => (OpCode::GetChildren, path, watch),
+            };
+            MultiHeader::encode(w, op.code(), false, -1);
+            w.string(path);
+            w.bool(*watch);
+        }
+        MultiHeader::encode(w, TYPE_NONE, true, -1);
+    }
+}
+
+/// The result of one read of a multiRead. Errors stand alone: the others are still answered.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ReadResult {
+    /// A getData.
+    Data {
+        /// The data; null and empty differ.
+        data: Option<Bytes>,
+        /// The znode's metadata.
+        stat: Stat,
+    },
+    /// A getChildren.
+    Children(Vec<String>),
+    /// A read that failed.
+    Error(ErrorCode),
+}
+
+impl ReadResult {
+    /// Length on the wire, in bytes.
+    pub fn bytes(&self) -> usize {
+        const HEADER: usize = 9;
+        HEADER
+            + match self {
+                Self::Data { data, .. } => 4 + data.as_ref().map_or(0, Bytes::len) + Stat::BYTES,
+                Self::Children(names) => names.iter().fold(4, |sum, name| sum + 4 + name.len()),
+                Self::Error(_) => 4,
+            }
+    }
+
+    pub(super) fn decode_all(r: &mut Reader<'_>) -> Result<Vec<Self>, DecodeError> {
+        let mut results = Vec::new();
+        loop {
+            let header = MultiHeader::decode(r)?;
+            if header.done {
+                return Ok(results);
+            }
+            results.push(match OpCode::from_code(header.kind) {
+                None if header.kind == TYPE_NONE => {
+                    let code = r.int()?;
+                    Self::Error(ErrorCode::from_code(code).ok_or(DecodeError::BadEnum(code))?)
+                }
+                Some(OpCode::GetData) => Self::Data {
+                    data: r.buffer()?,
+                    stat: Stat::decode(r)?,
+                },
+                Some(OpCode::GetChildren) => Self::Children(r.strings()?),
+                _ => return Err(DecodeError::NotInMulti(header.kind)),
+            });
+        }
+    }
+
+    pub(super) fn encode_all(results: &[Self], w: &mut Writer) {
+        for result in results {
+            match result {
+                Self::Data { data, stat } => {
+                    MultiHeader::encode(w, OpCode::GetData.code(), false, 0);
+                    w.buffer(data.as_deref());
+                    stat.encode(w);
+                }
+                Self::Children(names) => {
+                    MultiHeader::encode(w, OpCode::GetChildren.code(), false, 0);
+                    w.strings(names);
+                }
+                Self::Error(error) => {
+                    MultiHeader::encode(w, TYPE_NONE, false, error.code());
+                    w.int(error.code());
                 }
             }
         }

@@ -2,7 +2,7 @@
 
 use bytes::Bytes;
 
-use super::{Acl, DecodeError, MULTI_OPS_MAX, MultiOp, Reader, Writer};
+use super::{Acl, DecodeError, MULTI_OPS_MAX, MultiOp, ReadOp, Reader, Writer};
 
 macro_rules! op_codes {
     ($($(#[doc = $doc:literal])+ $name:ident = $code:literal;)+) => {
@@ -63,18 +63,34 @@ op_codes! {
     Multi = 14;
     /// Create a znode; answered by its path and metadata.
     Create2 = 15;
+    /// Change who the servers are; answered by the new configuration.
+    Reconfig = 16;
+    /// Ask whether there are watches.
+    CheckWatches = 17;
     /// Remove watches.
     RemoveWatches = 18;
     /// Create a container.
     CreateContainer = 19;
+    /// Create a znode that goes when nobody cares for it any more.
+    CreateTtl = 21;
+    /// Several reads.
+    MultiRead = 22;
     /// Add an identity to the session.
     Auth = 100;
     /// Set one-shot watches again, on a new connection.
     SetWatches = 101;
+    /// Negotiate with a security layer.
+    Sasl = 102;
+    /// The session's own ephemeral znodes.
+    GetEphemerals = 103;
+    /// How many znodes there are below one.
+    GetAllChildrenNumber = 104;
     /// Set watches of all kinds again, on a new connection.
     SetWatches2 = 105;
     /// Set a persistent watch.
     AddWatch = 106;
+    /// Who the client has proved to be.
+    WhoAmI = 107;
     /// End the session.
     CloseSession = -11;
 }
@@ -88,6 +104,9 @@ pub enum CreateOp {
     Create2,
     /// For containers; replies the path and the metadata.
     Container,
+    /// For znodes that live this long, in ms, without children and changes; replies the path and
+    /// the metadata.
+    Ttl(i64),
 }
 
 impl CreateOp {
@@ -97,12 +116,13 @@ impl CreateOp {
             Self::Create => OpCode::Create,
             Self::Create2 => OpCode::Create2,
             Self::Container => OpCode::CreateContainer,
+            Self::Ttl(_) => OpCode::CreateTtl,
         }
     }
 
     /// Whether the reply holds the metadata.
     pub const fn replies_stat(self) -> bool {
-        matches!(self, Self::Create2 | Self::Container)
+        !matches!(self, Self::Create)
     }
 }
 
@@ -241,6 +261,43 @@ pub enum Request {
         /// Which; an [`super::AddWatchMode`].
         mode: i32,
     },
+    /// Asks whether the connection has a watch.
+    CheckWatches {
+        /// Where.
+        path: String,
+        /// Which; a [`super::WatcherKind`].
+        kind: i32,
+    },
+    /// Changes who the servers are: by who joins and who leaves, or by naming all.
+    Reconfig {
+        /// Servers that join, `server.ID=..` each, separated by commas.
+        joining: Option<String>,
+        /// Ids of servers that leave, separated by commas.
+        leaving: Option<String>,
+        /// All servers, one a line; then the other two are not looked at.
+        new_members: Option<String>,
+        /// The configuration that it must replace; -1 fits any.
+        config_version: i64,
+    },
+    /// Several reads, each with a result of its own.
+    MultiRead(Vec<ReadOp>),
+    /// A step of a negotiation with a security layer.
+    Sasl {
+        /// What the layer wants to say.
+        token: Option<Bytes>,
+    },
+    /// Asks for the session's ephemeral znodes.
+    GetEphemerals {
+        /// What their paths begin with; empty for all.
+        prefix: String,
+    },
+    /// Asks how many znodes there are below one.
+    GetAllChildrenNumber {
+        /// Which.
+        path: String,
+    },
+    /// Asks who the client has proved to be.
+    WhoAmI,
     /// Ends the session.
     CloseSession,
 }
@@ -272,6 +329,13 @@ impl Request {
                 }
             }
             Self::AddWatch { .. } => OpCode::AddWatch,
+            Self::CheckWatches { .. } => OpCode::CheckWatches,
+            Self::Reconfig { .. } => OpCode::Reconfig,
+            Self::MultiRead(_) => OpCode::MultiRead,
+            Self::Sasl { .. } => OpCode::Sasl,
+            Self::GetEphemerals { .. } => OpCode::GetEphemerals,
+            Self::GetAllChildrenNumber { .. } => OpCode::GetAllChildrenNumber,
+            Self::WhoAmI => OpCode::WhoAmI,
             Self::CloseSession => OpCode::CloseSession,
         }
     }
@@ -285,6 +349,7 @@ impl Request {
             | Self::SetAcl { .. }
             | Self::Check { .. }
             | Self::Multi(_)
+            | Self::Reconfig { .. }
             | Self::CloseSession => true,
             Self::Exists { .. }
             | Self::GetData { .. }
@@ -296,7 +361,13 @@ impl Request {
             | Self::RemoveWatches { .. }
             | Self::Auth { .. }
             | Self::SetWatches(_)
-            | Self::AddWatch { .. } => false,
+            | Self::AddWatch { .. }
+            | Self::CheckWatches { .. }
+            | Self::MultiRead(_)
+            | Self::Sasl { .. }
+            | Self::GetEphemerals { .. }
+            | Self::GetAllChildrenNumber { .. }
+            | Self::WhoAmI => false,
         }
     }
 
@@ -312,6 +383,14 @@ impl Request {
             OpCode::Create => Self::decode_create(CreateOp::Create, r)?,
             OpCode::Create2 => Self::decode_create(CreateOp::Create2, r)?,
             OpCode::CreateContainer => Self::decode_create(CreateOp::Container, r)?,
+            OpCode::CreateTtl => {
+                let mut request = Self::decode_create(CreateOp::Ttl(0), r)?;
+                let ttl_ms = r.long()?;
+                if let Self::Create { op, .. } = &mut request {
+                    *op = CreateOp::Ttl(ttl_ms);
+                }
+                request
+            }
             OpCode::Delete => Self::Delete {
                 path: r.string()?,
                 version: r.int()?,
@@ -377,6 +456,23 @@ impl Request {
                 path: r.string()?,
                 mode: r.int()?,
             },
+            OpCode::CheckWatches => Self::CheckWatches {
+                path: r.string()?,
+                kind: r.int()?,
+            },
+            OpCode::Reconfig => Self::Reconfig {
+                joining: r.optional_string()?,
+                leaving: r.optional_string()?,
+                new_members: r.optional_string()?,
+                config_version: r.long()?,
+            },
+            OpCode::MultiRead => Self::MultiRead(ReadOp::decode_all(r, MULTI_OPS_MAX)?),
+            OpCode::Sasl => Self::Sasl { token: r.buffer()? },
+            OpCode::GetEphemerals => Self::GetEphemerals {
+                prefix: r.string_or_empty()?,
+            },
+            OpCode::GetAllChildrenNumber => Self::GetAllChildrenNumber { path: r.string()? },
+            OpCode::WhoAmI => Self::WhoAmI,
             OpCode::CloseSession => Self::CloseSession,
         })
     }
@@ -395,7 +491,7 @@ impl Request {
     pub fn encode(&self, w: &mut Writer) {
         match self {
             Self::Create {
-                op: _,
+                op,
                 path,
                 data,
                 acl,
@@ -405,6 +501,9 @@ impl Request {
                 w.buffer(data.as_deref());
                 w.vector(acl, |w, acl| acl.encode(w));
                 w.int(*flags);
+                if let CreateOp::Ttl(ttl_ms) = op {
+                    w.long(*ttl_ms);
+                }
             }
             Self::Delete { path, version } | Self::Check { path, version } => {
                 w.string(path);
@@ -426,15 +525,33 @@ impl Request {
                 w.buffer(data.as_deref());
                 w.int(*version);
             }
-            Self::GetAcl { path } | Self::Sync { path } => w.string(path),
+            Self::GetAcl { path }
+            | Self::Sync { path }
+            | Self::GetAllChildrenNumber { path }
+            | Self::GetEphemerals { prefix: path } => w.string(path),
             Self::SetAcl { path, acl, version } => {
                 w.string(path);
                 w.vector(acl, |w, acl| acl.encode(w));
                 w.int(*version);
             }
-            Self::Ping | Self::CloseSession => {}
+            Self::Ping | Self::CloseSession | Self::WhoAmI => {}
             Self::Multi(ops) => MultiOp::encode_all(ops, w),
-            Self::RemoveWatches { path, kind: code } | Self::AddWatch { path, mode: code } => {
+            Self::MultiRead(ops) => ReadOp::encode_all(ops, w),
+            Self::Sasl { token } => w.buffer(token.as_deref()),
+            Self::Reconfig {
+                joining,
+                leaving,
+                new_members,
+                config_version,
+            } => {
+                for list in [joining, leaving, new_members] {
+                    w.buffer(list.as_deref().map(str::as_bytes));
+                }
+                w.long(*config_version);
+            }
+            Self::RemoveWatches { path, kind: code }
+            | Self::CheckWatches { path, kind: code }
+            | Self::AddWatch { path, mode: code } => {
                 w.string(path);
                 w.int(*code);
             }

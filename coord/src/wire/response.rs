@@ -2,7 +2,7 @@
 
 use bytes::Bytes;
 
-use super::{Acl, DecodeError, MultiResult, OpCode, Reader, Stat, Writer};
+use super::{Acl, DecodeError, Id, MultiResult, OpCode, ReadResult, Reader, Stat, Writer};
 
 /// The body of a successful reply.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -12,7 +12,7 @@ pub enum Response {
         /// The path it got.
         path: String,
     },
-    /// To create2 and createContainer.
+    /// To create2, createContainer and createTTL.
     Created2 {
         /// The path it got.
         path: String,
@@ -21,7 +21,7 @@ pub enum Response {
     },
     /// To exists, setData and setACL.
     Stat(Stat),
-    /// To getData.
+    /// To getData and reconfig.
     Data {
         /// The data; null and empty differ.
         data: Option<Bytes>,
@@ -51,9 +51,23 @@ pub enum Response {
     },
     /// To multi, failed ones too: a failed multi has header err 0.
     Multi(Vec<MultiResult>),
+    /// To multiRead.
+    MultiRead(Vec<ReadResult>),
+    /// To sasl.
+    Sasl {
+        /// What the security layer answers; null where there is none.
+        token: Option<Bytes>,
+    },
+    /// To getEphemerals.
+    Ephemerals(Vec<String>),
+    /// To getAllChildrenNumber.
+    ChildrenNumber(i32),
+    /// To whoAmI: names, without what proves them.
+    Who(Vec<Id>),
     /// To addWatch: ZooKeeper's `ErrorResponse` with err 0.
     WatchAdded,
-    /// To what has no body: delete, check, ping, removeWatches, auth, setWatches, closeSession.
+    /// To what has no body: delete, check, ping, checkWatches, removeWatches, auth, setWatches,
+    /// closeSession.
     Empty,
 }
 
@@ -66,12 +80,12 @@ impl Response {
         let r = &mut Reader::new(body);
         Ok(match op {
             OpCode::Create => Self::Created { path: r.string()? },
-            OpCode::Create2 | OpCode::CreateContainer => Self::Created2 {
+            OpCode::Create2 | OpCode::CreateContainer | OpCode::CreateTtl => Self::Created2 {
                 path: r.string()?,
                 stat: Stat::decode(r)?,
             },
             OpCode::Exists | OpCode::SetData | OpCode::SetAcl => Self::Stat(Stat::decode(r)?),
-            OpCode::GetData => Self::Data {
+            OpCode::GetData | OpCode::Reconfig => Self::Data {
                 data: r.buffer()?,
                 stat: Stat::decode(r)?,
             },
@@ -86,10 +100,16 @@ impl Response {
             },
             OpCode::Sync => Self::Synced { path: r.string()? },
             OpCode::Multi => Self::Multi(MultiResult::decode_all(r)?),
+            OpCode::MultiRead => Self::MultiRead(ReadResult::decode_all(r)?),
+            OpCode::Sasl => Self::Sasl { token: r.buffer()? },
+            OpCode::GetEphemerals => Self::Ephemerals(r.strings()?),
+            OpCode::GetAllChildrenNumber => Self::ChildrenNumber(r.int()?),
+            OpCode::WhoAmI => Self::Who(r.vector(Id::decode)?),
             OpCode::AddWatch => Self::WatchAdded,
             OpCode::Delete
             | OpCode::Check
             | OpCode::Ping
+            | OpCode::CheckWatches
             | OpCode::RemoveWatches
             | OpCode::Auth
             | OpCode::SetWatches
@@ -121,6 +141,11 @@ impl Response {
                 stat.encode(w);
             }
             Self::Multi(results) => MultiResult::encode_all(results, w),
+            Self::MultiRead(results) => ReadResult::encode_all(results, w),
+            Self::Sasl { token } => w.buffer(token.as_deref()),
+            Self::Ephemerals(paths) => w.strings(paths),
+            Self::ChildrenNumber(number) => w.int(*number),
+            Self::Who(ids) => w.vector(ids, |w, id| id.encode(w)),
             Self::WatchAdded => w.int(0),
             Self::Empty => {}
         }

@@ -154,6 +154,33 @@ fn requests() -> Vec<Request> {
             path: path(),
             mode: 1,
         },
+        create(CreateOp::Ttl(86_400_000), 5),
+        Request::CheckWatches {
+            path: path(),
+            kind: 2,
+        },
+        Request::Reconfig {
+            joining: Some("server.4=h:1:1;2".into()),
+            leaving: None,
+            new_members: Some(String::new()),
+            config_version: -1,
+        },
+        Request::MultiRead(vec![
+            ReadOp::GetData {
+                path: path(),
+                watch: false,
+            },
+            ReadOp::GetChildren {
+                path: path(),
+                watch: true,
+            },
+        ]),
+        Request::Sasl { token: None },
+        Request::GetEphemerals {
+            prefix: String::new(),
+        },
+        Request::GetAllChildrenNumber { path: path() },
+        Request::WhoAmI,
         Request::CloseSession,
     ]
 }
@@ -184,6 +211,13 @@ fn multi_ops() -> Vec<MultiOp> {
             data: None,
             acl: Acl::open(),
             flags: 4,
+        },
+        MultiOp::Create {
+            op: CreateOp::Ttl(7),
+            path: "/t".into(),
+            data: None,
+            acl: Acl::open(),
+            flags: 6,
         },
         MultiOp::SetData {
             path: "/a".into(),
@@ -249,6 +283,28 @@ fn responses() -> Vec<(OpCode, Response)> {
             },
         ),
         (OpCode::Sync, Response::Synced { path: path() }),
+        (
+            OpCode::Reconfig,
+            Response::Data {
+                data: Some(Bytes::from_static(b"version=1")),
+                stat: STAT,
+            },
+        ),
+        (
+            OpCode::MultiRead,
+            Response::MultiRead(vec![
+                ReadResult::Data {
+                    data: None,
+                    stat: STAT,
+                },
+                ReadResult::Error(ErrorCode::NoNode),
+                ReadResult::Children(children()),
+            ]),
+        ),
+        (OpCode::Sasl, Response::Sasl { token: None }),
+        (OpCode::GetEphemerals, Response::Ephemerals(children())),
+        (OpCode::GetAllChildrenNumber, Response::ChildrenNumber(3)),
+        (OpCode::WhoAmI, Response::Who(vec![Id::anyone()])),
         (OpCode::AddWatch, Response::WatchAdded),
         (OpCode::Multi, Response::Multi(Vec::new())),
         (
@@ -256,12 +312,12 @@ fn responses() -> Vec<(OpCode, Response)> {
             Response::Multi(vec![
                 MultiResult::Created { path: path() },
                 MultiResult::Created2 {
-                    op: CreateOp::Create2,
+                    op: OpCode::Create2,
                     path: path(),
                     stat: STAT,
                 },
                 MultiResult::Created2 {
-                    op: CreateOp::Container,
+                    op: OpCode::CreateContainer,
                     path: path(),
                     stat: STAT,
                 },
@@ -592,7 +648,7 @@ fn frames_are_judged_by_their_length_alone() {
 
 #[test]
 fn four_letter_words_are_no_frame_lengths() {
-    for word in FourLetterWord::ALL {
+    for &word in FourLetterWord::ALL {
         assert_eq!(FourLetterWord::detect(*word.word()), Some(word));
         assert!(split_frame(word.word(), REPLY_BYTES_MAX).is_err());
     }

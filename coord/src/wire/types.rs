@@ -104,6 +104,23 @@ impl Id {
             id: "anyone".into(),
         }
     }
+
+    /// Reads the record; null reads as empty: the id of the scheme `auth` is.
+    ///
+    /// # Errors
+    /// Those of [`Reader::string_or_empty`].
+    pub fn decode(r: &mut Reader<'_>) -> Result<Self, DecodeError> {
+        Ok(Self {
+            scheme: r.string_or_empty()?,
+            id: r.string_or_empty()?,
+        })
+    }
+
+    /// Writes the record.
+    pub fn encode(&self, w: &mut Writer) {
+        w.string(&self.scheme);
+        w.string(&self.id);
+    }
 }
 
 /// One entry of an access control list.
@@ -135,22 +152,18 @@ impl Acl {
     /// Reads the record.
     ///
     /// # Errors
-    /// Those of [`Reader::string_or_empty`]: the id of the scheme `auth` is empty.
+    /// Those of [`Id::decode`].
     pub fn decode(r: &mut Reader<'_>) -> Result<Self, DecodeError> {
         Ok(Self {
             perms: r.int()?,
-            id: Id {
-                scheme: r.string_or_empty()?,
-                id: r.string_or_empty()?,
-            },
+            id: Id::decode(r)?,
         })
     }
 
     /// Writes the record.
     pub fn encode(&self, w: &mut Writer) {
         w.int(self.perms);
-        w.string(&self.id.scheme);
-        w.string(&self.id.id);
+        self.id.encode(w);
     }
 }
 
@@ -249,15 +262,19 @@ impl AddWatchMode {
     }
 }
 
-/// Which watches `removeWatches` takes away.
+/// Which watches `removeWatches` takes away, and `checkWatches` asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum WatcherKind {
-    /// Those for children.
+    /// One-shot ones for children.
     Children,
-    /// Those for data and existence.
+    /// One-shot ones for data and existence.
     Data,
-    /// Both, and the persistent ones.
+    /// All.
     Any,
+    /// Persistent ones (ZooKeeper from 3.9 on).
+    Persistent,
+    /// Persistent recursive ones (ZooKeeper from 3.9 on).
+    PersistentRecursive,
 }
 
 impl WatcherKind {
@@ -270,6 +287,8 @@ impl WatcherKind {
             1 => Ok(Self::Children),
             2 => Ok(Self::Data),
             3 => Ok(Self::Any),
+            4 => Ok(Self::Persistent),
+            5 => Ok(Self::PersistentRecursive),
             _ => Err(ErrorCode::BadArguments),
         }
     }
@@ -280,6 +299,8 @@ impl WatcherKind {
             Self::Children => 1,
             Self::Data => 2,
             Self::Any => 3,
+            Self::Persistent => 4,
+            Self::PersistentRecursive => 5,
         }
     }
 }

@@ -1,56 +1,64 @@
 //! Four-letter words: what may come in place of a handshake.
 
-/// A command that is the first four bytes of a connection; the answer is text, then close.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum FourLetterWord {
+macro_rules! words {
+    ($($(#[doc = $doc:literal])+ $name:ident = $word:literal;)+) => {
+        /// A command that is the first four bytes of a connection; the answer is text, then close.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        pub enum FourLetterWord {
+            $($(#[doc = $doc])+ $name,)+
+        }
+
+        impl FourLetterWord {
+            /// All of them.
+            pub const ALL: &'static [Self] = &[$(Self::$name),+];
+
+            /// The word.
+            pub const fn word(self) -> &'static [u8; 4] {
+                match self {
+                    $(Self::$name => $word,)+
+                }
+            }
+        }
+    };
+}
+
+words! {
     /// Are you there? `imok`.
-    Ruok,
+    Ruok = b"ruok";
     /// The server's figures.
-    Srvr,
+    Srvr = b"srvr";
     /// The server's figures and its clients.
-    Stat,
+    Stat = b"stat";
     /// Figures as `key<tab>value` lines.
-    Mntr,
+    Mntr = b"mntr";
     /// `ro` or `rw`.
-    Isro,
+    Isro = b"isro";
     /// The configuration.
-    Conf,
+    Conf = b"conf";
     /// The connections.
-    Cons,
+    Cons = b"cons";
     /// A summary of the watches.
-    Wchs,
+    Wchs = b"wchs";
+    /// The watches, by session.
+    Wchc = b"wchc";
+    /// The watches, by path.
+    Wchp = b"wchp";
+    /// Sessions and their ephemeral znodes.
+    Dump = b"dump";
+    /// What the server runs on; its version first.
+    Envi = b"envi";
+    /// Bytes used in the data directory.
+    Dirs = b"dirs";
+    /// Count anew what is counted for each connection.
+    Crst = b"crst";
+    /// Count anew what is counted for the server.
+    Srst = b"srst";
 }
 
 impl FourLetterWord {
-    /// All of them.
-    pub const ALL: [Self; 8] = [
-        Self::Ruok,
-        Self::Srvr,
-        Self::Stat,
-        Self::Mntr,
-        Self::Isro,
-        Self::Conf,
-        Self::Cons,
-        Self::Wchs,
-    ];
-
-    /// The word.
-    pub const fn word(self) -> &'static [u8; 4] {
-        match self {
-            Self::Ruok => b"ruok",
-            Self::Srvr => b"srvr",
-            Self::Stat => b"stat",
-            Self::Mntr => b"mntr",
-            Self::Isro => b"isro",
-            Self::Conf => b"conf",
-            Self::Cons => b"cons",
-            Self::Wchs => b"wchs",
-        }
-    }
-
     /// The word that a connection's first four bytes are. Read as a frame's length, each is far
     /// above any limit, so that the two cannot be confused.
     pub fn detect(first: [u8; 4]) -> Option<Self> {
-        Self::ALL.into_iter().find(|word| *word.word() == first)
+        Self::ALL.iter().copied().find(|word| *word.word() == first)
     }
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use client::{Client, Oracle, REGISTERS};
-use unbroken_coord::core::{Config, ConnId, Core, Output, PeerMessage};
+use unbroken_coord::core::{Caller, Config, ConnId, Core, Output, PeerMessage};
 use unbroken_coord::quorum::{Recovered, Write};
 use unbroken_coord::time::Instant;
 
@@ -497,7 +497,7 @@ impl World {
                 .core
                 .as_mut()
                 .expect("it is up")
-                .handle_connect(now, conn, None);
+                .handle_connect(now, conn, Caller::default());
             self.tell_server(id, frame);
             return;
         }

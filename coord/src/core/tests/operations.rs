@@ -1,0 +1,402 @@
+//! The operations beyond the everyday ones, each through the core.
+
+use super::*;
+use crate::core::Surroundings;
+use crate::wire::{FourLetterWord, Id, ReadOp, ReadResult};
+
+impl Bench {
+    /// A request and its answer, with whatever the disk has to do between them.
+    fn ask(&mut self, conn: u64, request: &Request) -> Result<Response, ErrorCode> {
+        self.send(conn, 7, request);
+        self.disk();
+        self.expect(conn, 7, request.op())
+    }
+
+    fn make(&mut self, conn: u64, path: &str, mode: CreateMode) {
+        let made = self.ask(conn, &create(path, mode));
+        assert!(matches!(made, Ok(Response::Created { .. })), "{made:?}");
+    }
+
+    fn word(&mut self, word: FourLetterWord) -> String {
+        let surroundings = Surroundings {
+            client_port: 2181,
+            environment: vec![("os.name", "Linux".into())],
+            ..Surroundings::default()
+        };
+        self.core.four_letter_word(word, &surroundings)
+    }
+}
+
+fn add_watch(path: &str, mode: i32) -> Request {
+    Request::AddWatch {
+        path: path.into(),
+        mode,
+    }
+}
+
+fn check_watches(path: &str, kind: i32) -> Request {
+    Request::CheckWatches {
+        path: path.into(),
+        kind,
+    }
+}
+
+fn remove_watches(path: &str, kind: i32) -> Request {
+    Request::RemoveWatches {
+        path: path.into(),
+        kind,
+    }
+}
+
+const PERSISTENT: i32 = 0;
+const RECURSIVE: i32 = 1;
+
+#[test]
+fn persistent_watches_tell_of_every_change_before_the_answer() {
+    let mut bench = Bench::alone();
+    bench.connect(1);
+    bench.connect(2);
+    assert_eq!(
+        bench.ask(1, &add_watch("/a", PERSISTENT)),
+        Ok(Response::WatchAdded)
+    );
+    assert_eq!(
+        bench.ask(2, &add_watch("/", RECURSIVE)),
+        Ok(Response::WatchAdded)
+    );
+    for path in ["/a", "/a/b"] {
+        bench.send(1, 7, &create(path, CreateMode::Persistent));
+        bench.disk();
+        match path {
+            "/a" => bench.expect_event(1, EventType::NodeCreated, "/a"),
+            _ => bench.expect_event(1, EventType::NodeChildrenChanged, "/a"),
+        }
+        assert!(bench.expect(1, 7, OpCode::Create).is_ok());
+        bench.expect_event(2, EventType::NodeCreated, path);
+    }
+    bench.expect_nothing(1);
+    bench.expect_nothing(2);
+}
+
+#[test]
+fn a_connection_that_watches_twice_is_told_once() {
+    let mut bench = Bench::alone();
+    bench.connect(1);
+    bench.connect(2);
+    bench.make(2, "/a", CreateMode::Persistent);
+    assert!(bench.ask(1, &add_watch("/a", RECURSIVE)).is_ok());
+    assert!(bench.ask(1, &get("/a", true)).is_ok());
+    assert!(bench.ask(2, &set("/a")).is_ok());
+    bench.expect_event(1, EventType::NodeDataChanged, "/a");
+    bench.expect_nothing(1);
+    assert!(bench.ask(2, &set("/a")).is_ok());
+    bench.expect_event(1, EventType::NodeDataChanged, "/a");
+    bench.expect_nothing(1);
+}
+
+#[test]
+fn each_kind_of_watch_is_asked_for_and_removed_by_itself() {
+    let none = Err(ErrorCode::NoWatcher);
+    let mut bench = Bench::alone();
+    bench.connect(1);
+    bench.make(1, "/a", CreateMode::Persistent);
+    for kind in 1..=5 {
+        assert_eq!(bench.ask(1, &check_watches("/a", kind)), none, "{kind}");
+        assert_eq!(bench.ask(1, &remove_watches("/a", kind)), none, "{kind}");
+    }
+    assert_eq!(
+        bench.ask(1, &check_watches("/a", 6)),
+        Err(ErrorCode::BadArguments)
+    );
+    assert!(bench.ask(1, &add_watch("/a", PERSISTENT)).is_ok());
+    assert!(bench.ask(1, &get("/a", true)).is_ok());
+    assert_eq!(bench.ask(1, &check_watches("/a", 1)), none);
+    assert_eq!(bench.ask(1, &check_watches("/a", 2)), Ok(Response::Empty));
+    assert_eq!(bench.ask(1, &check_watches("/a", 3)), Ok(Response::Empty));
+    assert_eq!(bench.ask(1, &remove_watches("/a", 2)), Ok(Response::Empty));
+    assert_eq!(bench.ask(1, &check_watches("/a", 2)), none);
+    assert_eq!(
+        bench.ask(1, &check_watches("/a", 4)),
+        Ok(Response::Empty),
+        "it stays"
+    );
+    assert_eq!(bench.ask(1, &remove_watches("/a", 3)), Ok(Response::Empty));
+    assert!(bench.ask(1, &set("/a")).is_ok());
+    bench.expect_nothing(1);
+    assert_eq!(
+        bench.ask(1, &add_watch("/a", 7)),
+        Err(ErrorCode::MarshallingError)
+    );
+}
+
+#[test]
+fn watches_of_all_kinds_come_back_with_the_connection() {
+    let mut bench = Bench::alone();
+    bench.connect(1);
+    bench.connect(2);
+    bench.make(1, "/a", CreateMode::Persistent);
+    let watches = Request::SetWatches(SetWatches {
+        relative_zxid: 0,
+        persistent: vec!["/a".into(), "/gone".into()],
+        persistent_recursive: vec!["/".into()],
+        ..SetWatches::default()
+    });
+    assert_eq!(watches.op(), OpCode::SetWatches2);
+    assert_eq!(
+        bench.ask(1, &watches),
+        Ok(Response::Empty),
+        "nothing is told of the past"
+    );
+    bench.make(2, "/a/b", CreateMode::Persistent);
+    bench.expect_event(1, EventType::NodeCreated, "/a/b");
+    bench.expect_event(1, EventType::NodeChildrenChanged, "/a");
+    bench.expect_nothing(1);
+}
+
+#[test]
+fn several_reads_answer_each_for_itself() {
+    let mut bench = Bench::alone();
+    bench.connect(1);
+    bench.make(1, "/a", CreateMode::Persistent);
+    bench.make(1, "/a/b", CreateMode::Persistent);
+    let reads = Request::MultiRead(vec![
+        ReadOp::GetChildren {
+            path: "/a".into(),
+            watch: false,
+        },
+        ReadOp::GetData {
+            path: "/none".into(),
+            watch: true,
+        },
+        ReadOp::GetData {
+            path: "/a/b".into(),
+            watch: true,
+        },
+    ]);
+    let Ok(Response::MultiRead(results)) = bench.ask(1, &reads) else {
+        panic!("no reads")
+    };
+    assert_eq!(results[0], ReadResult::Children(vec!["b".into()]));
+    assert_eq!(results[1], ReadResult::Error(ErrorCode::NoNode));
+    assert!(matches!(results[2], ReadResult::Data { data: None, .. }));
+    assert_eq!(
+        bench.ask(1, &check_watches("/none", 3)),
+        Err(ErrorCode::NoWatcher)
+    );
+    assert_eq!(bench.ask(1, &check_watches("/a/b", 2)), Ok(Response::Empty));
+}
+
+#[test]
+fn several_reads_have_one_bound() {
+    let mut bench = Bench::alone();
+    bench.connect(1);
+    bench.make(1, "/a", CreateMode::Persistent);
+    let megabyte = Request::SetData {
+        path: "/a".into(),
+        data: Some(vec![7; 1_000_000].into()),
+        version: -1,
+    };
+    assert!(bench.ask(1, &megabyte).is_ok());
+    let read = ReadOp::GetData {
+        path: "/a".into(),
+        watch: false,
+    };
+    let Ok(Response::MultiRead(results)) = bench.ask(1, &Request::MultiRead(vec![read; 1000]))
+    else {
+        panic!("no reads")
+    };
+    let there = |result: &ReadResult| matches!(result, ReadResult::Data { .. });
+    assert_eq!(results.len(), 1000);
+    assert_eq!(results.iter().filter(|result| there(result)).count(), 16);
+    assert_eq!(results[999], ReadResult::Error(ErrorCode::MarshallingError));
+}
+
+#[test]
+fn a_session_lists_its_own_ephemerals() {
+    let mut bench = Bench::alone();
+    bench.connect(1);
+    bench.connect(2);
+    bench.make(1, "/a", CreateMode::Persistent);
+    bench.make(1, "/a/e", CreateMode::Ephemeral);
+    bench.make(1, "/e", CreateMode::Ephemeral);
+    bench.make(2, "/other", CreateMode::Ephemeral);
+    let mut list = |conn, prefix: &str| {
+        let prefix = prefix.to_owned();
+        match bench.ask(conn, &Request::GetEphemerals { prefix }) {
+            Ok(Response::Ephemerals(paths)) => paths.join(" "),
+            other => panic!("{other:?}"),
+        }
+    };
+    assert_eq!(list(1, "/"), "/a/e /e");
+    assert_eq!(list(1, ""), "/a/e /e");
+    assert_eq!(list(1, "/a"), "/a/e");
+    assert_eq!(list(2, "/"), "/other");
+}
+
+#[test]
+fn descendants_are_counted_at_every_depth() {
+    let mut bench = Bench::alone();
+    bench.connect(1);
+    for path in ["/a", "/a/b", "/a/b/c", "/a!", "/ab"] {
+        bench.make(1, path, CreateMode::Persistent);
+    }
+    let mut count = |path: &str| {
+        let path = path.to_owned();
+        match bench.ask(1, &Request::GetAllChildrenNumber { path }) {
+            Ok(Response::ChildrenNumber(number)) => Ok(number),
+            Ok(other) => panic!("{other:?}"),
+            Err(code) => Err(code),
+        }
+    };
+    assert_eq!(count("/a"), Ok(2));
+    assert_eq!(count("/a/b/c"), Ok(0));
+    assert_eq!(count("/"), Ok(8), "with /zookeeper and its two");
+    assert_eq!(count("/none"), Err(ErrorCode::NoNode));
+}
+
+#[test]
+fn who_am_i_names_and_does_not_prove() {
+    let mut bench = Bench::alone();
+    bench.connect(1);
+    let auth = Request::Auth {
+        kind: 0,
+        scheme: "digest".into(),
+        auth: Some("me:secret".into()),
+    };
+    assert_eq!(bench.ask(1, &auth), Ok(Response::Empty));
+    let id = |scheme: &str, id: &str| Id {
+        scheme: scheme.into(),
+        id: id.into(),
+    };
+    assert_eq!(
+        bench.ask(1, &Request::WhoAmI),
+        Ok(Response::Who(vec![
+            id("ip", "10.0.0.1"),
+            id("digest", "me")
+        ]))
+    );
+}
+
+#[test]
+fn sasl_is_answered_as_by_a_server_that_has_none() {
+    let mut bench = Bench::alone();
+    bench.connect(1);
+    let token = Some("anything".into());
+    assert_eq!(
+        bench.ask(1, &Request::Sasl { token }),
+        Ok(Response::Sasl { token: None })
+    );
+}
+
+#[test]
+fn every_word_has_an_answer() {
+    let mut bench = Bench::alone();
+    bench.connect(1);
+    bench.make(1, "/e", CreateMode::Ephemeral);
+    assert!(bench.ask(1, &get("/e", true)).is_ok());
+    let expected: [(FourLetterWord, &[&str]); 15] = [
+        (FourLetterWord::Ruok, &["imok"]),
+        (FourLetterWord::Isro, &["rw"]),
+        (
+            FourLetterWord::Srvr,
+            &[
+                "Zookeeper version: 3.8.0-",
+                "Mode: standalone\n",
+                "Node count: 5\n",
+            ],
+        ),
+        (
+            FourLetterWord::Stat,
+            &["Clients:\n /10.0.0.1:4321[1](queued=0,"],
+        ),
+        (
+            FourLetterWord::Mntr,
+            &[
+                "zk_server_state\tstandalone\n",
+                "zk_watch_count\t1\n",
+                "zk_ephemerals_count\t1\n",
+                "zk_approximate_data_size\t46\n",
+            ],
+        ),
+        (
+            FourLetterWord::Conf,
+            &["clientPort=2181\n", "serverId=1\n", "membership: \n"],
+        ),
+        (
+            FourLetterWord::Cons,
+            &["[1](queued=0,recved=3,sent=3,sid=0x1", ",lop=GETD,"],
+        ),
+        (
+            FourLetterWord::Wchs,
+            &["1 connections watching 1 paths\nTotal watches:1\n"],
+        ),
+        (FourLetterWord::Wchc, &["0x1", "\n\t/e\n"]),
+        (FourLetterWord::Wchp, &["/e\n\t0x1"]),
+        (
+            FourLetterWord::Dump,
+            &[
+                "Global Sessions(1):\n0x1",
+                "Sessions with Ephemerals (1):\n0x1",
+                ":\n\t/e\n",
+            ],
+        ),
+        (
+            FourLetterWord::Envi,
+            &["Environment:\nzookeeper.version=3.8.0-", "os.name=Linux\n"],
+        ),
+        (FourLetterWord::Dirs, &["datadir_size: 0\nlogdir_size: 0\n"]),
+        (FourLetterWord::Crst, &["Connection stats reset.\n"]),
+        (FourLetterWord::Srst, &["Server stats reset.\n"]),
+    ];
+    for (word, parts) in expected {
+        let answer = bench.word(word);
+        for part in parts {
+            assert!(
+                answer.contains(part),
+                "{word:?} does not say {part:?}: {answer}"
+            );
+        }
+    }
+    assert!(
+        bench.word(FourLetterWord::Srvr).contains("Received: 0\n"),
+        "srst was heard"
+    );
+    assert!(
+        bench.word(FourLetterWord::Cons).contains("recved=0,"),
+        "crst was heard"
+    );
+}
+
+#[test]
+fn words_of_a_server_without_a_quorum() {
+    let mut bench = Bench::new(3);
+    assert_eq!(bench.word(FourLetterWord::Ruok), "imok");
+    for word in [
+        FourLetterWord::Srvr,
+        FourLetterWord::Mntr,
+        FourLetterWord::Wchp,
+    ] {
+        assert!(bench.word(word).contains("not currently serving"));
+    }
+    assert!(
+        bench
+            .word(FourLetterWord::Envi)
+            .starts_with("Environment:\n")
+    );
+}
+
+#[test]
+fn a_word_says_no_more_than_fits() {
+    let mut bench = Bench::alone();
+    bench.connect(1);
+    for i in 0..3000 {
+        let path = format!("/{i}{}", "x".repeat(1000));
+        assert_eq!(
+            bench.ask(1, &add_watch(&path, PERSISTENT)),
+            Ok(Response::WatchAdded)
+        );
+    }
+    let answer = bench.word(FourLetterWord::Wchp);
+    assert!(answer.len() < 1024 * 1024 + 4096, "{}", answer.len());
+    assert!(answer.ends_with(" lines more\n"));
+}
