@@ -21,11 +21,31 @@
 //! # Ok(())
 //! # }
 //! ```
+//!
+//! # When the connection is lost
+//!
+//! Requests under way fail with [`ClientError::ConnectionLoss`], because nobody knows whether a
+//! write among them was done; new ones wait for the next connection. One-shot watches tell after
+//! the reconnection what they missed; persistent ones ([`Client::watch`]) say that they have missed
+//! something. Identities ([`Client::authenticate`]) are proven anew before anything else is asked.
+//!
+//! # When the session may be lost
+//!
+//! That a session has expired is certain only when a server says so ([`SessionState::Expired`]),
+//! which takes a connection. That it *may* have expired is known without: [`Client::lease`] tells
+//! until when it certainly lives, by the local clock, and whoever holds a lock by an ephemeral
+//! znode must have stopped by then.
 
 mod connection;
 mod dial;
 mod error;
+mod feed;
+mod lease;
+mod link;
+mod multi;
+mod ops;
 mod options;
+mod session;
 #[cfg(test)]
 mod tests;
 mod watches;
@@ -33,42 +53,29 @@ mod watches;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::timeout;
 
 use crate::wire::{
-    Acl, CreateMode, CreateOp, ErrorCode, MultiOp, MultiResult, REQUEST_BYTES_MAX, Request,
-    Response, Stat, encode_request, validate_path,
+    CreateMode, ErrorCode, REQUEST_BYTES_MAX, Request, Response, encode_request, validate_path,
 };
 use connection::{Command, Connection, REQUESTS_MAX, Reply, strip_chroot};
-use watches::Watcher;
+use lease::TenureReceiver;
+use watches::Watching;
 
 pub use error::ClientError;
-pub use options::{ConnectOptions, ConnectStringError};
-pub use watches::{WatchEvent, WatchFuture};
-
-/// How the session is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum SessionState {
-    /// A server holds the session.
-    Connected {
-        /// The session; another than before where an expired one was renewed.
-        session_id: i64,
-    },
-    /// No connection, and the session (where there was one) may live or not. Requests wait.
-    Disconnected,
-    /// The session is gone.
-    Expired,
-    /// The client was closed.
-    Closed,
-}
+pub use lease::{Lease, Standing};
+pub use ops::NewNode;
+pub use options::{ConnectOptions, ConnectStringError, Identity};
+pub use session::{SessionEvent, SessionEvents, SessionState};
+pub use watches::{Notice, WatchEvent, WatchFuture, WatchStream};
 
 /// A handle to a session. When the last clone is dropped the session is closed, too.
 #[derive(Clone, Debug)]
 pub struct Client {
     commands: mpsc::Sender<Command>,
     state: watch::Receiver<SessionState>,
+    tenure: TenureReceiver,
     chroot: Arc<str>,
     request_timeout: Option<Duration>,
 }
@@ -82,36 +89,42 @@ impl Client {
         assert!(!options.hosts.is_empty(), "a client needs a server");
         let (commands, receiver) = mpsc::channel(REQUESTS_MAX);
         let (state_sender, state) = watch::channel(SessionState::Disconnected);
+        let (tenure_sender, tenure) = lease::tenure();
         let client = Self {
             commands,
             state,
+            tenure,
             chroot: options.chroot.as_str().into(),
             request_timeout: options.request_timeout,
         };
-        tokio::spawn(Connection::new(options, receiver, state_sender).run());
+        tokio::spawn(Connection::new(options, receiver, state_sender, tenure_sender).run());
         client
     }
 
     /// Connects, and returns when the session is open.
     ///
     /// # Errors
-    /// [`ClientError::NotConnected`] where no server has opened one within the request timeout.
+    /// [`ClientError::NotConnected`] where no server has opened one within the request timeout;
+    /// [`ErrorCode::AuthFailed`] where it does not accept an identity of the options.
     ///
     /// # Panics
     /// As [`Self::start`].
     pub async fn connect(options: ConnectOptions) -> Result<Self, ClientError> {
         let client = Self::start(options);
         let mut state = client.state.clone();
-        let connected = state.wait_for(|state| matches!(state, SessionState::Connected { .. }));
-        let connected = match client.request_timeout {
-            None => connected.await.map(drop),
-            Some(limit) => match timeout(limit, connected).await {
-                Ok(connected) => connected.map(drop),
+        let settled = state.wait_for(|state| state.is_connected() || state.is_over());
+        let settled = match client.request_timeout {
+            None => settled.await.map(|state| *state),
+            Some(limit) => match timeout(limit, settled).await {
+                Ok(settled) => settled.map(|state| *state),
                 Err(_) => return Err(ClientError::NotConnected),
             },
         };
-        connected.map_err(|_| ClientError::NotConnected)?;
-        Ok(client)
+        match settled {
+            Ok(state) if state.is_connected() => Ok(client),
+            Ok(_) => Err(client.ended()),
+            Err(_) => Err(ClientError::NotConnected),
+        }
     }
 
     /// The same session with another deadline for each request.
@@ -123,293 +136,66 @@ impl Client {
         }
     }
 
-    /// How the session is, now and from now on. Short states may be skipped.
+    /// How the session is, now and from now on. Short states may be skipped; [`Self::events`] skips
+    /// none.
     pub fn state(&self) -> watch::Receiver<SessionState> {
         self.state.clone()
+    }
+
+    /// Everything that happens to the session from now on, in order.
+    ///
+    /// # Errors
+    /// [`ClientError::Closed`], [`ClientError::SessionExpired`] where the client has ended.
+    pub async fn events(&self) -> Result<SessionEvents, ClientError> {
+        let (sender, feed) = feed::feed();
+        self.command(Command::Subscribe(sender)).await?;
+        Ok(SessionEvents(feed))
     }
 
     /// The session, where a server holds it now.
     pub fn session_id(&self) -> Option<i64> {
         match *self.state.borrow() {
-            SessionState::Connected { session_id } => Some(session_id),
-            SessionState::Disconnected | SessionState::Expired | SessionState::Closed => None,
+            SessionState::Connected { session_id }
+            | SessionState::ConnectedReadOnly { session_id } => Some(session_id),
+            SessionState::Disconnected
+            | SessionState::Expired
+            | SessionState::AuthFailed
+            | SessionState::Closed => None,
         }
     }
 
-    /// Creates a znode; gives its path, which differs from `path` for a sequential one.
+    /// Waits until the quorum has confirmed that the session lives, and tells from then on, by the
+    /// local clock, until when it certainly does. While a lease is held the session is confirmed
+    /// again and again.
     ///
     /// # Errors
-    /// [`ErrorCode::NodeExists`], [`ErrorCode::NoNode`] (its parent),
-    /// [`ErrorCode::NoChildrenForEphemerals`], ...
-    pub async fn create(
-        &self,
-        path: &str,
-        data: impl Into<Bytes>,
-        mode: CreateMode,
-        acl: Vec<Acl>,
-    ) -> Result<String, ClientError> {
-        let op = match mode {
-            CreateMode::Container => CreateOp::Container,
-            _ => CreateOp::Create,
+    /// [`ClientError::Timeout`] where the quorum does not confirm it within the request timeout,
+    /// [`ClientError::SessionExpired`], [`ClientError::Closed`].
+    pub async fn lease(&self) -> Result<Lease, ClientError> {
+        let wanted = self.tenure.want();
+        let confirmed = async {
+            self.command(Command::Confirm).await?;
+            self.tenure.certain().await.ok_or_else(|| self.ended())
         };
-        let path = self.full_to_create(path, mode)?;
-        let data = Some(data.into());
-        let request = Request::Create {
-            op,
-            path,
-            data,
-            acl,
-            flags: mode.flags(),
+        let session_id = self.in_time(confirmed).await?;
+        Ok(self.tenure.lease(session_id, wanted))
+    }
+
+    /// Proves another identity of the session's holder: for the scheme `digest`,
+    /// `user:password`. It is kept, and proven anew on each connection before anything else is
+    /// asked; should a server not accept it any more, the client ends with
+    /// [`SessionState::AuthFailed`].
+    ///
+    /// # Errors
+    /// [`ErrorCode::AuthFailed`]; the identity is then forgotten, and the server closes the
+    /// connection, which the session survives.
+    pub async fn authenticate(&self, identity: Identity) -> Result<(), ClientError> {
+        let (reply, answered) = oneshot::channel();
+        let proof = async {
+            self.command(Command::Auth { identity, reply }).await?;
+            answer(answered).await
         };
-        match self.call(request).await? {
-            Response::Created { path } | Response::Created2 { path, .. } => {
-                Ok(strip_chroot(&self.chroot, &path).to_owned())
-            }
-            _ => Err(ClientError::Protocol),
-        }
-    }
-
-    /// Deletes a znode without children. `version` -1 fits any.
-    ///
-    /// # Errors
-    /// [`ErrorCode::NoNode`], [`ErrorCode::BadVersion`], [`ErrorCode::NotEmpty`], ...
-    pub async fn delete(&self, path: &str, version: i32) -> Result<(), ClientError> {
-        self.call(Request::Delete {
-            path: self.full(path)?,
-            version,
-        })
-        .await
-        .map(drop)
-    }
-
-    /// The znode's metadata, `None` where there is none.
-    ///
-    /// # Errors
-    /// [`ClientError`].
-    pub async fn exists(&self, path: &str) -> Result<Option<Stat>, ClientError> {
-        let request = Request::Exists {
-            path: self.full(path)?,
-            watch: false,
-        };
-        found(self.call(request).await)
-    }
-
-    /// As [`Self::exists`]; the future resolves when the znode is created, changed or deleted.
-    ///
-    /// # Errors
-    /// [`ClientError`].
-    pub async fn exists_and_watch(
-        &self,
-        path: &str,
-    ) -> Result<(Option<Stat>, WatchFuture), ClientError> {
-        let path = self.full(path)?;
-        let (watcher, changed) = WatchFuture::channel();
-        let request = Request::Exists {
-            path: path.clone(),
-            watch: true,
-        };
-        let stat = found(self.call_and_watch(request, Some((path, watcher))).await)?;
-        Ok((stat, changed))
-    }
-
-    /// The znode's data and metadata. Null data reads as empty.
-    ///
-    /// # Errors
-    /// [`ErrorCode::NoNode`], ...
-    pub async fn get(&self, path: &str) -> Result<(Bytes, Stat), ClientError> {
-        let request = Request::GetData {
-            path: self.full(path)?,
-            watch: false,
-        };
-        data(self.call(request).await?)
-    }
-
-    /// As [`Self::get`]; the future resolves when the znode is changed or deleted.
-    ///
-    /// # Errors
-    /// [`ErrorCode::NoNode`], ...; no watch is set then.
-    pub async fn get_and_watch(
-        &self,
-        path: &str,
-    ) -> Result<(Bytes, Stat, WatchFuture), ClientError> {
-        let path = self.full(path)?;
-        let (watcher, changed) = WatchFuture::channel();
-        let request = Request::GetData {
-            path: path.clone(),
-            watch: true,
-        };
-        let (bytes, stat) = data(self.call_and_watch(request, Some((path, watcher))).await?)?;
-        Ok((bytes, stat, changed))
-    }
-
-    /// A linearizable read: [`Self::sync`] and [`Self::get`] sent together, so that it costs one
-    /// round trip. On Apache ZooKeeper `sync` is not a quorum operation, and a read after it may
-    /// be stale: there, write first.
-    ///
-    /// # Errors
-    /// [`ErrorCode::NoNode`], ...
-    pub async fn sync_and_get(&self, path: &str) -> Result<(Bytes, Stat), ClientError> {
-        let path = self.full(path)?;
-        let sync = self.issue(Request::Sync { path: path.clone() }, None);
-        let get = self.issue(Request::GetData { path, watch: false }, None);
-        let both = async {
-            let (sync, get) = (sync.await?, get.await?);
-            answer(sync).await?;
-            answer(get).await
-        };
-        data(self.in_time(both).await?)
-    }
-
-    /// Sets the znode's data; gives its new metadata. `version` -1 fits any.
-    ///
-    /// # Errors
-    /// [`ErrorCode::NoNode`], [`ErrorCode::BadVersion`], ...
-    pub async fn set(
-        &self,
-        path: &str,
-        data: impl Into<Bytes>,
-        version: i32,
-    ) -> Result<Stat, ClientError> {
-        let request = Request::SetData {
-            path: self.full(path)?,
-            data: Some(data.into()),
-            version,
-        };
-        match self.call(request).await? {
-            Response::Stat(stat) => Ok(stat),
-            _ => Err(ClientError::Protocol),
-        }
-    }
-
-    /// The names of the znode's children, in no particular order.
-    ///
-    /// # Errors
-    /// [`ErrorCode::NoNode`], ...
-    pub async fn children(&self, path: &str) -> Result<Vec<String>, ClientError> {
-        let request = Request::GetChildren {
-            path: self.full(path)?,
-            watch: false,
-        };
-        match self.call(request).await? {
-            Response::Children(children) => Ok(children),
-            _ => Err(ClientError::Protocol),
-        }
-    }
-
-    /// The names of the znode's children, and its metadata.
-    ///
-    /// # Errors
-    /// [`ErrorCode::NoNode`], ...
-    pub async fn children2(&self, path: &str) -> Result<(Vec<String>, Stat), ClientError> {
-        let request = Request::GetChildren2 {
-            path: self.full(path)?,
-            watch: false,
-        };
-        children2(self.call(request).await?)
-    }
-
-    /// As [`Self::children2`]; the future resolves when a child is created or deleted, or the
-    /// znode itself is deleted.
-    ///
-    /// # Errors
-    /// [`ErrorCode::NoNode`], ...; no watch is set then.
-    pub async fn children_and_watch(
-        &self,
-        path: &str,
-    ) -> Result<(Vec<String>, Stat, WatchFuture), ClientError> {
-        let path = self.full(path)?;
-        let (watcher, changed) = WatchFuture::channel();
-        let request = Request::GetChildren2 {
-            path: path.clone(),
-            watch: true,
-        };
-        let answer = self.call_and_watch(request, Some((path, watcher))).await?;
-        let (children, stat) = children2(answer)?;
-        Ok((children, stat, changed))
-    }
-
-    /// Returns when the session's server has all that was committed before the call, so that
-    /// later reads are no older. (On Apache ZooKeeper, see [`Self::sync_and_get`].)
-    ///
-    /// # Errors
-    /// [`ClientError`].
-    pub async fn sync(&self, path: &str) -> Result<(), ClientError> {
-        self.call(Request::Sync {
-            path: self.full(path)?,
-        })
-        .await
-        .map(drop)
-    }
-
-    /// Fails unless the znode has this version; -1 fits any.
-    ///
-    /// # Errors
-    /// [`ErrorCode::NoNode`], [`ErrorCode::BadVersion`], ...
-    pub async fn check(&self, path: &str, version: i32) -> Result<(), ClientError> {
-        // A check by itself is not spoken by every server; a multi of one is.
-        self.multi(vec![MultiOp::Check {
-            path: path.to_owned(),
-            version,
-        }])
-        .await
-        .map(drop)
-    }
-
-    /// Does all of these in one step, or none. Gives their results in order.
-    ///
-    /// # Errors
-    /// [`ClientError::Multi`] says which operation is at fault.
-    pub async fn multi(&self, mut ops: Vec<MultiOp>) -> Result<Vec<MultiResult>, ClientError> {
-        for op in &mut ops {
-            match op {
-                MultiOp::Create { path, flags, .. } => {
-                    let mode = CreateMode::from_flags(*flags).map_err(ClientError::Zk)?;
-                    *path = self.full_to_create(path, mode)?;
-                }
-                MultiOp::Delete { path, .. }
-                | MultiOp::SetData { path, .. }
-                | MultiOp::Check { path, .. } => *path = self.full(path)?,
-            }
-        }
-        let Response::Multi(mut results) = self.call(Request::Multi(ops)).await? else {
-            return Err(ClientError::Protocol);
-        };
-        // Before the fault stand errors without a code, after it runtime inconsistencies.
-        let fault = results.iter().position(|result| {
-            matches!(result, MultiResult::Error(Some(code))
-                if *code != ErrorCode::RuntimeInconsistency)
-        });
-        if let Some(index) = fault
-            && let MultiResult::Error(Some(code)) = results[index]
-        {
-            return Err(ClientError::Multi { index, code });
-        }
-        for result in &mut results {
-            match result {
-                MultiResult::Created { path } | MultiResult::Created2 { path, .. } => {
-                    *path = strip_chroot(&self.chroot, path).to_owned();
-                }
-                MultiResult::Deleted | MultiResult::Set(_) | MultiResult::Checked => {}
-                MultiResult::Error(_) => return Err(ClientError::Protocol),
-            }
-        }
-        Ok(results)
-    }
-
-    /// The znode's access control list and metadata.
-    ///
-    /// # Errors
-    /// [`ErrorCode::NoNode`], ...
-    pub async fn acl(&self, path: &str) -> Result<(Vec<Acl>, Stat), ClientError> {
-        match self
-            .call(Request::GetAcl {
-                path: self.full(path)?,
-            })
-            .await?
-        {
-            Response::Acl { acl, stat } => Ok((acl, stat)),
-            _ => Err(ClientError::Protocol),
-        }
+        self.in_time(proof).await.map(drop)
     }
 
     /// Closes the session: its ephemeral znodes are gone when this returns.
@@ -437,15 +223,19 @@ impl Client {
         self.call_and_watch(request, None).await
     }
 
-    async fn call_and_watch(&self, request: Request, watch: Option<(String, Watcher)>) -> Reply {
-        self.in_time(async { answer(self.issue(request, watch).await?).await })
+    async fn call_and_watch(
+        &self,
+        request: Request,
+        watching: Option<(String, Watching)>,
+    ) -> Reply {
+        self.in_time(async { answer(self.issue(request, watching).await?).await })
             .await
     }
 
     async fn issue(
         &self,
         request: Request,
-        watch: Option<(String, Watcher)>,
+        watching: Option<(String, Watching)>,
     ) -> Result<oneshot::Receiver<Reply>, ClientError> {
         let frame_xid_zero = encode_request(0, &request);
         let bytes = frame_xid_zero.len() - 4;
@@ -453,19 +243,26 @@ impl Client {
             return Err(ClientError::TooLarge { bytes });
         }
         let (reply, answered) = oneshot::channel();
-        let command = Command::Request {
+        let confirms = request.is_write() || matches!(request, Request::Sync { .. });
+        self.command(Command::Request {
             frame_xid_zero,
             op: request.op(),
-            watch,
+            confirms,
+            watching,
             reply,
-        };
-        match self.commands.send(command).await {
-            Ok(()) => Ok(answered),
-            Err(_) => Err(self.ended()),
-        }
+        })
+        .await?;
+        Ok(answered)
     }
 
-    async fn in_time(&self, reply: impl Future<Output = Reply>) -> Reply {
+    async fn command(&self, command: Command) -> Result<(), ClientError> {
+        self.commands.send(command).await.map_err(|_| self.ended())
+    }
+
+    async fn in_time<T>(
+        &self,
+        reply: impl Future<Output = Result<T, ClientError>>,
+    ) -> Result<T, ClientError> {
         match self.request_timeout {
             None => reply.await,
             Some(limit) => timeout(limit, reply)
@@ -478,9 +275,11 @@ impl Client {
     fn ended(&self) -> ClientError {
         match *self.state.borrow() {
             SessionState::Expired => ClientError::SessionExpired,
-            SessionState::Closed | SessionState::Disconnected | SessionState::Connected { .. } => {
-                ClientError::Closed
-            }
+            SessionState::AuthFailed => ClientError::Zk(ErrorCode::AuthFailed),
+            SessionState::Closed
+            | SessionState::Disconnected
+            | SessionState::Connected { .. }
+            | SessionState::ConnectedReadOnly { .. } => ClientError::Closed,
         }
     }
 
@@ -503,32 +302,14 @@ impl Client {
             self.full(path)
         }
     }
+
+    /// A path of the server's as the caller knows it.
+    fn local(&self, path: &str) -> String {
+        strip_chroot(&self.chroot, path).to_owned()
+    }
 }
 
 async fn answer(answered: oneshot::Receiver<Reply>) -> Reply {
     // The task ends only after it has answered everyone; a panic in it is the exception.
     answered.await.unwrap_or(Err(ClientError::Closed))
-}
-
-fn found(reply: Reply) -> Result<Option<Stat>, ClientError> {
-    match reply {
-        Ok(Response::Stat(stat)) => Ok(Some(stat)),
-        Ok(_) => Err(ClientError::Protocol),
-        Err(ClientError::Zk(ErrorCode::NoNode)) => Ok(None),
-        Err(error) => Err(error),
-    }
-}
-
-fn data(response: Response) -> Result<(Bytes, Stat), ClientError> {
-    match response {
-        Response::Data { data, stat } => Ok((data.unwrap_or_default(), stat)),
-        _ => Err(ClientError::Protocol),
-    }
-}
-
-fn children2(response: Response) -> Result<(Vec<String>, Stat), ClientError> {
-    match response {
-        Response::Children2 { children, stat } => Ok((children, stat)),
-        _ => Err(ClientError::Protocol),
-    }
 }

@@ -1,8 +1,10 @@
 //! How to reach the servers.
 
+use std::fmt;
 use std::str::FromStr;
 use std::time::Duration;
 
+use bytes::Bytes;
 use thiserror::Error;
 
 use crate::wire::{PathError, validate_path};
@@ -34,6 +36,40 @@ pub struct ConnectOptions {
     /// Whether to open a new session when the session has expired. Requests under way and
     /// watches fail with `SessionExpired` all the same, and the ephemerals are gone.
     pub renew_session: bool,
+    /// Whether a server that is cut off from its quorum will do, for reads that may be stale, while
+    /// no other is found. See [`super::SessionState::ConnectedReadOnly`].
+    pub read_only: bool,
+    /// Who the session's holder is: proven on every connection before anything else is asked.
+    pub identities: Vec<Identity>,
+}
+
+/// Something that a session's holder can prove to be.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Identity {
+    /// `digest`, ...
+    pub scheme: String,
+    /// What the scheme wants.
+    pub auth: Bytes,
+}
+
+impl Identity {
+    /// The scheme `digest`: a name and a password, of which the servers keep a hash. It goes over
+    /// the network as it is, so use TLS where others listen.
+    pub fn digest(user: &str, password: &str) -> Self {
+        Self {
+            scheme: "digest".to_owned(),
+            auth: format!("{user}:{password}").into(),
+        }
+    }
+}
+
+/// Without the secret.
+impl fmt::Debug for Identity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Identity")
+            .field("scheme", &self.scheme)
+            .finish_non_exhaustive()
+    }
 }
 
 impl ConnectOptions {
@@ -49,6 +85,8 @@ impl ConnectOptions {
             retry_pause_max: Duration::from_millis(100),
             request_timeout: Some(Duration::from_secs(30)),
             renew_session: false,
+            read_only: false,
+            identities: Vec::new(),
         }
     }
 
@@ -77,6 +115,20 @@ impl ConnectOptions {
     #[must_use]
     pub fn renew_session(mut self, renew: bool) -> Self {
         self.renew_session = renew;
+        self
+    }
+
+    /// Sets [`Self::read_only`].
+    #[must_use]
+    pub fn read_only(mut self, read_only: bool) -> Self {
+        self.read_only = read_only;
+        self
+    }
+
+    /// Adds to [`Self::identities`].
+    #[must_use]
+    pub fn identity(mut self, identity: Identity) -> Self {
+        self.identities.push(identity);
         self
     }
 }

@@ -8,7 +8,8 @@ use tokio::net::{TcpListener, TcpStream};
 
 use super::*;
 use crate::wire::{
-    ConnectRequest, ConnectResponse, EventType, REPLY_BYTES_MAX, RequestHeader, WatcherEvent,
+    Acl, AddWatchMode, ConnectRequest, ConnectResponse, EventType, MultiOp, MultiResult,
+    REPLY_BYTES_MAX, RequestHeader, SetWatches, Stat, WatcherEvent, WatcherKind,
     encode_connect_response, encode_error, encode_event, encode_reply, split_frame, xid,
 };
 
@@ -508,4 +509,320 @@ async fn a_chroot_is_invisible() {
     };
     let (watched, ()) = tokio::join!(calls, script);
     assert_eq!(watched.unwrap().2.await.unwrap().path, "/");
+}
+
+async fn answer_all(peer: &mut Peer, count: usize) {
+    for _ in 0..count {
+        let (xid, _) = peer.request().await;
+        peer.send(encode_reply(xid, 1, &Response::WatchAdded)).await;
+    }
+}
+
+fn event(event: EventType, path: &str) -> Bytes {
+    encode_event(&WatcherEvent::new(event, path))
+}
+
+fn notice(event: EventType, path: &str) -> Option<Result<Notice, ClientError>> {
+    let path = path.into();
+    Some(Ok(Notice::Event(WatchEvent { event, path })))
+}
+
+#[tokio::test]
+async fn persistent_watches_are_streams_that_say_what_they_missed() {
+    let (one, two) = (Server::new().await, Server::new().await);
+    let client = Client::start(ConnectOptions {
+        chroot: "/app".into(),
+        ..options(&[&one, &two])
+    });
+    let mut peer = one.open(10_000).await;
+    let watches = async {
+        let plain = client.watch("/a", AddWatchMode::Persistent).await.unwrap();
+        let mode = AddWatchMode::PersistentRecursive;
+        let recursive = client.watch("/", mode).await.unwrap();
+        (plain, recursive)
+    };
+    let ((mut plain, mut recursive), ()) = tokio::join!(watches, answer_all(&mut peer, 2));
+    // The event is there before the answer that follows it.
+    let script = async {
+        let (xid, _) = peer.request().await;
+        peer.send(event(EventType::NodeDataChanged, "/app/a")).await;
+        peer.send(data_reply(xid, 5, "new")).await;
+    };
+    let (read, ()) = tokio::join!(client.get("/a"), script);
+    assert_eq!(read.unwrap().0, "new");
+    let changed = notice(EventType::NodeDataChanged, "/a");
+    assert_eq!(
+        (plain.try_next(), recursive.try_next()),
+        (changed.clone(), changed)
+    );
+    assert_eq!((plain.try_next(), recursive.try_next()), (None, None));
+
+    drop(peer);
+    assert_eq!(plain.next().await, Some(Ok(Notice::Disconnected)));
+    let (mut peer, _) = two.accept().await;
+    peer.grant(SESSION, 10_000).await;
+    let (xid, request) = peer.request().await;
+    assert_eq!(xid, crate::wire::xid::SET_WATCHES);
+    let again = SetWatches {
+        relative_zxid: 5,
+        persistent: vec!["/app/a".into()],
+        persistent_recursive: vec!["/app".into()],
+        ..SetWatches::default()
+    };
+    assert_eq!(request, Request::SetWatches(again));
+    peer.send(encode_reply(xid, 6, &Response::Empty)).await;
+    peer.send(event(EventType::NodeCreated, "/app/b")).await;
+    assert_eq!(plain.next().await, Some(Ok(Notice::Missed)));
+    assert_eq!(recursive.next().await, Some(Ok(Notice::Disconnected)));
+    assert_eq!(recursive.next().await, Some(Ok(Notice::Missed)));
+    assert_eq!(recursive.next().await, notice(EventType::NodeCreated, "/b"));
+    assert_eq!(plain.try_next(), None);
+
+    // Dropped: the server is asked to forget it.
+    drop(plain);
+    let (xid, request) = peer.request().await;
+    let kind = WatcherKind::Any.code();
+    let path = "/app/a".into();
+    assert_eq!(request, Request::RemoveWatches { path, kind });
+    peer.send(encode_reply(xid, 6, &Response::Empty)).await;
+    let script = async {
+        let (xid, _) = peer.request().await;
+        peer.send(encode_reply(xid, 7, &Response::Empty)).await;
+    };
+    let (closed, ()) = tokio::join!(client.close(), script);
+    closed.unwrap();
+    assert_eq!(recursive.next().await, Some(Err(ClientError::Closed)));
+    assert_eq!(recursive.next().await, None);
+}
+
+/// A server keeps one mode for each path, the newest.
+#[tokio::test]
+async fn a_plain_watch_beside_a_recursive_one_leaves_both_alive() {
+    let server = Server::new().await;
+    let client = Client::start(options(&[&server]));
+    let mut peer = server.open(10_000).await;
+    let watches = async {
+        let mode = AddWatchMode::PersistentRecursive;
+        let recursive = client.watch("/a", mode).await.unwrap();
+        let plain = client.watch("/a", AddWatchMode::Persistent).await.unwrap();
+        (recursive, plain)
+    };
+    let script = async {
+        answer_all(&mut peer, 2).await;
+        let (xid, request) = peer.request().await;
+        let (path, mode) = ("/a".into(), AddWatchMode::PersistentRecursive.code());
+        assert_eq!(request, Request::AddWatch { path, mode });
+        peer.send(encode_reply(xid, 1, &Response::WatchAdded)).await;
+    };
+    let ((mut recursive, _plain), ()) = tokio::join!(watches, script);
+    assert_eq!(recursive.next().await, Some(Ok(Notice::Missed)));
+}
+
+#[tokio::test]
+async fn identities_are_proven_on_every_connection_before_anything_else() {
+    let (one, two) = (Server::new().await, Server::new().await);
+    let hosts = options(&[&one, &two]).identity(Identity::digest("first", "1"));
+    let client = Client::start(hosts);
+    let auth = |user: &str| Request::Auth {
+        kind: 0,
+        scheme: "digest".into(),
+        auth: Some(user.to_owned().into()),
+    };
+    let mut peer = one.open(10_000).await;
+    assert_eq!(peer.request().await, (xid::AUTH, auth("first:1")));
+    peer.send(encode_reply(xid::AUTH, 1, &Response::Empty))
+        .await;
+    let script = async {
+        assert_eq!(peer.request().await, (xid::AUTH, auth("second:2")));
+        peer.send(encode_reply(xid::AUTH, 1, &Response::Empty))
+            .await;
+    };
+    let (accepted, ()) = tokio::join!(client.authenticate(Identity::digest("second", "2")), script);
+    accepted.unwrap();
+    // One that is not accepted is forgotten, and the session goes on.
+    let script = async {
+        assert_eq!(peer.request().await, (xid::AUTH, auth("third:3")));
+        peer.send(encode_error(xid::AUTH, 1, ErrorCode::AuthFailed))
+            .await;
+        drop(peer);
+    };
+    let (refused, ()) = tokio::join!(client.authenticate(Identity::digest("third", "3")), script);
+    assert_eq!(refused, Err(ClientError::Zk(ErrorCode::AuthFailed)));
+    let read = tokio::spawn({
+        let client = client.clone();
+        async move { client.get("/a").await }
+    });
+    let (mut peer, _) = two.accept().await;
+    peer.grant(SESSION, 10_000).await;
+    for user in ["first:1", "second:2"] {
+        assert_eq!(peer.request().await, (xid::AUTH, auth(user)));
+    }
+    assert_eq!(peer.request().await.1, get_data("/a"));
+    // A server that does not accept an old one any more ends the client.
+    peer.send(encode_error(xid::AUTH, 1, ErrorCode::AuthFailed))
+        .await;
+    let auth_failed = Err(ClientError::Zk(ErrorCode::AuthFailed));
+    assert_eq!(read.await.unwrap(), auth_failed);
+    assert_eq!(*client.state().borrow(), SessionState::AuthFailed);
+    assert_eq!(client.get("/a").await, auth_failed);
+}
+
+#[tokio::test]
+async fn a_lease_follows_what_the_quorum_has_confirmed_and_nothing_else() {
+    let server = Server::new().await;
+    let client = Client::start(options(&[&server]).attempt_timeout(Duration::from_secs(5)));
+    let opening = tokio::time::Instant::now();
+    let mut peer = server.open(60_000).await;
+    connected(&client).await;
+    let script = async {
+        let (xid, request) = peer.request().await;
+        assert_eq!(request, Request::Sync { path: "/".into() });
+        peer.send(encode_reply(xid, 1, &Response::Synced { path: "/".into() }))
+            .await;
+    };
+    let (lease, ()) = tokio::join!(client.lease(), script);
+    let lease = lease.unwrap();
+    assert_eq!(lease.session_id(), SESSION);
+    let first = lease.until().unwrap();
+    assert!(first >= opening + Duration::from_secs(59));
+    let before = tokio::time::Instant::now();
+    // Pings and reads are answered by servers that are cut off, too.
+    let script = async {
+        let (xid, _) = peer.request().await;
+        peer.send(data_reply(xid, 1, "x")).await;
+    };
+    let (read, ()) = tokio::join!(client.get("/a"), script);
+    read.unwrap();
+    assert!(lease.until().unwrap() <= before + Duration::from_secs(60));
+    drop(peer);
+    let (mut peer, _) = server.accept().await;
+    assert!(lease.is_certain(), "no connection, but it was heard of");
+    peer.send(encode_connect_response(&ConnectResponse::expired(None)))
+        .await;
+    lease.gone().await;
+    assert_eq!(lease.standing(), Standing::Gone);
+    assert_eq!(
+        client.lease().await.err(),
+        Some(ClientError::SessionExpired)
+    );
+}
+
+/// A server that answers pings and cannot reach the quorum.
+#[tokio::test]
+async fn a_server_that_is_cut_off_does_not_extend_a_lease() {
+    let server = Server::new().await;
+    let client = Client::start(options(&[&server]));
+    let mut peer = server.open(1_500).await;
+    connected(&client).await;
+    let lease = tokio::select! {
+        lease = client.lease() => lease.unwrap(),
+        // Answers pings alone.
+        _ = async { loop { peer.request().await; } } => unreachable!(),
+    };
+    let standing = tokio::select! {
+        standing = lease.uncertain() => standing,
+        _ = async { loop { peer.request().await; } } => unreachable!(),
+    };
+    assert_eq!(standing, Standing::Uncertain);
+    assert_eq!(client.session_id(), Some(SESSION), "still connected");
+}
+
+#[tokio::test]
+async fn events_come_in_order_and_skip_no_state() {
+    let (one, two) = (Server::new().await, Server::new().await);
+    let client = Client::start(options(&[&one, &two]));
+    let mut events = client.events().await.unwrap();
+    let mut peer = one.open(10_000).await;
+    peer.send(event(EventType::NodeDeleted, "/a")).await;
+    drop(peer);
+    let (mut peer, _) = two.accept().await;
+    peer.send(encode_connect_response(&ConnectResponse::expired(None)))
+        .await;
+    let session_id = SESSION;
+    let (deleted, path) = (EventType::NodeDeleted, "/a".into());
+    let expected = [
+        SessionEvent::State(SessionState::Connected { session_id }),
+        SessionEvent::Watch(WatchEvent {
+            event: deleted,
+            path,
+        }),
+        SessionEvent::State(SessionState::Disconnected),
+        SessionEvent::State(SessionState::Expired),
+    ];
+    for event in expected {
+        assert_eq!(events.next().await, Some(event));
+    }
+    assert_eq!(events.next().await, None);
+}
+
+#[tokio::test]
+async fn null_data_is_not_empty() {
+    let server = Server::new().await;
+    let client = Client::start(options(&[&server]));
+    let mut peer = server.open(10_000).await;
+    let script = async {
+        let (xid, request) = peer.request().await;
+        assert!(matches!(&request, Request::Create { data: None, .. }));
+        let path = "/a".into();
+        peer.send(encode_reply(
+            xid,
+            2,
+            &Response::Created2 { path, stat: STAT },
+        ))
+        .await;
+        let (xid, request) = peer.request().await;
+        assert!(matches!(request, Request::SetData { data: None, .. }));
+        peer.send(encode_reply(xid, 2, &Response::Stat(STAT))).await;
+        let (xid, _) = peer.request().await;
+        let (data, stat) = (None, STAT);
+        peer.send(encode_reply(xid, 2, &Response::Data { data, stat }))
+            .await;
+    };
+    let calls = async {
+        let node = NewNode::new(crate::wire::CreateMode::Persistent);
+        let created = client.create_node("/a", node).await.unwrap();
+        assert_eq!(created, ("/a".into(), STAT));
+        client.set_or_null("/a", None, -1).await.unwrap();
+        client.get_or_null("/a").await.unwrap().0
+    };
+    let (read, ()) = tokio::join!(calls, script);
+    assert_eq!(read, None);
+}
+
+/// One whose server has no quorum stays until another has one.
+#[tokio::test]
+async fn a_read_only_session_moves_to_a_server_with_a_quorum() {
+    let (cut_off, whole) = (Server::new().await, Server::new().await);
+    let client = Client::start(options(&[&cut_off, &whole]).read_only(true));
+    let (mut peer, hello) = cut_off.accept().await;
+    assert_eq!(hello.read_only, Some(true));
+    peer.send(encode_connect_response(&ConnectResponse {
+        protocol_version: 0,
+        timeout_ms: 10_000,
+        session_id: 5,
+        password: Some(PASSWORD),
+        read_only: Some(true),
+    }))
+    .await;
+    // Who asks is told; and comes then, without the session that no quorum knows.
+    loop {
+        let (mut stream, _) = whole.0.accept().await.unwrap();
+        let mut word = [0; 4];
+        stream.read_exact(&mut word).await.unwrap();
+        if word == *b"isro" {
+            let state = *client.state().borrow();
+            assert_eq!(state, SessionState::ConnectedReadOnly { session_id: 5 });
+            stream.write_all(b"rw").await.unwrap();
+            continue;
+        }
+        let mut peer = Peer {
+            stream,
+            inbox: BytesMut::from(&word[..]),
+        };
+        let hello = ConnectRequest::decode(&peer.frame().await.unwrap()).unwrap();
+        assert_eq!(hello.session_id, 0);
+        peer.grant(SESSION, 10_000).await;
+        connected(&client).await;
+        return;
+    }
 }
