@@ -181,6 +181,15 @@ impl Client {
         Ok(self.tenure.lease(session_id, wanted))
     }
 
+    /// As [`Self::lease`], at once and about this session: the owner of an ephemeral znode, say,
+    /// whose creation has just confirmed it.
+    pub fn lease_of(&self, session_id: i64) -> Lease {
+        let wanted = self.tenure.want();
+        // Where the task is busy it will see by itself, before long, that somebody wants to know.
+        let _: Result<(), _> = self.commands.try_send(Command::Confirm);
+        self.tenure.lease(session_id, wanted)
+    }
+
     /// Proves another identity of the session's holder: for the scheme `digest`,
     /// `user:password`. It is kept, and proven anew on each connection before anything else is
     /// asked; should a server not accept it any more, the client ends with

@@ -46,8 +46,10 @@ impl SessionView {
             SessionState::Connected { .. } | SessionState::Expired => {
                 Certainty::Over(LostReason::SessionExpired)
             }
-            SessionState::Disconnected => Certainty::Over(LostReason::Deadline),
-            SessionState::Closed => Certainty::Over(LostReason::Closed),
+            SessionState::Disconnected | SessionState::ConnectedReadOnly { .. } => {
+                Certainty::Over(LostReason::Deadline)
+            }
+            SessionState::Closed | SessionState::AuthFailed => Certainty::Over(LostReason::Closed),
         }
     }
 
