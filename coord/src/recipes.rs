@@ -6,6 +6,9 @@
 //!
 //! | recipe | module |
 //! |---|---|
+//! | transaction: several changes in one step, optimistic ones that read before they write | [`transaction`] |
+//! | configuration that follows changes | [`config`] |
+//! | consensus by proposal and decision, and a sequence of decisions | [`consensus`] |
 //!
 //! # What holds for all of them
 //!
@@ -21,8 +24,12 @@
 //! - **Each wait ends by an event**: nothing here polls.
 
 mod common;
+pub mod config;
+pub mod consensus;
 mod hold;
 mod session;
+pub mod transaction;
+mod znodes;
 
 use thiserror::Error;
 
