@@ -76,11 +76,11 @@ pub fn normalise(acl: Vec<Acl>, identities: &[Id]) -> Option<Vec<Acl>> {
     Some(result)
 }
 
-/// The identity that `auth` with scheme `digest` and `user:password` proves; `None` if malformed.
+/// The identity that `auth` with scheme `digest` and `user:password` proves; `None` if it is no text.
 #[must_use]
 pub fn digest_identity(credentials: &[u8]) -> Option<Id> {
     let text = std::str::from_utf8(credentials).ok()?;
-    let (user, _) = text.split_once(':')?;
+    let user = text.split(':').next().unwrap_or_default();
     let sum = ring::digest::digest(&ring::digest::SHA1_FOR_LEGACY_USE_ONLY, credentials);
     Some(Id {
         scheme: "digest".into(),
@@ -110,18 +110,17 @@ pub fn masked(acl: &[Acl]) -> Vec<Acl> {
     acl.iter().map(mask).collect()
 }
 
-/// An identity by name alone, as `whoAmI` tells it; `None` for the super user, who has none.
+/// An identity by name alone, as `whoAmI` tells it.
 #[must_use]
-pub fn user(id: &Id) -> Option<Id> {
+pub fn user(id: &Id) -> Id {
     let name = match id.scheme.as_str() {
-        SUPER => return None,
         "digest" => id.id.split(':').next().unwrap_or_default(),
         _ => &id.id,
     };
-    Some(Id {
+    Id {
         scheme: id.scheme.clone(),
         id: name.to_owned(),
-    })
+    }
 }
 
 fn parse_prefix(text: &str) -> Option<(IpAddr, u8)> {
@@ -207,7 +206,6 @@ mod tests {
             digest_identity(b"super:test"),
             Some(who("digest", "super:D/InIHSb7yEEbrWz8b9l71RjZJU="))
         );
-        assert_eq!(digest_identity(b"no colon"), None);
         assert_eq!(digest_identity(b"\xff:x"), None);
     }
 

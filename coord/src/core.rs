@@ -193,6 +193,7 @@ pub struct Core {
     next_tick: Instant,
     next_touch: Instant,
     next_container_check: Instant,
+    next_ttl_check: Instant,
     /// Whom this server took for the leader when it looked last.
     led: (u64, Option<u64>),
     leaderless_since: Option<Instant>,
@@ -284,6 +285,7 @@ impl Core {
             next_tick: now + config.tick,
             next_touch: now + config.heartbeat,
             next_container_check: now + config.container_check,
+            next_ttl_check: now + config.ttl_check,
             led: (0, None),
             leaderless_since: Some(now),
             campaign: None,

@@ -4,15 +4,23 @@
 //! refused with the code that a client sees; changes of an unfinished `multi` are taken back with
 //! [`Tree::undo`].
 
+mod image;
+mod quota;
+
+#[cfg(test)]
+mod tests;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Bound;
+use std::sync::Arc;
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
+use self::quota::Quota;
 use crate::acl;
 use crate::session::SessionId;
-use crate::wire::{Acl, ErrorCode, Id, Stat, perms};
+use crate::wire::{Acl, ErrorCode, Id, Stat, perms, validate_path};
 
 /// What kind of znode this is, beside its data.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -23,15 +31,25 @@ pub enum Kind {
     Ephemeral(SessionId),
     /// Deleted by the service some time after its last child has gone.
     Container,
+    /// Deleted by the service when it has no children and its data has not been set for so many
+    /// milliseconds; 1 to [`TTL_MS_MAX`].
+    Ttl(i64),
 }
 
+/// The longest time that a znode may be given to live, in milliseconds: what fits beside the mark
+/// in the 64 bits of `ephemeralOwner`.
+pub const TTL_MS_MAX: i64 = 0xff_ffff_ffff;
+
+/// The mark of a znode with a time to live, in its `ephemeralOwner`.
+const TTL_OWNER: i64 = 0xff_u64.cast_signed() << 56;
+
 /// One znode. Its path is its key in the [`Tree`].
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Znode {
     /// `None` is null on the wire, which is not the empty string.
     pub data: Option<Bytes>,
-    /// Who may do what.
-    pub acl: Vec<Acl>,
+    /// Who may do what. Znodes with the same list share it.
+    pub acl: Arc<[Acl]>,
     /// Kind.
     pub kind: Kind,
     /// zxid of the creation.
@@ -58,7 +76,7 @@ impl Znode {
     fn new(data: Option<Bytes>, acl: Vec<Acl>, kind: Kind, stamp: Stamp) -> Self {
         Self {
             data,
-            acl,
+            acl: acl.into(),
             kind,
             czxid: stamp.zxid,
             mzxid: stamp.zxid,
@@ -69,6 +87,19 @@ impl Znode {
             aversion: 0,
             created: 0,
             children: BTreeSet::new(),
+        }
+    }
+
+    /// A container that has had children and has none now.
+    fn is_idle_container(&self) -> bool {
+        self.kind == Kind::Container && self.created > 0 && self.children.is_empty()
+    }
+
+    /// When its time to live is over, should it have no children then; in milliseconds since 1970.
+    fn due_ms(&self) -> Option<i64> {
+        match self.kind {
+            Kind::Ttl(ms) => Some(self.mtime.saturating_add(ms)),
+            Kind::Persistent | Kind::Ephemeral(_) | Kind::Container => None,
         }
     }
 
@@ -89,6 +120,7 @@ impl Znode {
                 Kind::Persistent => 0,
                 Kind::Ephemeral(session) => session.0,
                 Kind::Container => i64::MIN,
+                Kind::Ttl(ms) => TTL_OWNER | ms,
             },
             data_length: i32::try_from(self.data.as_ref().map_or(0, Bytes::len))
                 .unwrap_or(i32::MAX),
@@ -170,20 +202,26 @@ pub struct NewZnode {
 }
 
 /// The namespace.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Tree {
     nodes: BTreeMap<String, Znode>,
     /// Invariant: holds exactly the paths of the znodes of kind `Ephemeral`.
     ephemerals: BTreeMap<SessionId, BTreeSet<String>>,
-    /// Invariant: holds exactly the paths of the znodes of kind `Container`.
-    containers: BTreeSet<String>,
+    /// Invariant: holds exactly the paths of the containers that have had children and have none.
+    idle_containers: BTreeSet<String>,
+    /// Invariant: holds exactly the znodes of kind `Ttl`, by the end of their time.
+    ttls: BTreeSet<(i64, String)>,
+    /// Invariant: holds exactly the access lists of all znodes, and how many have each.
+    acls: BTreeMap<Arc<[Acl]>, usize>,
+    /// Invariant: holds exactly the paths that have a znode with limits, and what is there.
+    quotas: BTreeMap<String, Quota>,
     /// Invariant: the sum of [`footprint`] over all znodes.
     data_bytes: u64,
 }
 
 /// What a znode adds to [`Tree::data_bytes`].
-fn footprint(path: &str, data: Option<&Bytes>) -> u64 {
-    let bytes = path.len() + data.map_or(0, Bytes::len);
+fn footprint(path: &str, data: &Option<Bytes>) -> u64 {
+    let bytes = path.len() + data.as_ref().map_or(0, Bytes::len);
     u64::try_from(bytes).expect("a znode fits into memory")
 }
 
@@ -194,12 +232,7 @@ impl Default for Tree {
             zxid: 0,
             time_ms: 0,
         };
-        let mut tree = Self {
-            nodes: BTreeMap::new(),
-            ephemerals: BTreeMap::new(),
-            containers: BTreeSet::new(),
-            data_bytes: 0,
-        };
+        let mut tree = Self::empty();
         for path in ["/", "/zookeeper", "/zookeeper/config", "/zookeeper/quota"] {
             let acl = if path == "/zookeeper/config" {
                 Acl::read_only()
@@ -211,10 +244,8 @@ impl Default for Tree {
                 Znode::new(Some(Bytes::new()), acl, Kind::Persistent, stamp),
             );
             if let Some((parent, name)) = split(path) {
-                let parent = tree
-                    .nodes
-                    .get_mut(parent)
-                    .expect("parents stand before children");
+                let parent = tree.nodes.get_mut(parent);
+                let parent = parent.expect("parents stand before children");
                 parent.children.insert(name.into());
                 parent.created += 1;
             }
@@ -246,6 +277,19 @@ fn reserved(path: &str) -> bool {
 }
 
 impl Tree {
+    /// Without even a root.
+    fn empty() -> Self {
+        Self {
+            nodes: BTreeMap::new(),
+            ephemerals: BTreeMap::new(),
+            idle_containers: BTreeSet::new(),
+            ttls: BTreeSet::new(),
+            acls: BTreeMap::new(),
+            quotas: BTreeMap::new(),
+            data_bytes: 0,
+        }
+    }
+
     /// The znode at `path`.
     #[must_use]
     pub fn znode(&self, path: &str) -> Option<&Znode> {
@@ -318,10 +362,24 @@ impl Tree {
 
     /// Containers that have had children and have none now.
     pub fn idle_containers(&self) -> impl Iterator<Item = &str> {
-        self.containers.iter().map(String::as_str).filter(|path| {
-            self.nodes
-                .get(*path)
-                .is_some_and(|node| node.created > 0 && node.children.is_empty())
+        self.idle_containers.iter().map(String::as_str)
+    }
+
+    /// Znodes whose time to live is over and that have no children, at this time of day in
+    /// milliseconds since 1970.
+    pub fn outlived(&self, now_ms: i64) -> impl Iterator<Item = &str> {
+        self.ttls
+            .iter()
+            .take_while(move |(due_ms, _)| *due_ms < now_ms)
+            .map(|(_, path)| path.as_str())
+            .filter(|path| self.nodes[*path].children.is_empty())
+    }
+
+    /// May the service delete `path` at this time of day?
+    pub(crate) fn is_reapable(&self, path: &str, now_ms: i64) -> bool {
+        self.nodes.get(path).is_some_and(|znode| {
+            let outlived = znode.due_ms().is_some_and(|due_ms| due_ms < now_ms);
+            znode.is_idle_container() || outlived && znode.children.is_empty()
         })
     }
 
@@ -342,8 +400,8 @@ impl Tree {
     /// Creates a znode and answers its final path. The checks come in ZooKeeper's order.
     ///
     /// # Errors
-    /// `BadArguments`, `InvalidAcl`, `NoNode` (the parent), `NoAuth`, `NodeExists`,
-    /// `NoChildrenForEphemerals`.
+    /// `BadArguments` (no slash), `InvalidAcl`, `NoNode` (the parent), `NoAuth`, `BadArguments` (no
+    /// path otherwise), `NodeExists`, `NoChildrenForEphemerals`, `QuotaExceeded`.
     pub fn create(
         &mut self,
         new: NewZnode,
@@ -364,27 +422,32 @@ impl Tree {
             None => return Err(ErrorCode::BadArguments),
         };
         let acl = acl::normalise(acl, who).ok_or(ErrorCode::InvalidAcl)?;
-        let parent = self.nodes.get_mut(&parent_path).ok_or(ErrorCode::NoNode)?;
+        let parent = self.nodes.get(&parent_path).ok_or(ErrorCode::NoNode)?;
         permit(parent, perms::CREATE, who)?;
         if sequential {
             path.push_str(&format!("{:010}", parent.created));
         }
-        let name = match split(&path) {
-            Some((_, name)) => name.to_owned(),
-            None if path == "/" => return Err(ErrorCode::NodeExists),
-            None => return Err(ErrorCode::BadArguments),
+        validate_path(&path).map_err(|_| ErrorCode::BadArguments)?;
+        let Some((_, name)) = split(&path) else {
+            return Err(ErrorCode::NodeExists);
         };
-        if parent.children.contains(&name) {
+        if parent.children.contains(name) {
             return Err(ErrorCode::NodeExists);
         }
         if matches!(parent.kind, Kind::Ephemeral(_)) {
             return Err(ErrorCode::NoChildrenForEphemerals);
         }
+        self.check_quota(&path, 1, data.as_ref().map_or(0, Bytes::len))?;
         let undo = Undo::Create {
             path: path.clone(),
             created: parent.created,
             pzxid: parent.pzxid,
         };
+        let name = name.to_owned();
+        let parent = self.nodes.get_mut(&parent_path).expect("just seen");
+        if parent.is_idle_container() {
+            self.idle_containers.remove(&parent_path);
+        }
         parent.children.insert(name);
         parent.created = parent.created.wrapping_add(1);
         parent.pzxid = stamp.zxid;
@@ -419,13 +482,16 @@ impl Tree {
 
     /// Takes away a childless znode that exists and is not the root.
     pub(crate) fn remove(&mut self, path: &str, zxid: u64) -> Undo {
-        let znode = self.nodes.remove(path).expect("the caller looked it up");
+        let znode = self.take(path);
         assert!(znode.children.is_empty(), "a znode with children cannot go");
-        let (parent, name) = split(path).expect("the root is never removed");
-        let parent = self.nodes.get_mut(parent).expect("a znode's parent exists");
+        let (parent_path, name) = split(path).expect("the root is never removed");
+        let parent = self.nodes.get_mut(parent_path);
+        let parent = parent.expect("a znode's parent exists");
         parent.children.remove(name);
         let pzxid = std::mem::replace(&mut parent.pzxid, zxid);
-        self.unindex(path, &znode);
+        if parent.is_idle_container() {
+            self.idle_containers.insert(parent_path.to_owned());
+        }
         Undo::Delete {
             path: path.to_owned(),
             znode: Box::new(znode),
@@ -436,7 +502,7 @@ impl Tree {
     /// Sets a znode's data.
     ///
     /// # Errors
-    /// `NoNode`, `NoAuth`, `BadVersion`.
+    /// `NoNode`, `NoAuth`, `QuotaExceeded`, `BadVersion`.
     pub fn set_data(
         &mut self,
         path: &str,
@@ -445,22 +511,39 @@ impl Tree {
         who: &[Id],
         stamp: Stamp,
     ) -> Result<(Stat, Undo), ErrorCode> {
-        let znode = self.nodes.get_mut(path).ok_or(ErrorCode::NoNode)?;
-        permit(znode, perms::WRITE, who)?;
+        let znode = self.read(path, perms::WRITE, who)?;
+        let (before, after) = (znode.data.as_ref(), data.as_ref());
+        let grows = after
+            .map_or(0, Bytes::len)
+            .saturating_sub(before.map_or(0, Bytes::len));
+        self.check_quota(path, 0, grows)?;
         check_version(version, znode.version)?;
-        self.data_bytes -= footprint(path, znode.data.as_ref());
-        self.data_bytes += footprint(path, data.as_ref());
+        let version = znode.version.wrapping_add(1);
+        let undo = self.put(path, data, version, stamp);
+        Ok((self.nodes[path].stat(), undo))
+    }
+
+    /// Replaces data that is there.
+    fn put(&mut self, path: &str, data: Option<Bytes>, version: i32, stamp: Stamp) -> Undo {
+        let znode = self.nodes.get_mut(path).expect("the caller looked it up");
+        let (before, after) = (footprint(path, &znode.data), footprint(path, &data));
+        if let Some(due_ms) = znode.due_ms() {
+            self.ttls.remove(&(due_ms, path.to_owned()));
+        }
         let undo = Undo::Set {
             path: path.to_owned(),
             data: std::mem::replace(&mut znode.data, data),
-            version: znode.version,
-            mzxid: znode.mzxid,
-            mtime: znode.mtime,
+            version: std::mem::replace(&mut znode.version, version),
+            mzxid: std::mem::replace(&mut znode.mzxid, stamp.zxid),
+            mtime: std::mem::replace(&mut znode.mtime, stamp.time_ms),
         };
-        znode.version = znode.version.wrapping_add(1);
-        znode.mzxid = stamp.zxid;
-        znode.mtime = stamp.time_ms;
-        Ok((znode.stat(), undo))
+        if let Some(due_ms) = znode.due_ms() {
+            self.ttls.insert((due_ms, path.to_owned()));
+        }
+        self.data_bytes = self.data_bytes - before + after;
+        let grown = after.cast_signed() - before.cast_signed();
+        self.account(path, 0, grown);
+        undo
     }
 
     /// Sets a znode's access list. (No part of a `multi`, so it needs no undo.)
@@ -478,9 +561,11 @@ impl Tree {
         let znode = self.nodes.get_mut(path).ok_or(ErrorCode::NoNode)?;
         permit(znode, perms::ADMIN, who)?;
         check_version(version, znode.aversion)?;
-        znode.acl = acl;
+        let before = std::mem::replace(&mut znode.acl, share(&mut self.acls, acl.into()));
         znode.aversion = znode.aversion.wrapping_add(1);
-        Ok(znode.stat())
+        let stat = znode.stat();
+        unshare(&mut self.acls, &before);
+        Ok(stat)
     }
 
     /// Is the znode there, at that version?
@@ -500,15 +585,20 @@ impl Tree {
                 pzxid,
             } => {
                 self.remove(&path, pzxid);
-                let parent = parent(&path).expect("what was created is not the root");
-                self.nodes
-                    .get_mut(parent)
-                    .expect("a znode's parent exists")
-                    .created = created;
+                let parent_path = parent(&path).expect("what was created is not the root");
+                let parent = self.nodes.get_mut(parent_path);
+                let parent = parent.expect("a znode's parent exists");
+                parent.created = created;
+                // It may never have had a child.
+                if !parent.is_idle_container() {
+                    self.idle_containers.remove(parent_path);
+                }
             }
             Undo::Delete { path, znode, pzxid } => {
-                let (parent, name) = split(&path).expect("what was deleted is not the root");
-                let parent = self.nodes.get_mut(parent).expect("a znode's parent exists");
+                let (parent_path, name) = split(&path).expect("what was deleted is not the root");
+                self.idle_containers.remove(parent_path);
+                let parent = self.nodes.get_mut(parent_path);
+                let parent = parent.expect("a znode's parent exists");
                 parent.children.insert(name.to_owned());
                 parent.pzxid = pzxid;
                 self.insert(path, *znode);
@@ -520,37 +610,48 @@ impl Tree {
                 mzxid,
                 mtime,
             } => {
-                let znode = self.nodes.get_mut(&path).expect("what was set exists");
-                self.data_bytes -= footprint(&path, znode.data.as_ref());
-                self.data_bytes += footprint(&path, data.as_ref());
-                znode.data = data;
-                znode.version = version;
-                znode.mzxid = mzxid;
-                znode.mtime = mtime;
+                let stamp = Stamp {
+                    zxid: mzxid,
+                    time_ms: mtime,
+                };
+                let _undone: Undo = self.put(&path, data, version, stamp);
             }
         }
     }
 
     /// Puts a znode into its place, of which its parent knows.
-    fn insert(&mut self, path: String, znode: Znode) {
-        self.data_bytes += footprint(&path, znode.data.as_ref());
+    fn insert(&mut self, path: String, mut znode: Znode) {
+        let bytes = footprint(&path, &znode.data);
+        self.data_bytes += bytes;
+        znode.acl = share(&mut self.acls, znode.acl);
         match znode.kind {
             Kind::Persistent => {}
             Kind::Ephemeral(session) => {
-                self.ephemerals
-                    .entry(session)
-                    .or_default()
-                    .insert(path.clone());
+                let own = self.ephemerals.entry(session).or_default();
+                own.insert(path.clone());
             }
             Kind::Container => {
-                self.containers.insert(path.clone());
+                if znode.is_idle_container() {
+                    self.idle_containers.insert(path.clone());
+                }
+            }
+            Kind::Ttl(_) => {
+                let due_ms = znode.due_ms().expect("of this kind");
+                self.ttls.insert((due_ms, path.clone()));
             }
         }
-        self.nodes.insert(path, znode);
+        let length = znode.data.as_ref().map_or(0, Bytes::len);
+        if let Some(replaced) = self.nodes.insert(path.clone(), znode) {
+            panic!("{path} was there already: {replaced:?}");
+        }
+        self.account(&path, 1, signed(length));
     }
 
-    fn unindex(&mut self, path: &str, znode: &Znode) {
-        self.data_bytes -= footprint(path, znode.data.as_ref());
+    /// Takes a znode out of its place.
+    fn take(&mut self, path: &str) -> Znode {
+        let znode = self.nodes.remove(path).expect("the caller looked it up");
+        self.data_bytes -= footprint(path, &znode.data);
+        unshare(&mut self.acls, &znode.acl);
         match znode.kind {
             Kind::Persistent => {}
             Kind::Ephemeral(session) => {
@@ -562,9 +663,16 @@ impl Tree {
                 }
             }
             Kind::Container => {
-                self.containers.remove(path);
+                self.idle_containers.remove(path);
+            }
+            Kind::Ttl(_) => {
+                let due_ms = znode.due_ms().expect("of this kind");
+                self.ttls.remove(&(due_ms, path.to_owned()));
             }
         }
+        let length = znode.data.as_ref().map_or(0, Bytes::len);
+        self.account(path, -1, -signed(length));
+        znode
     }
 
     /// Checks what must hold after every change.
@@ -572,19 +680,13 @@ impl Tree {
     /// # Panics
     /// If it does not.
     pub fn check_invariants(&self) {
-        let mut ephemerals: BTreeMap<SessionId, BTreeSet<String>> = BTreeMap::new();
-        let mut containers = BTreeSet::new();
         for (path, znode) in &self.nodes {
             if let Some((parent, name)) = split(path) {
                 let parent = self.nodes.get(parent).expect("a znode's parent exists");
-                assert!(
-                    parent.children.contains(name),
-                    "{path} is not among its parent's children"
-                );
-                assert!(
-                    !matches!(parent.kind, Kind::Ephemeral(_)),
-                    "{path} under an ephemeral"
-                );
+                let listed = parent.children.contains(name);
+                assert!(listed, "{path} is not among its parent's children");
+                let ephemeral = matches!(parent.kind, Kind::Ephemeral(_));
+                assert!(!ephemeral, "{path} under an ephemeral");
             }
             for name in &znode.children {
                 let child = if path == "/" {
@@ -592,27 +694,40 @@ impl Tree {
                 } else {
                     format!("{path}/{name}")
                 };
-                assert!(
-                    self.nodes.contains_key(&child),
-                    "{child} is a child that does not exist"
-                );
-            }
-            match znode.kind {
-                Kind::Persistent => {}
-                Kind::Ephemeral(session) => {
-                    ephemerals.entry(session).or_default().insert(path.clone());
-                }
-                Kind::Container => {
-                    containers.insert(path.clone());
-                }
+                let there = self.nodes.contains_key(&child);
+                assert!(there, "{child} is a child that does not exist");
             }
         }
-        let bytes = self.nodes.iter();
-        let bytes = bytes.map(|(path, znode)| footprint(path, znode.data.as_ref()));
-        assert_eq!(self.data_bytes, bytes.sum::<u64>(), "bytes of all znodes");
-        assert_eq!(self.ephemerals, ephemerals, "index of ephemerals");
-        assert_eq!(self.containers, containers, "index of containers");
+        // Everything but the znodes themselves follows from them.
+        let mut again = Self::empty();
+        for (path, znode) in &self.nodes {
+            again.insert(path.clone(), znode.clone());
+        }
+        assert_eq!(*self, again, "the indexes do not fit the znodes");
     }
+}
+
+/// One copy of every access list.
+fn share(acls: &mut BTreeMap<Arc<[Acl]>, usize>, acl: Arc<[Acl]>) -> Arc<[Acl]> {
+    if let Some((shared, _)) = acls.get_key_value(&acl) {
+        let shared = shared.clone();
+        *acls.get_mut(&acl).expect("just seen") += 1;
+        return shared;
+    }
+    acls.insert(acl.clone(), 1);
+    acl
+}
+
+fn unshare(acls: &mut BTreeMap<Arc<[Acl]>, usize>, acl: &Arc<[Acl]>) {
+    let count = acls.get_mut(acl).expect("every list in use is counted");
+    *count -= 1;
+    if *count == 0 {
+        acls.remove(acl);
+    }
+}
+
+fn signed(length: usize) -> i64 {
+    i64::try_from(length).expect("data fits into memory")
 }
 
 fn permit(znode: &Znode, perm: i32, who: &[Id]) -> Result<(), ErrorCode> {

@@ -73,7 +73,8 @@ pub enum Command {
         /// What to do.
         op: Op,
     },
-    /// Delete a container that has had children and has none now. Void if that is no longer so.
+    /// Delete a container that has had children and has none now, or a znode that has outlived its
+    /// time. Void if that is no longer so.
     Reap {
         /// Which.
         path: String,
@@ -182,7 +183,7 @@ pub enum Outcome {
     /// A write that was not the connection's next (a repetition, or one before it was lost), or
     /// whose connection has lost the session. Nothing was done and nobody waits for an answer.
     Void,
-    /// A container was deleted, or not.
+    /// A container or a znode with a time to live was deleted, or not.
     Reaped,
 }
 
@@ -276,7 +277,7 @@ impl State {
                 Outcome::Written(self.write(*session, op, who, stamp, &mut changes))
             }
             Command::Reap { path } => {
-                if self.tree.idle_containers().any(|idle| idle == path) {
+                if self.tree.is_reapable(path, entry.time_ms) {
                     self.tree.remove(path, zxid);
                     changes.push(Change::Deleted(path.clone()));
                 }

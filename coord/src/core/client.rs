@@ -353,6 +353,7 @@ impl Core {
             Ok(request) => request,
             Err(error) => {
                 let code = error.code();
+                // ZooKeeper does so: the client speaks another protocol.
                 let close = code == ErrorCode::Unimplemented;
                 self.enqueue(conn, Pending::Refuse { xid, code, close });
                 return;
@@ -399,17 +400,25 @@ impl Core {
         let Some(state) = self.conns.get_mut(&conn) else {
             return;
         };
-        let identity = match scheme {
-            "digest" => acl::digest_identity(auth.as_deref().unwrap_or_default()),
-            // The address is known already, and everybody is somebody.
-            "ip" | "world" => Some(Id::anyone()),
+        let proven = match scheme {
+            "digest" => auth
+                .filter(|auth| !auth.is_empty())
+                .and_then(|auth| acl::digest_identity(&auth))
+                .map(|id| match &self.config.super_digest {
+                    Some(digest) if *digest == id.id => vec![acl::super_user(), id],
+                    _ => vec![id],
+                }),
+            // The address is known already.
+            "ip" => Some(vec![]),
             _ => None,
         };
         let zxid = self.state.zxid.cast_signed();
-        match identity {
-            Some(id) if state.who.contains(&id) || state.who.len() < IDENTITIES_MAX => {
-                if !state.who.contains(&id) {
-                    Arc::make_mut(&mut state.who).push(id);
+        match proven {
+            Some(proven) if state.who.len() + proven.len() <= IDENTITIES_MAX => {
+                for id in proven {
+                    if !state.who.contains(&id) {
+                        Arc::make_mut(&mut state.who).push(id);
+                    }
                 }
                 self.reply(conn, encode_reply(xid, zxid, &Response::Empty));
             }
@@ -436,7 +445,7 @@ impl Core {
         let Phase::Open { session, attached } = state.phase else {
             return;
         };
-        match operation(request, session) {
+        match operation(request, session, &self.config) {
             Ok((op, shape)) => {
                 state.writes += 1;
                 let number = state.writes;

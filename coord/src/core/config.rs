@@ -38,6 +38,13 @@ pub struct Config {
     pub disk_stuck_max: Duration,
     /// How often the leader looks for containers to delete.
     pub container_check: Duration,
+    /// How often the leader looks for znodes that have outlived their time.
+    pub ttl_check: Duration,
+    /// Whether znodes with a time to live may be created. (ZooKeeper's `extendedTypesEnabled`.)
+    pub extended_types: bool,
+    /// Who may do everything: `super:` and the digest of its credentials, as in an access list. None:
+    /// nobody.
+    pub super_digest: Option<String>,
 }
 
 impl Config {
@@ -59,6 +66,9 @@ impl Config {
             entries_kept: 5_000,
             disk_stuck_max: Duration::from_secs(1),
             container_check: Duration::from_secs(10),
+            ttl_check: Duration::from_secs(1),
+            extended_types: false,
+            super_digest: None,
         }
     }
 

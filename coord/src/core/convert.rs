@@ -2,8 +2,9 @@
 
 use bytes::Bytes;
 
+use super::Config;
 use crate::session::SessionId;
-use crate::tree::{Kind, NewZnode};
+use crate::tree::{Kind, NewZnode, TTL_MS_MAX};
 use crate::txn::{Done, Op, Refused};
 use crate::wire::{
     Acl, CreateMode, CreateOp, ErrorCode, MultiOp, MultiResult, Request, Response, validate_path,
@@ -23,9 +24,21 @@ pub(super) fn valid(path: &str) -> Result<(), ErrorCode> {
     validate_path(path).map_err(|_| ErrorCode::BadArguments)
 }
 
+/// What is no path but looks like one is a znode that is not there.
+fn deletable(path: &str) -> Result<(), ErrorCode> {
+    if !path.contains('/') || path.contains('\0') {
+        return Err(ErrorCode::BadArguments);
+    }
+    valid(path).map_err(|_| ErrorCode::NoNode)
+}
+
 /// What a client's write does, and how its success is told. What is malformed is refused here, and
 /// never reaches the log.
-pub(super) fn operation(request: Request, session: SessionId) -> Result<(Op, Shape), ErrorCode> {
+pub(super) fn operation(
+    request: Request,
+    session: SessionId,
+    config: &Config,
+) -> Result<(Op, Shape), ErrorCode> {
     Ok(match request {
         Request::Create {
             op,
@@ -34,11 +47,11 @@ pub(super) fn operation(request: Request, session: SessionId) -> Result<(Op, Sha
             acl,
             flags,
         } => (
-            creation(op, path, data, acl, flags, session)?,
+            creation(op, path, data, acl, flags, session, config)?,
             Shape::Create(op),
         ),
         Request::Delete { path, version } => {
-            valid(&path)?;
+            deletable(&path)?;
             (Op::Delete { path, version }, Shape::Empty)
         }
         Request::SetData {
@@ -73,7 +86,7 @@ pub(super) fn operation(request: Request, session: SessionId) -> Result<(Op, Sha
                     _ => None,
                 });
                 // The others must be told that this one was at fault, so it goes into the log.
-                ops.push(part_operation(part, session).unwrap_or_else(Op::Malformed));
+                ops.push(part_operation(part, session, config).unwrap_or_else(Op::Malformed));
             }
             (Op::Multi(ops), Shape::Multi(shapes))
         }
@@ -99,7 +112,7 @@ pub(super) fn operation(request: Request, session: SessionId) -> Result<(Op, Sha
     })
 }
 
-fn part_operation(part: MultiOp, session: SessionId) -> Result<Op, ErrorCode> {
+fn part_operation(part: MultiOp, session: SessionId, config: &Config) -> Result<Op, ErrorCode> {
     Ok(match part {
         MultiOp::Create {
             op,
@@ -107,9 +120,9 @@ fn part_operation(part: MultiOp, session: SessionId) -> Result<Op, ErrorCode> {
             data,
             acl,
             flags,
-        } => creation(op, path, data, acl, flags, session)?,
+        } => creation(op, path, data, acl, flags, session, config)?,
         MultiOp::Delete { path, version } => {
-            valid(&path)?;
+            deletable(&path)?;
             Op::Delete { path, version }
         }
         MultiOp::SetData {
@@ -138,25 +151,33 @@ fn creation(
     acl: Vec<Acl>,
     flags: i32,
     session: SessionId,
+    config: &Config,
 ) -> Result<Op, ErrorCode> {
-    let mode = CreateMode::from_flags(flags)?;
-    let kind = match mode {
-        CreateMode::Persistent | CreateMode::PersistentSequential => Kind::Persistent,
-        CreateMode::Ephemeral | CreateMode::EphemeralSequential => Kind::Ephemeral(session),
-        CreateMode::Container => Kind::Container,
-        CreateMode::PersistentWithTtl | CreateMode::PersistentSequentialWithTtl => {
-            return Err(ErrorCode::Unimplemented);
-        }
-    };
-    if op == CreateOp::Container && kind != Kind::Container {
+    // Of the rest of the path the log judges: whether its parent is there comes first.
+    if !path.contains('/') || path.contains('\0') {
         return Err(ErrorCode::BadArguments);
     }
-    if mode.is_sequential() {
-        // The name may be nothing but its number.
-        valid(&format!("{path}1"))?;
-    } else {
-        valid(&path)?;
-    }
+    let mode = CreateMode::from_flags(flags)?;
+    let ttl_ms = match op {
+        CreateOp::Ttl(ttl_ms) => Some(ttl_ms),
+        CreateOp::Create | CreateOp::Create2 | CreateOp::Container => None,
+    };
+    let kind = match (mode, ttl_ms) {
+        (CreateMode::PersistentWithTtl | CreateMode::PersistentSequentialWithTtl, _)
+            if !config.extended_types =>
+        {
+            return Err(ErrorCode::Unimplemented);
+        }
+        (
+            CreateMode::PersistentWithTtl | CreateMode::PersistentSequentialWithTtl,
+            Some(ttl_ms @ 1..=TTL_MS_MAX),
+        ) => Kind::Ttl(ttl_ms),
+        (CreateMode::PersistentWithTtl | CreateMode::PersistentSequentialWithTtl, _)
+        | (_, Some(_)) => return Err(ErrorCode::BadArguments),
+        (CreateMode::Persistent | CreateMode::PersistentSequential, None) => Kind::Persistent,
+        (CreateMode::Ephemeral | CreateMode::EphemeralSequential, None) => Kind::Ephemeral(session),
+        (CreateMode::Container, None) => Kind::Container,
+    };
     Ok(Op::Create(NewZnode {
         path,
         data,

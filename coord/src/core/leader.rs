@@ -11,6 +11,9 @@ use crate::txn::{Command, Entry, Proposal};
 /// A proposal to end a session is repeated after this long, should it be lost.
 const EXPIRE_AGAIN: Duration = Duration::from_millis(500);
 
+/// Containers, and znodes with a time to live, that one look ends at most.
+const REAPED_AT_ONCE_MAX: usize = 1000;
+
 impl Core {
     fn leads(&self) -> bool {
         self.quorum.role() == Role::Leader
@@ -123,21 +126,23 @@ impl Core {
         }
     }
 
+    /// Deletes containers that nobody uses any more, and znodes that have outlived their time.
     pub(super) fn check_containers(&mut self) {
-        if self.now < self.next_container_check {
-            return;
+        let mut due: Vec<String> = Vec::new();
+        if self.now >= self.next_container_check {
+            self.next_container_check = self.now + self.config.container_check;
+            let idle = self.state.tree.idle_containers().take(REAPED_AT_ONCE_MAX);
+            due.extend(idle.map(str::to_owned));
         }
-        self.next_container_check = self.now + self.config.container_check;
+        if self.now >= self.next_ttl_check {
+            self.next_ttl_check = self.now + self.config.ttl_check;
+            let outlived = self.state.tree.outlived(self.wall_ms(self.now));
+            due.extend(outlived.take(REAPED_AT_ONCE_MAX).map(str::to_owned));
+        }
         if !self.leads() {
             return;
         }
-        let idle: Vec<String> = self
-            .state
-            .tree
-            .idle_containers()
-            .map(str::to_owned)
-            .collect();
-        for path in idle {
+        for path in due {
             self.propose(Proposal {
                 origin: self.run,
                 command: Command::Reap { path },

@@ -29,7 +29,7 @@ impl Core {
         let tree = &self.state.tree;
         match request {
             Request::Exists { path, watch } => {
-                valid(path)?;
+                exists_perhaps(path)?;
                 let stat = tree.znode(path).map(|znode| znode.stat());
                 self.watch(conn, *watch, WatchKind::Data, path);
                 stat.map(Response::Stat).ok_or(ErrorCode::NoNode)
@@ -39,7 +39,7 @@ impl Core {
                 Ok(Response::Data { data, stat })
             }
             Request::GetAcl { path } => {
-                valid(path)?;
+                exists_perhaps(path)?;
                 let znode = tree.read(path, perms::READ | perms::ADMIN, &who)?;
                 let acl = if acl::allows(&znode.acl, perms::ADMIN, &who) {
                     znode.acl.to_vec()
@@ -66,7 +66,7 @@ impl Core {
                 Ok(Response::Ephemerals(chosen.map(str::to_owned).collect()))
             }
             Request::GetAllChildrenNumber { path } => {
-                valid(path)?;
+                exists_perhaps(path)?;
                 tree.read(path, perms::READ, &who)?;
                 let below = tree.count_below(path);
                 Ok(Response::ChildrenNumber(
@@ -74,7 +74,7 @@ impl Core {
                 ))
             }
             Request::WhoAmI => {
-                let names = who.iter().filter_map(acl::user);
+                let names = who.iter().map(acl::user);
                 Ok(Response::Who(names.collect()))
             }
             Request::SetWatches(watches) => {
@@ -91,12 +91,12 @@ impl Core {
                 Ok(Response::WatchAdded)
             }
             Request::CheckWatches { path, kind } => {
-                let kinds = watch_kinds(path, *kind)?;
+                let kinds = watch_kinds(*kind)?;
                 let any = kinds.iter().any(|kind| self.watches.has(conn, *kind, path));
                 any.then_some(Response::Empty).ok_or(ErrorCode::NoWatcher)
             }
             Request::RemoveWatches { path, kind } => {
-                let kinds = watch_kinds(path, *kind)?.iter();
+                let kinds = watch_kinds(*kind)?.iter();
                 let removed = kinds.filter(|kind| self.watches.remove(conn, **kind, path));
                 let any = removed.count() > 0;
                 any.then_some(Response::Empty).ok_or(ErrorCode::NoWatcher)
@@ -123,7 +123,7 @@ impl Core {
         watch: bool,
         who: &[Id],
     ) -> Result<(Option<Bytes>, Stat), ErrorCode> {
-        valid(path)?;
+        exists_perhaps(path)?;
         let znode = self.state.tree.read(path, perms::READ, who)?;
         let read = (znode.data.clone(), znode.stat());
         self.watch(conn, watch, WatchKind::Data, path);
@@ -137,7 +137,7 @@ impl Core {
         watch: bool,
         who: &[Id],
     ) -> Result<(Vec<String>, Stat), ErrorCode> {
-        valid(path)?;
+        exists_perhaps(path)?;
         let znode = self.state.tree.read(path, perms::READ, who)?;
         let read = (znode.children.iter().cloned().collect(), znode.stat());
         self.watch(conn, watch, WatchKind::Children, path);
@@ -214,10 +214,14 @@ impl Core {
     }
 }
 
+/// What cannot be a path is a znode that is not there, to a read.
+fn exists_perhaps(path: &str) -> Result<(), ErrorCode> {
+    valid(path).map_err(|_| ErrorCode::NoNode)
+}
+
 /// What `removeWatches` and `checkWatches` mean by a kind. Each way of watching goes by itself:
 /// who removes the one-shot ones keeps the persistent one.
-fn watch_kinds(path: &str, kind: i32) -> Result<&'static [WatchKind], ErrorCode> {
-    valid(path)?;
+fn watch_kinds(kind: i32) -> Result<&'static [WatchKind], ErrorCode> {
     Ok(match WatcherKind::from_code(kind)? {
         WatcherKind::Children => &[WatchKind::Children],
         WatcherKind::Data => &[WatchKind::Data],

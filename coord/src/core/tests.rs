@@ -88,7 +88,18 @@ impl Bench {
     }
 
     fn hello(&mut self, conn: u64, session: i64, password: Option<Bytes>, last_zxid: i64) {
-        self.core.handle_connect(self.now, ConnId(conn), caller());
+        self.hello_as(conn, caller(), session, password, last_zxid);
+    }
+
+    fn hello_as(
+        &mut self,
+        conn: u64,
+        caller: Caller,
+        session: i64,
+        password: Option<Bytes>,
+        last_zxid: i64,
+    ) {
+        self.core.handle_connect(self.now, ConnId(conn), caller);
         let request = ConnectRequest {
             protocol_version: 0,
             last_zxid_seen: last_zxid,

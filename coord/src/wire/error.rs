@@ -147,11 +147,13 @@ impl DecodeError {
     /// The code that a server answers with.
     pub const fn code(self) -> ErrorCode {
         match self {
-            Self::UnknownOp(_) | Self::NotInMulti(_) => ErrorCode::Unimplemented,
+            Self::UnknownOp(_) => ErrorCode::Unimplemented,
             Self::MultiTooLong | Self::BadEnum(_) => ErrorCode::BadArguments,
-            Self::Truncated | Self::NegativeLength(_) | Self::NullString | Self::NotUtf8 => {
-                ErrorCode::MarshallingError
-            }
+            Self::NotInMulti(_)
+            | Self::Truncated
+            | Self::NegativeLength(_)
+            | Self::NullString
+            | Self::NotUtf8 => ErrorCode::MarshallingError,
         }
     }
 }

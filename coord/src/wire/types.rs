@@ -281,7 +281,7 @@ impl WatcherKind {
     /// The kind of a request's field.
     ///
     /// # Errors
-    /// [`ErrorCode::BadArguments`] where it means none.
+    /// [`ErrorCode::MarshallingError`] where it means none, as ZooKeeper answers.
     pub const fn from_code(code: i32) -> Result<Self, ErrorCode> {
         match code {
             1 => Ok(Self::Children),
@@ -289,7 +289,7 @@ impl WatcherKind {
             3 => Ok(Self::Any),
             4 => Ok(Self::Persistent),
             5 => Ok(Self::PersistentRecursive),
-            _ => Err(ErrorCode::BadArguments),
+            _ => Err(ErrorCode::MarshallingError),
         }
     }
 

@@ -106,7 +106,7 @@ fn each_kind_of_watch_is_asked_for_and_removed_by_itself() {
     }
     assert_eq!(
         bench.ask(1, &check_watches("/a", 6)),
-        Err(ErrorCode::BadArguments)
+        Err(ErrorCode::MarshallingError)
     );
     assert!(bench.ask(1, &add_watch("/a", PERSISTENT)).is_ok());
     assert!(bench.ask(1, &get("/a", true)).is_ok());
@@ -399,4 +399,249 @@ fn a_word_says_no_more_than_fits() {
     let answer = bench.word(FourLetterWord::Wchp);
     assert!(answer.len() < 1024 * 1024 + 4096, "{}", answer.len());
     assert!(answer.ends_with(" lines more\n"));
+}
+
+fn create_ttl(path: &str, mode: CreateMode, ttl_ms: i64) -> Request {
+    Request::Create {
+        op: CreateOp::Ttl(ttl_ms),
+        path: path.into(),
+        data: None,
+        acl: Acl::open(),
+        flags: mode.flags(),
+    }
+}
+
+#[test]
+fn a_time_to_live_ends_what_nobody_changes() {
+    let mode = CreateMode::PersistentWithTtl;
+    let mut bench = Bench::alone();
+    bench.connect(1);
+    assert_eq!(
+        bench.ask(1, &create_ttl("/t", mode, 1)),
+        Err(ErrorCode::Unimplemented),
+        "off by default"
+    );
+    bench.core.config.extended_types = true;
+    bench.core.set_wall_clock(bench.now, 1_000_000_000);
+    for (mode, ttl_ms) in [
+        (mode, 0),
+        (mode, -1),
+        (mode, 1 << 40),
+        (CreateMode::Persistent, 5),
+        (CreateMode::Container, 5),
+    ] {
+        let made = bench.ask(1, &create_ttl("/t", mode, ttl_ms));
+        assert_eq!(made, Err(ErrorCode::BadArguments), "{mode:?} {ttl_ms}");
+    }
+    assert_eq!(
+        bench.ask(1, &create("/t", mode)),
+        Err(ErrorCode::BadArguments)
+    );
+
+    let Ok(Response::Created2 { stat, .. }) = bench.ask(1, &create_ttl("/t", mode, 3000)) else {
+        panic!("not created")
+    };
+    assert_eq!(stat.ephemeral_owner.cast_unsigned(), 0xff00_0000_0000_0bb8);
+    bench.make(1, "/t/child", CreateMode::Ephemeral);
+    let live = |bench: &mut Bench, ms: u64| {
+        for _ in 0..ms / 20 {
+            bench.pass(20);
+            bench.send(1, xid::PING, &Request::Ping);
+            bench.disk();
+            assert!(bench.expect(1, xid::PING, OpCode::Ping).is_ok());
+        }
+    };
+    live(&mut bench, 5000);
+    assert!(bench.ask(1, &get("/t", false)).is_ok(), "it has a child");
+    assert!(bench.ask(1, &set("/t")).is_ok());
+    let delete = |path: &str| Request::Delete {
+        path: path.into(),
+        version: -1,
+    };
+    assert!(bench.ask(1, &delete("/t/child")).is_ok());
+    live(&mut bench, 2500);
+    assert!(bench.ask(1, &get("/t", false)).is_ok(), "it was changed");
+    live(&mut bench, 2000);
+    assert_eq!(bench.ask(1, &get("/t", false)), Err(ErrorCode::NoNode));
+}
+
+#[test]
+fn the_super_user_may_do_everything() {
+    let mut bench = Bench::alone();
+    bench.connect(1);
+    let locked = Request::SetData {
+        path: "/zookeeper/config".into(),
+        data: None,
+        version: -1,
+    };
+    let auth = |auth: &'static str| Request::Auth {
+        kind: 0,
+        scheme: "digest".into(),
+        auth: Some(auth.into()),
+    };
+    assert_eq!(bench.ask(1, &auth("super:test")), Ok(Response::Empty));
+    assert_eq!(
+        bench.ask(1, &locked),
+        Err(ErrorCode::NoAuth),
+        "nobody is super by default"
+    );
+    bench.core.config.super_digest = Some("super:D/InIHSb7yEEbrWz8b9l71RjZJU=".into());
+    assert_eq!(bench.ask(1, &auth("super:wrong")), Ok(Response::Empty));
+    assert_eq!(bench.ask(1, &locked), Err(ErrorCode::NoAuth));
+    assert_eq!(bench.ask(1, &auth("super:test")), Ok(Response::Empty));
+    assert!(bench.ask(1, &locked).is_ok());
+}
+
+#[test]
+fn schemes_of_auth() {
+    let attempts = [
+        ("digest", Some("u:p"), true),
+        ("digest", Some("u"), true),
+        ("ip", Some("x"), true),
+        ("digest", None, false),
+        ("digest", Some(""), false),
+        ("world", Some("anyone"), false),
+        ("super", Some("x"), false),
+        ("x509", Some("CN=me"), false),
+        ("nope", Some("x"), false),
+    ];
+    for (scheme, auth, passes) in attempts {
+        let mut bench = Bench::alone();
+        bench.connect(1);
+        let auth = Request::Auth {
+            kind: 0,
+            scheme: scheme.into(),
+            auth: auth.map(Bytes::from),
+        };
+        let answer = bench.ask(1, &auth);
+        if passes {
+            assert_eq!(answer, Ok(Response::Empty), "{auth:?}");
+        } else {
+            assert_eq!(answer, Err(ErrorCode::AuthFailed), "{auth:?}");
+            bench.expect_closed(1, CloseReason::Auth);
+        }
+    }
+}
+
+#[test]
+fn a_certificate_is_an_identity_like_others() {
+    let mut bench = Bench::alone();
+    let me = Id {
+        scheme: "x509".into(),
+        id: "CN=me".into(),
+    };
+    let caller = Caller {
+        proven: vec![me.clone()],
+        ..caller()
+    };
+    bench.hello_as(1, caller, 0, None, 0);
+    assert!(ConnectResponse::decode(&bench.next(1)).is_ok());
+    bench.connect(2);
+    let mine = Request::Create {
+        op: CreateOp::Create,
+        path: "/mine".into(),
+        data: None,
+        acl: vec![Acl {
+            perms: 31,
+            id: Id {
+                scheme: "auth".into(),
+                id: String::new(),
+            },
+        }],
+        flags: 0,
+    };
+    assert_eq!(
+        bench.ask(2, &mine),
+        Err(ErrorCode::InvalidAcl),
+        "an address proves nobody"
+    );
+    assert!(bench.ask(1, &mine).is_ok());
+    assert!(bench.ask(1, &get("/mine", false)).is_ok());
+    assert_eq!(bench.ask(2, &get("/mine", false)), Err(ErrorCode::NoAuth));
+    let Ok(Response::Acl { acl, .. }) = bench.ask(
+        1,
+        &Request::GetAcl {
+            path: "/mine".into(),
+        },
+    ) else {
+        panic!("no list")
+    };
+    assert_eq!(acl, [Acl { perms: 31, id: me }]);
+}
+
+#[test]
+fn who_may_only_read_sees_no_digest() {
+    let mut bench = Bench::alone();
+    bench.connect(1);
+    let grant = |perms, scheme: &str, id: &str| Acl {
+        perms,
+        id: Id {
+            scheme: scheme.into(),
+            id: id.into(),
+        },
+    };
+    let acl = vec![grant(1, "world", "anyone"), grant(31, "digest", "u:secret")];
+    let make = Request::Create {
+        op: CreateOp::Create,
+        path: "/a".into(),
+        data: None,
+        acl,
+        flags: 0,
+    };
+    assert!(bench.ask(1, &make).is_ok());
+    let Ok(Response::Acl { acl, .. }) = bench.ask(1, &Request::GetAcl { path: "/a".into() }) else {
+        panic!("no list")
+    };
+    assert_eq!(
+        acl,
+        [grant(1, "world", "anyone"), grant(31, "digest", "u:x")]
+    );
+}
+
+/// As Apache ZooKeeper 3.8 answers, seen on the wire.
+#[test]
+fn paths_that_are_none() {
+    let mut bench = Bench::alone();
+    bench.connect(1);
+    let (no_node, bad) = (Err(ErrorCode::NoNode), Err(ErrorCode::BadArguments));
+    // path, create, getData, delete, setData
+    let expected = [
+        ("a", bad, no_node, bad, bad),
+        ("//a", bad, no_node, no_node, bad),
+        ("/r//x", no_node, no_node, no_node, bad),
+        ("/r/./x", no_node, no_node, no_node, bad),
+        ("/r/x/", no_node, no_node, no_node, bad),
+        ("/r\u{1}", bad, no_node, no_node, bad),
+        ("/..", bad, no_node, no_node, bad),
+        ("/\u{e000}", bad, no_node, no_node, bad),
+        ("/\u{1F600}", bad, no_node, no_node, bad),
+    ];
+    for (path, created, read, deleted, written) in expected {
+        let delete = Request::Delete {
+            path: path.into(),
+            version: -1,
+        };
+        let unit = |answer: Result<Response, ErrorCode>| answer.map(drop);
+        let mode = CreateMode::Persistent;
+        assert_eq!(
+            unit(bench.ask(1, &create(path, mode))),
+            created,
+            "create {path:?}"
+        );
+        assert_eq!(
+            unit(bench.ask(1, &get(path, true))),
+            read,
+            "getData {path:?}"
+        );
+        assert_eq!(unit(bench.ask(1, &delete)), deleted, "delete {path:?}");
+        assert_eq!(unit(bench.ask(1, &set(path))), written, "setData {path:?}");
+    }
+    let root = create("/", CreateMode::Persistent);
+    assert_eq!(bench.ask(1, &root), Err(ErrorCode::NodeExists));
+    let sequential = create("/s/", CreateMode::PersistentSequential);
+    assert_eq!(bench.ask(1, &sequential), Err(ErrorCode::NoNode));
+    bench.make(1, "/s", CreateMode::Persistent);
+    let path = "/s/0000000000".into();
+    assert_eq!(bench.ask(1, &sequential), Ok(Response::Created { path }));
+    assert_eq!(bench.core.watches.len(), 0, "nobody watches what cannot be");
 }
