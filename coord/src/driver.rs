@@ -1,7 +1,7 @@
 //! A server with its sockets, disk and clock around the [`Core`].
 //!
-//! One thread runs the core; one writes the log, one snapshots; the sockets are tasks of the tokio
-//! runtime that [`start`] was called in. No answer to a heartbeat ever waits for the disk.
+//! One thread runs the core and serves its clients; one writes the log, one snapshots; the links
+//! between servers are tasks of the tokio runtime that [`start`] was called in. No answer to a heartbeat ever waits for the disk.
 
 mod clients;
 pub(crate) mod disk;
@@ -9,6 +9,7 @@ mod engine;
 mod environment;
 mod peers;
 pub(crate) mod storage;
+mod stream;
 pub(crate) mod wal;
 
 #[cfg(test)]
@@ -25,8 +26,9 @@ use thiserror::Error;
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
 
+use self::clients::Clients;
 use self::disk::{Claimed, Identity, KnownPeers};
-use self::engine::{Alive, Clock, Engine, Input, InputSender, while_alive};
+use self::engine::{Alive, Clock, Engine, Input, InputSender, Inputs, while_alive};
 use self::environment::Environment;
 use self::peers::Peers;
 use crate::core::{Config, ConfigError, Core};
@@ -198,7 +200,7 @@ pub async fn start(config: ServerConfig) -> Result<Server, StartError> {
         name: config.name.clone(),
         servers: names.clone(),
     };
-    let (engine, inputs) = engine::inputs();
+    let (engine, inputs) = engine::inputs().map_err(StartError::System)?;
     let addresses = config
         .peers
         .iter()
@@ -213,7 +215,7 @@ pub async fn start(config: ServerConfig) -> Result<Server, StartError> {
         engine.clone(),
     );
     let (alive_sender, alive) = watch::channel(());
-    let accept = clients::accept(client_listener, engine.clone(), alive.clone());
+    let accept = clients::accept(client_listener, engine.clone());
     tokio::spawn(while_alive(alive.clone(), accept));
     let accept = peers.clone().accept(peer_listener, alive.clone());
     tokio::spawn(while_alive(alive.clone(), accept));
@@ -275,7 +277,7 @@ struct Launch {
     seed: u64,
     identity: Identity,
     environment: Environment,
-    inputs: std::sync::mpsc::Receiver<Input>,
+    inputs: Inputs,
     engine: InputSender,
     peers: Peers,
     alive: (watch::Sender<()>, Alive),
@@ -299,6 +301,7 @@ impl Launch {
             let dial = self.peers.clone().dial(*peer, messages);
             tokio::spawn(while_alive(alive.clone(), dial));
         }
+        let clients = Clients::new(self.inputs.registry().map_err(StartError::System)?);
         let engine = Engine {
             core,
             clock,
@@ -307,6 +310,7 @@ impl Launch {
             peers: queues,
             names: self.core.servers,
             surroundings: self.environment,
+            clients,
             _alive: alive_sender,
             status: self.status,
         };

@@ -1,70 +1,82 @@
 //! The thread that runs the core: one input after the other, then what it wants done.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
+use std::sync::atomic::{AtomicBool, Ordering, fence};
+use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, TrySendError, sync_channel};
 use std::time::{Duration, SystemTime};
 
-use bytes::Bytes;
-use tokio::sync::{mpsc, oneshot, watch};
+use mio::{Events, Poll, Token, Waker};
+use tokio::sync::{mpsc, watch};
 
-use super::clients::Outbound;
+use super::clients::{Accepted, Clients};
 use super::disk::Disk;
 use super::environment::Environment;
 use super::{ServerError, Status};
-use crate::core::{Caller, ConnId, Core, Event, Output, PeerMessage};
+use crate::core::{ConnId, Core, Event, Output, PeerMessage};
 use crate::time::Instant;
-use crate::wire::FourLetterWord;
 
-/// Inputs waiting for the core at most. Clients wait for room; what peers send beyond it is dropped
-/// (and repeated by them).
+/// Inputs waiting for the core at most. What peers send beyond it is dropped (and repeated by them).
 const INPUTS_MAX: usize = 16_384;
 
 /// Inputs taken between two looks at the outputs at most: they share one disk write.
-const BATCH_MAX: usize = 256;
+const BATCH_MAX: usize = 1024;
+
+/// What the operating system tells at once at most.
+const EVENTS_MAX: usize = 256;
 
 /// How old a [`Status`] may be.
 const STATUS_EVERY: Duration = Duration::from_millis(20);
 
-/// Something for the core.
+/// Something for the core, from another thread.
 pub(super) enum Input {
-    Peer {
-        from: u64,
-        message: PeerMessage,
-    },
+    Peer { from: u64, message: PeerMessage },
     Unreachable(u64),
     PeerDied(u64),
-    Connect {
-        conn: ConnId,
-        caller: Caller,
-        outbound: Arc<Outbound>,
-    },
-    Frame {
-        conn: ConnId,
-        frame: Bytes,
-    },
-    Disconnect(ConnId),
-    Word {
-        word: FourLetterWord,
-        answer: oneshot::Sender<String>,
-    },
+    Connect(Accepted),
     Persisted(u64),
     Saved(u64),
-    DiskFailed(std::io::Error),
+    DiskFailed(io::Error),
     Transfer(Option<u64>),
     Stop,
 }
 
 /// The way to the core's thread.
 #[derive(Debug, Clone)]
-pub(super) struct InputSender(SyncSender<Input>);
+pub(super) struct InputSender {
+    queue: SyncSender<Input>,
+    bell: Arc<Bell>,
+}
+
+/// Wakes the core's thread, if it sleeps.
+#[derive(Debug)]
+struct Bell {
+    asleep: AtomicBool,
+    waker: Waker,
+}
+
+impl Bell {
+    fn ring(&self) {
+        // Pairs with the fence in `Inputs::lie_down`: either the thread sees what was queued, or
+        // this sees that it sleeps.
+        fence(Ordering::SeqCst);
+        if self.asleep.swap(false, Ordering::Relaxed) {
+            // It fails only if the poll is gone, and the thread with it.
+            let _ = self.waker.wake();
+        }
+    }
+}
 
 impl InputSender {
     /// From a task: waits for room without blocking its thread. False if the core is gone.
     pub(super) async fn send(&self, mut input: Input) -> bool {
         loop {
-            match self.0.try_send(input) {
-                Ok(()) => return true,
+            match self.queue.try_send(input) {
+                Ok(()) => {
+                    self.bell.ring();
+                    return true;
+                }
                 Err(TrySendError::Disconnected(_)) => return false,
                 Err(TrySendError::Full(back)) => {
                     input = back;
@@ -76,18 +88,83 @@ impl InputSender {
 
     /// Drops the input if there is no room.
     pub(super) fn try_send(&self, input: Input) {
-        let _ = self.0.try_send(input);
+        if self.queue.try_send(input).is_ok() {
+            self.bell.ring();
+        }
     }
 
     /// From a thread of its own.
     pub(super) fn send_blocking(&self, input: Input) {
-        let _ = self.0.send(input);
+        if self.queue.send(input).is_ok() {
+            self.bell.ring();
+        }
     }
 }
 
-pub(super) fn inputs() -> (InputSender, Receiver<Input>) {
+/// What the core's thread waits for: other threads, and sockets.
+pub(super) struct Inputs {
+    queue: Receiver<Input>,
+    bell: Arc<Bell>,
+    poll: Poll,
+}
+
+/// The bell's.
+const WAKE: Token = Token(0);
+
+impl Inputs {
+    /// Gets ready to sleep, unless an input is there.
+    fn lie_down(&self) -> Result<Option<Input>, Disconnected> {
+        self.bell.asleep.store(true, Ordering::Relaxed);
+        // Pairs with the one in `Bell::ring`.
+        fence(Ordering::SeqCst);
+        let input = self.try_recv();
+        if !matches!(input, Ok(None)) {
+            self.bell.asleep.store(false, Ordering::Relaxed);
+        }
+        input
+    }
+
+    /// What came first, if anything did.
+    pub(super) fn try_recv(&self) -> Result<Option<Input>, Disconnected> {
+        match self.queue.try_recv() {
+            Ok(input) => Ok(Some(input)),
+            Err(TryRecvError::Empty) => Ok(None),
+            Err(TryRecvError::Disconnected) => Err(Disconnected),
+        }
+    }
+
+    /// Where sockets are registered.
+    pub(super) fn registry(&self) -> io::Result<mio::Registry> {
+        self.poll.registry().try_clone()
+    }
+
+    /// Waits for the next input.
+    #[cfg(test)]
+    pub(super) fn recv(&self) -> Option<Input> {
+        self.queue.recv().ok()
+    }
+}
+
+/// Nobody can send an input any more.
+pub(super) struct Disconnected;
+
+pub(super) fn inputs() -> io::Result<(InputSender, Inputs)> {
     let (sender, receiver) = sync_channel(INPUTS_MAX);
-    (InputSender(sender), receiver)
+    let poll = Poll::new()?;
+    let bell = Arc::new(Bell {
+        asleep: AtomicBool::new(false),
+        waker: Waker::new(poll.registry(), WAKE)?,
+    });
+    let sender = InputSender {
+        queue: sender,
+        bell: bell.clone(),
+    };
+    let inputs = Inputs {
+        queue: receiver,
+        bell,
+        poll,
+    };
+    Ok((sender, inputs))
 }
 
 /// The clock of one server: time since its start.
@@ -120,11 +197,12 @@ impl Clock {
 pub(super) struct Engine {
     pub(super) core: Core,
     pub(super) clock: Clock,
-    pub(super) inputs: Receiver<Input>,
+    pub(super) inputs: Inputs,
     pub(super) disk: Disk,
     pub(super) peers: BTreeMap<u64, mpsc::Sender<PeerMessage>>,
     pub(super) names: BTreeMap<u64, String>,
     pub(super) surroundings: Environment,
+    pub(super) clients: Clients,
     /// Tasks of connections end when this is dropped.
     pub(super) _alive: watch::Sender<()>,
     /// Dropped last: who waits for the end then knows that the disk has been closed.
@@ -142,37 +220,48 @@ pub(super) async fn while_alive(mut alive: Alive, work: impl Future<Output = ()>
     }
 }
 
+/// Connections are numbered from 1, so that their tokens keep clear of the bell's.
+fn client_of(token: Token) -> Option<ConnId> {
+    (token != WAKE).then(|| ConnId(token.0 as u64))
+}
+
+fn client_token(conn: ConnId) -> Token {
+    Token(usize::try_from(conn.0).expect("fewer connections than addresses"))
+}
+
 impl Engine {
     /// Runs until it is stopped or the disk fails.
     pub(super) fn run(mut self) -> Result<(), ServerError> {
-        let mut conns: BTreeMap<ConnId, Arc<Outbound>> = BTreeMap::new();
+        let mut events = Events::with_capacity(EVENTS_MAX);
         let mut next_status = self.clock.now();
         self.core.set_wall_clock(self.clock.now(), Clock::wall_ms());
         loop {
-            let wake = self
-                .core
-                .poll_timeout()
-                .unwrap_or(next_status)
-                .min(next_status);
-            let first = match self.inputs.recv_timeout(wake.since(self.clock.now())) {
-                Ok(input) => Some(input),
-                Err(RecvTimeoutError::Timeout) => None,
-                Err(RecvTimeoutError::Disconnected) => return Ok(()),
+            let Ok(first) = self.wait(&mut events, next_status) else {
+                return Ok(());
             };
-            let more = std::iter::from_fn(|| self.inputs.try_recv().ok()).take(BATCH_MAX);
-            let batch: Vec<Input> = first.into_iter().chain(more).collect();
+            // What peers and the disk say comes before what clients want.
+            let more = std::iter::from_fn(|| self.inputs.try_recv().ok().flatten());
+            let batch: Vec<Input> = first.into_iter().chain(more.take(BATCH_MAX)).collect();
             for input in batch {
                 match input {
                     Input::Stop => return Ok(()),
                     Input::DiskFailed(error) => return Err(ServerError::Disk(error)),
-                    input => self.take(input, &mut conns),
+                    input => self.take(input),
                 }
             }
+            for event in &events {
+                if let Some(conn) = client_of(event.token()) {
+                    self.clients.on_event(conn, event);
+                }
+            }
+            self.clients
+                .turn(&mut self.core, self.clock, &self.surroundings);
             self.core.handle_timeout(self.clock.now());
             let mut changed = false;
             while let Some(output) = self.core.poll_output() {
-                changed |= self.carry_out(output, &mut conns);
+                changed |= self.carry_out(output);
             }
+            self.clients.flush(&mut self.core, self.clock.now());
             if changed || self.clock.now() >= next_status {
                 next_status = self.clock.now() + STATUS_EVERY;
                 self.core.set_wall_clock(self.clock.now(), Clock::wall_ms());
@@ -186,29 +275,41 @@ impl Engine {
         }
     }
 
-    fn take(&mut self, input: Input, conns: &mut BTreeMap<ConnId, Arc<Outbound>>) {
+    /// Sleeps until there is something to do, and no longer than the core wants. If another thread
+    /// has said something already, that is returned.
+    fn wait(
+        &mut self,
+        events: &mut Events,
+        next_status: Instant,
+    ) -> Result<Option<Input>, Disconnected> {
+        let wake = self.core.poll_timeout().unwrap_or(next_status);
+        let mut patience = wake.min(next_status).since(self.clock.now());
+        let mut first = None;
+        if self.clients.has_ready() {
+            patience = Duration::ZERO;
+        } else {
+            first = self.inputs.lie_down()?;
+            if first.is_some() {
+                patience = Duration::ZERO;
+            }
+        }
+        if let Err(error) = self.inputs.poll.poll(events, Some(patience)) {
+            // Interrupted by a signal: there are no events then, and nothing is lost.
+            assert_eq!(error.kind(), io::ErrorKind::Interrupted, "{error}");
+        }
+        self.inputs.bell.asleep.store(false, Ordering::Relaxed);
+        Ok(first)
+    }
+
+    fn take(&mut self, input: Input) {
         let now = self.clock.now();
         match input {
             Input::Peer { from, message } => self.core.handle_peer(now, from, message),
             Input::Unreachable(peer) => self.core.handle_unreachable(now, peer),
             Input::PeerDied(peer) => self.core.handle_peer_died(now, peer),
-            Input::Connect {
-                conn,
-                caller,
-                outbound,
-            } => {
-                conns.insert(conn, outbound);
-                self.core.handle_connect(now, conn, caller);
-            }
-            Input::Frame { conn, frame } => self.core.handle_frame(now, conn, &frame),
-            Input::Disconnect(conn) => {
-                conns.remove(&conn);
-                self.core.handle_disconnect(now, conn);
-            }
-            Input::Word { word, answer } => {
-                // Who asked may have gone.
-                let surroundings = self.surroundings.now();
-                let _ = answer.send(self.core.four_letter_word(word, &surroundings));
+            Input::Connect(accepted) => {
+                self.clients
+                    .add(&mut self.core, now, accepted, client_token);
             }
             Input::Persisted(token) => self.core.handle_persisted(now, token),
             Input::Saved(index) => self.core.handle_saved(now, index),
@@ -218,7 +319,7 @@ impl Engine {
     }
 
     /// True if the status should be looked at.
-    fn carry_out(&mut self, output: Output, conns: &mut BTreeMap<ConnId, Arc<Outbound>>) -> bool {
+    fn carry_out(&mut self, output: Output) -> bool {
         match output {
             Output::Persist { token, write } => self.disk.write(token, write),
             Output::SaveSnapshot(image) => self.disk.save(image),
@@ -231,18 +332,15 @@ impl Engine {
                     self.core.handle_unreachable(self.clock.now(), to);
                 }
             }
-            Output::Reply { conn, frame } => {
-                if let Some(outbound) = conns.get(&conn) {
-                    outbound.answered();
-                    self.send(conn, frame, conns);
+            Output::Reply { conn, frame } => self.clients.reply(conn, &frame),
+            Output::Notify { conn, frame } => {
+                if !self.clients.notify(conn, &frame) {
+                    self.clients.cut(&mut self.core, self.clock.now(), conn);
                 }
             }
-            Output::Notify { conn, frame } => self.send(conn, frame, conns),
             Output::Close { conn, reason } => {
                 tracing::debug!(conn = conn.0, ?reason, "client connection closed");
-                if let Some(outbound) = conns.remove(&conn) {
-                    outbound.close();
-                }
+                self.clients.close(conn, self.clock.now());
             }
             Output::Event(Event::Leader { leader, term }) => {
                 let leader = leader.and_then(|id| self.names.get(&id));
@@ -254,16 +352,5 @@ impl Engine {
             }
         }
         false
-    }
-
-    fn send(&mut self, conn: ConnId, frame: Bytes, conns: &mut BTreeMap<ConnId, Arc<Outbound>>) {
-        if let Some(outbound) = conns.get(&conn)
-            && !outbound.send(frame)
-        {
-            tracing::warn!(conn = conn.0, "client does not read: connection closed");
-            outbound.close();
-            conns.remove(&conn);
-            self.core.handle_disconnect(self.clock.now(), conn);
-        }
     }
 }

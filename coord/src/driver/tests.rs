@@ -323,7 +323,7 @@ fn image(index: u64) -> SnapshotImage {
 
 /// Opens the directory, has these written, and reads it again.
 fn written(dir: &Path, writes: Vec<Write>, save: Option<SnapshotImage>) -> Recovered {
-    let (engine, queue) = inputs();
+    let (engine, queue) = inputs().unwrap();
     let disk = open(dir, "a").unwrap().start(&engine).unwrap();
     let count = u64::try_from(writes.len()).unwrap();
     for (token, write) in (1..).zip(writes) {

@@ -1,17 +1,17 @@
 //! Links between two servers, with the right key and with the wrong one.
 
 use std::net::Ipv4Addr;
-use std::sync::mpsc::Receiver;
 
 use tokio::sync::watch;
 
+use super::super::engine::Inputs;
 use super::*;
 use crate::driver::engine::inputs;
 use crate::session::SessionId;
 
 struct End {
     peers: Peers,
-    inputs: Receiver<Input>,
+    inputs: Inputs,
     listener: Option<TcpListener>,
     dir: std::path::PathBuf,
 }
@@ -42,7 +42,7 @@ async fn pair(key_a: u8, key_b: u8) -> (End, End) {
                     .join(format!("unbroken-peers-{}-{port}", std::process::id()));
                 std::fs::create_dir_all(&dir).unwrap();
                 let known = KnownPeers::open(&dir).unwrap();
-                let (engine, inputs) = inputs();
+                let (engine, inputs) = inputs().unwrap();
                 let peers = Peers::new(
                     name,
                     ids.clone(),
@@ -66,7 +66,7 @@ fn touch(count: i64) -> PeerMessage {
 }
 
 /// Waits for the next input in a thread, so that the tasks go on.
-async fn next(inputs: Receiver<Input>) -> (Input, Receiver<Input>) {
+async fn next(inputs: Inputs) -> (Input, Inputs) {
     tokio::task::spawn_blocking(move || (inputs.recv().unwrap(), inputs))
         .await
         .unwrap()
@@ -84,10 +84,10 @@ async fn messages_of_every_size_arrive_in_order_and_the_end_is_noticed() {
     let (queue, messages) = mpsc::channel(QUEUE_MAX);
     let dial = tokio::spawn(a.peers.clone().dial(2, messages));
     // What comes before there is a connection is dropped: repeat the first until it arrives.
-    let mut received = std::mem::replace(&mut b.inputs, inputs().1);
+    let mut received = std::mem::replace(&mut b.inputs, inputs().unwrap().1);
     loop {
         queue.send(touch(1)).await.unwrap();
-        if let Ok(Input::Peer { from: 1, message }) = received.try_recv() {
+        if let Ok(Some(Input::Peer { from: 1, message })) = received.try_recv() {
             assert_eq!(message, touch(1));
             break;
         }
