@@ -268,7 +268,7 @@ async fn zkcli() {
     let mut shell = Command::new("sh")
         .args([
             "-c",
-            "exec \"$0\" -server \"$1\" 2>&1",
+            "exec \"$0\" -waitforconnection -server \"$1\" 2>&1",
             ZKCLI,
             &ensemble.hosts(),
         ])

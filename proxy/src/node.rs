@@ -24,7 +24,7 @@ use crate::admin::{self, Admin};
 use crate::config::{Config, CoordConfig, ServiceConfig};
 use crate::dataplane::{self, Dataplane, Input, Note};
 use crate::metrics::NodeMetrics;
-use crate::registry;
+use crate::registry::{self, Reads};
 use crate::status::{Board, CoordinatorRole, CoordinatorStatus, Role, ServiceStatus};
 
 /// How often the coordinator's state is looked at.
@@ -63,6 +63,7 @@ pub async fn run(config: Config, mut shutdown: watch::Receiver<bool>) -> anyhow:
     let answers = handle.clone();
     tokio::spawn(registry::serve(
         coordinator.client.clone(),
+        coordinator.reads(),
         request_queue,
         move |request, answer| {
             answers.send(Input::Registry(request, answer));
@@ -142,10 +143,6 @@ impl Coordinator {
                 )
             }
             CoordConfig::External(external) => {
-                warn!(
-                    "external coordinator: on Apache ZooKeeper reads are not linearizable, and the \
-                     failover has not been proved on it yet"
-                );
                 let mut options = ConnectOptions::new(external.servers.clone());
                 options.chroot.clone_from(&external.chroot);
                 (None, options)
@@ -159,6 +156,13 @@ impl Coordinator {
             server,
             client: Client::start(options),
         })
+    }
+
+    fn reads(&self) -> Reads {
+        match self.server {
+            Some(_) => Reads::Sync,
+            None => Reads::Barrier,
+        }
     }
 
     async fn failed(&self) -> String {

@@ -10,11 +10,33 @@ use bytes::Bytes;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 use tracing::{debug, warn};
-use unbroken_coord::client::{Client, ClientError};
-use unbroken_coord::wire::{Acl, CreateMode, CreateOp, ErrorCode, MultiOp};
+use unbroken_coord::client::{Client, ClientError, SessionState};
+use unbroken_coord::wire::{Acl, CreateMode, CreateOp, ErrorCode, MultiOp, Stat};
 
 /// Under this znode each group has one, named by its VIP.
 pub(crate) const GROUPS: &str = "/unbroken/groups";
+
+/// Under this znode each group has one that is written before a read ([`Reads::Barrier`]). Not under
+/// the group's own, which does not exist before the first view.
+const BARRIERS: &str = "/unbroken/barriers";
+
+/// What makes a read linearizable.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Reads {
+    /// `sync`, which is a barrier on a coordinator of ours.
+    Sync,
+    /// A write, which is one on Apache ZooKeeper too: its `sync` asks a leader that may have been
+    /// replaced without knowing it (ZOOKEEPER-1675).
+    ///
+    /// Why a write is enough. Let X be any write that was acknowledged to anybody before ours, W, is
+    /// sent. Both are in the one order in which leaders commit. A leader that commits W after X was
+    /// acknowledged has X in its history: X is on a quorum, and so is the promise to a new leader
+    /// before it leads, so that it begins with X; while an old leader that lacks X finds no quorum for
+    /// W any more. So W comes after X. A server answers W when it has applied all up to W; it
+    /// executes a session's requests in their order, and a server that lags behind what a session has
+    /// been told refuses the session. So a read behind W, *in the same session*, sees X.
+    Barrier,
+}
 
 /// An operation the data plane asks for.
 #[derive(Debug)]
@@ -74,6 +96,7 @@ const OPERATION_MAX: Duration = Duration::from_millis(1000);
 /// no other.
 pub(crate) async fn serve(
     client: Client,
+    reads: Reads,
     mut requests: mpsc::UnboundedReceiver<Request>,
     answer: impl Fn(Request, Answer) + Clone + Send + Sync + 'static,
 ) {
@@ -81,7 +104,7 @@ pub(crate) async fn serve(
         let client = client.clone();
         let answer = answer.clone();
         tokio::spawn(async move {
-            let outcome = match timeout(OPERATION_MAX, execute(&client, &request)).await {
+            let outcome = match timeout(OPERATION_MAX, execute(&client, reads, &request)).await {
                 Ok(Ok(outcome)) => outcome,
                 Ok(Err(error)) => {
                     debug!(group = %request.group, %error, "coordinator operation failed");
@@ -104,16 +127,28 @@ impl Request {
             Node::Lease => format!("{}/lease", self.group),
         }
     }
+
+    /// Path of the group's barrier.
+    fn barrier(&self) -> String {
+        let name = self.group.rsplit('/').next().expect("at least one part");
+        format!("{BARRIERS}/{name}")
+    }
 }
 
-async fn execute(client: &Client, request: &Request) -> Result<Answer, ClientError> {
+async fn execute(client: &Client, reads: Reads, request: &Request) -> Result<Answer, ClientError> {
     let path = request.path();
     match &request.operation {
-        Operation::Read => match client.sync_and_get(&path).await {
-            Ok((data, stat)) => Ok(Answer::Value(data, stat.version)),
-            Err(ClientError::Zk(ErrorCode::NoNode)) => Ok(Answer::Absent),
-            Err(error) => Err(error),
-        },
+        Operation::Read => {
+            let read = match reads {
+                Reads::Sync => client.sync_and_get(&path).await,
+                Reads::Barrier => write_and_get(client, &request.barrier(), &path).await,
+            };
+            match read {
+                Ok((data, stat)) => Ok(Answer::Value(data, stat.version)),
+                Err(ClientError::Zk(ErrorCode::NoNode)) => Ok(Answer::Absent),
+                Err(error) => Err(error),
+            }
+        }
         Operation::CompareAndSet {
             expected: Some(version),
             value,
@@ -142,6 +177,55 @@ async fn execute(client: &Client, request: &Request) -> Result<Answer, ClientErr
             view_version,
             value,
         } => renew_lease(client, &request.group, &path, *view_version, value).await,
+    }
+}
+
+/// Writes `barrier`, whatever it holds, then reads `path` in the same session: see
+/// [`Reads::Barrier`].
+async fn write_and_get(
+    client: &Client,
+    barrier: &str,
+    path: &str,
+) -> Result<(Bytes, Stat), ClientError> {
+    let session = session(client).await?;
+    // Sent together, so that both cost one round trip; the write is polled first. The read counts
+    // only if the write was done.
+    let (written, read) = tokio::join!(biased; client.set(barrier, Bytes::new(), -1), client.get(path));
+    let read = match written {
+        Ok(_) => read,
+        Err(ClientError::Zk(ErrorCode::NoNode)) => {
+            // The first read of this group ever.
+            make_parents(client, barrier).await?;
+            let made = client
+                .create(barrier, Bytes::new(), CreateMode::Persistent, Acl::open())
+                .await;
+            match made {
+                Ok(_) => client.get(path).await,
+                // Somebody else's write, perhaps before this read was asked for.
+                Err(ClientError::Zk(ErrorCode::NodeExists)) => {
+                    client.set(barrier, Bytes::new(), -1).await?;
+                    client.get(path).await
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Err(error) => return Err(error),
+    };
+    // No session id is used twice, so that it was the same all the time if it is the same now.
+    match *client.state().borrow() {
+        SessionState::Connected { session_id } if session_id == session => read,
+        _ => Err(ClientError::ConnectionLoss),
+    }
+}
+
+/// The client's session, once it has one.
+async fn session(client: &Client) -> Result<i64, ClientError> {
+    let mut state = client.state();
+    loop {
+        if let SessionState::Connected { session_id } = *state.borrow_and_update() {
+            return Ok(session_id);
+        }
+        state.changed().await.map_err(|_| ClientError::Closed)?;
     }
 }
 
