@@ -34,6 +34,9 @@ const STOP_MAX: Duration = Duration::from_secs(5);
 /// The session of the node's own coordinator client. Nothing hangs on it: views are agreed by
 /// compare-and-set, and a session's expiry removes nobody.
 const SESSION: Duration = Duration::from_millis(400);
+/// After how long a silence another server of an external ensemble is tried, which may grant longer
+/// sessions only: a view change waits for an answer.
+const SILENCE: Duration = Duration::from_millis(200);
 
 /// Runs a node until `shutdown` turns true.
 ///
@@ -145,7 +148,7 @@ impl Coordinator {
             CoordConfig::External(external) => {
                 let mut options = ConnectOptions::new(external.servers.clone());
                 options.chroot.clone_from(&external.chroot);
-                (None, options)
+                (None, options.silence_max(SILENCE))
             }
         };
         let options = options

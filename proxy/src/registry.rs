@@ -190,7 +190,8 @@ async fn write_and_get(
     let session = session(client).await?;
     // Sent together, so that both cost one round trip; the write is polled first. The read counts
     // only if the write was done.
-    let (written, read) = tokio::join!(biased; client.set(barrier, Bytes::new(), -1), client.get(path));
+    let (written, read) =
+        tokio::join!(biased; client.set(barrier, Bytes::new(), -1), client.get(path));
     let read = match written {
         Ok(_) => read,
         Err(ClientError::Zk(ErrorCode::NoNode)) => {

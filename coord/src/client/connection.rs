@@ -338,7 +338,7 @@ impl Connection {
             }
             let lost = if hung_up { End::Closed } else { End::Lost };
             let room = self.in_flight.len() < REQUESTS_MAX && link.out.len() < OUT_BYTES_MAX;
-            let timeout = self.session.timeout;
+            let timeout = self.patience();
             let mut timer = link.ping_at(timeout).min(link.dead_at(timeout));
             if let Some(confirm_at) = self.confirm_at() {
                 timer = timer.min(confirm_at);
@@ -387,6 +387,15 @@ impl Connection {
                 }
             }
         }
+    }
+
+    /// The session's timeout, as the connection goes by it: pings are sent after a third of it, and
+    /// two thirds of silence end the connection.
+    fn patience(&self) -> Duration {
+        let asked = self.options.silence_max.map(|silence| silence * 3 / 2);
+        asked.map_or(self.session.timeout, |asked| {
+            asked.min(self.session.timeout)
+        })
     }
 
     /// Looks for a server that has a quorum.

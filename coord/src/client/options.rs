@@ -22,6 +22,10 @@ pub struct ConnectOptions {
     pub chroot: String,
     /// Session timeout to ask for; the servers bound it. Rounded to whole ms.
     pub session_timeout: Duration,
+    /// After how long a silence a server is given up for another, where that is to be sooner than
+    /// the session's timeout asks for (two thirds of it). Apache ZooKeeper grants no session below
+    /// two of its ticks, four seconds by default; a caller that cannot wait for so long says so here.
+    pub silence_max: Option<Duration>,
     /// How long one server may take to accept and, again, to answer the handshake, which for a
     /// new session is a write of the quorum. Doubled (to 4 s at most) in each round of attempts
     /// that fails, so that it may be short.
@@ -80,6 +84,7 @@ impl ConnectOptions {
             hosts: hosts.into_iter().map(Into::into).collect(),
             chroot: String::new(),
             session_timeout: Duration::from_secs(10),
+            silence_max: None,
             attempt_timeout: Duration::from_millis(250),
             stagger: Duration::from_millis(20),
             retry_pause_max: Duration::from_millis(100),
@@ -101,6 +106,13 @@ impl ConnectOptions {
     #[must_use]
     pub fn request_timeout(mut self, timeout: Option<Duration>) -> Self {
         self.request_timeout = timeout;
+        self
+    }
+
+    /// Sets [`Self::silence_max`].
+    #[must_use]
+    pub fn silence_max(mut self, silence: Duration) -> Self {
+        self.silence_max = Some(silence);
         self
     }
 

@@ -343,6 +343,21 @@ async fn a_server_that_falls_silent_is_left_before_the_session_expires() {
     drop(client);
 }
 
+/// Where sessions are long, silence may be cut short all the same.
+#[tokio::test]
+async fn a_silent_server_of_a_long_session_is_left_when_the_caller_says() {
+    let (one, two) = (Server::new().await, Server::new().await);
+    let mut options = options(&[&one, &two]);
+    options.silence_max = Some(Duration::from_millis(60));
+    let client = Client::start(options);
+    let _silent = one.open(3_600_000).await;
+    // Far below the 40 minutes that the session by itself would take.
+    let moved = tokio::time::timeout(Duration::from_secs(60), two.accept()).await;
+    let (_, hello) = moved.expect("it moves");
+    assert_eq!(hello.session_id, SESSION);
+    drop(client);
+}
+
 #[tokio::test]
 async fn pings_keep_an_idle_session() {
     let server = Server::new().await;
