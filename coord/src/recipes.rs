@@ -9,6 +9,8 @@
 //! | transaction: several changes in one step, optimistic ones that read before they write | [`transaction`] |
 //! | configuration that follows changes | [`config`] |
 //! | consensus by proposal and decision, and a sequence of decisions | [`consensus`] |
+//! | lock, fair and without a herd | [`lock`] |
+//! | read/write lock | [`rwlock`] |
 //!
 //! # What holds for all of them
 //!
@@ -27,9 +29,13 @@ mod common;
 pub mod config;
 pub mod consensus;
 mod hold;
+mod line;
+pub mod lock;
+pub mod rwlock;
 mod session;
 pub mod transaction;
 mod znodes;
+mod ticket;
 
 use thiserror::Error;
 

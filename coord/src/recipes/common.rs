@@ -85,8 +85,8 @@ impl fmt::Debug for Guid {
 pub(crate) struct Place {
     /// Waits as long as it takes: it has no request timeout.
     pub(crate) client: Client,
-    /// The znode, without a slash at its end.
-    pub(crate) dir: Arc<str>,
+    /// The znode; empty for the root.
+    dir: Arc<str>,
     /// The access control list of what is created there.
     pub(crate) acl: Vec<Acl>,
 }
@@ -99,6 +99,16 @@ impl Place {
             dir: dir.trim_end_matches('/').into(),
             acl: Acl::open(),
         }
+    }
+
+    /// The znode.
+    pub(crate) fn dir(&self) -> &str {
+        if self.dir.is_empty() { "/" } else { &self.dir }
+    }
+
+    /// Waits a little after the server has shed a request.
+    pub(crate) async fn pause_refused(&self) {
+        tokio::time::sleep(REFUSED_PAUSE).await;
     }
 
     /// The znode of this name below.
@@ -127,7 +137,7 @@ impl Place {
 
     /// The names of the children, none where there is no such znode.
     pub(crate) async fn children(&self) -> Result<Vec<String>, ClientError> {
-        let children = repeat(|| self.client.children(&self.dir)).await;
+        let children = repeat(|| self.client.children(self.dir())).await;
         match code(&children) {
             Some(ErrorCode::NoNode) => Ok(Vec::new()),
             _ => children,
@@ -262,7 +272,7 @@ async fn delete(place: &Place, what: &What) -> Result<usize, ClientError> {
         What::Marked(mark) => {
             // The connection that carried the create may have been lost; what it did is committed
             // by now or never will be, and `sync` shows it.
-            repeat(|| place.client.sync(&place.dir)).await?;
+            repeat(|| place.client.sync(place.dir())).await?;
             let children = place.children().await?;
             found = children
                 .iter()
@@ -317,11 +327,6 @@ pub(crate) fn created(place: &Place, result: &MultiResult) -> Result<Created, Cl
         }),
         _ => Err(ClientError::Protocol),
     }
-}
-
-/// A code of the server, whichever way the operation was sent.
-pub(crate) fn at_fault(error: ClientError) -> Option<ErrorCode> {
-    error.code()
 }
 
 #[cfg(test)]

@@ -155,11 +155,10 @@ impl Hold {
         owner: i64,
         nodes: Vec<(String, i64)>,
         token: i64,
-        mut cleanup: Cleanup,
+        cleanup: Cleanup,
     ) -> Self {
         assert!(!nodes.is_empty(), "a hold stands for a znode");
         let paths: Vec<String> = nodes.iter().map(|(path, _)| path.clone()).collect();
-        cleanup.set_paths(paths.clone());
         let shared = Arc::new(Shared {
             state: watch::Sender::new(HoldState::Held),
             session: SessionView::new(&place.client, owner),
@@ -257,7 +256,7 @@ impl Hold {
             return Err(self.shared.lose(LostReason::Removed).into());
         };
         match cleanup.finish().await {
-            Ok(deleted) if deleted == self.paths.len() => {
+            Ok(deleted) if deleted >= self.paths.len() => {
                 self.shared.state.send_replace(HoldState::Released);
                 Ok(())
             }
@@ -326,7 +325,7 @@ async fn monitor(place: Place, shared: Arc<Shared>, nodes: Vec<(String, i64)>) {
 }
 
 /// Returns when the server says that this very znode is gone. Never where the session ends first.
-async fn until_removed(place: &Place, path: String, czxid: i64) {
+pub(crate) async fn until_removed(place: &Place, path: String, czxid: i64) {
     loop {
         match repeat(|| place.client.exists_and_watch(&path)).await {
             Ok((Some(stat), changed)) if stat.czxid == czxid => {
