@@ -11,6 +11,11 @@
 //! | consensus by proposal and decision, and a sequence of decisions | [`consensus`] |
 //! | lock, fair and without a herd | [`lock`] |
 //! | read/write lock | [`rwlock`] |
+//! | semaphore | [`semaphore`] |
+//! | leader election | [`election`] |
+//! | barrier, double barrier | [`barrier`], [`double_barrier`] |
+//! | queue, first in first out or by priority | [`queue`] |
+//! | group membership | [`group`] |
 //!
 //! # What holds for all of them
 //!
@@ -25,13 +30,19 @@
 //!   caller's own, whatever the client's request timeout is.
 //! - **Each wait ends by an event**: nothing here polls.
 
+pub mod barrier;
 mod common;
 pub mod config;
 pub mod consensus;
+pub mod double_barrier;
+pub mod election;
+pub mod group;
 mod hold;
 mod line;
 pub mod lock;
+pub mod queue;
 pub mod rwlock;
+pub mod semaphore;
 mod session;
 pub mod transaction;
 mod znodes;
@@ -64,6 +75,18 @@ pub enum RecipeError {
     Foreign {
         /// The znode.
         path: String,
+    },
+    /// This session has that name already.
+    #[error("this session has joined as {path} already")]
+    Taken {
+        /// The znode.
+        path: String,
+    },
+    /// The name cannot be that of a znode.
+    #[error("{name:?} is not a name: it may be neither empty nor hold a slash")]
+    BadName {
+        /// What was given.
+        name: String,
     },
     /// An argument is out of its range.
     #[error("{what} is {value}, and may be {min} to {max}")]

@@ -8,6 +8,7 @@ use bytes::Bytes;
 use tokio::runtime::Handle;
 use tracing::warn;
 
+use super::session::{Certainty, SessionView};
 use crate::client::{Client, ClientError};
 use crate::wire::{Acl, CreateMode, CreateOp, ErrorCode, MultiOp, MultiResult, Stat};
 
@@ -213,28 +214,67 @@ enum What {
     Nothing,
     /// Whatever bears this mark in its name; nobody knows what was created.
     Marked(String),
-    /// Exactly these.
+    /// Exactly these, whose names nobody else ever has.
     Paths(Vec<String>),
+    /// The znode of a name that others may have after us, if it is ours.
+    Node(String, Ours),
+}
+
+/// By what we know a znode for ours whose name says nothing.
+#[derive(Debug)]
+enum Ours {
+    Czxid(i64),
+    Data(Bytes),
+    Session,
 }
 
 impl Cleanup {
-    /// Of everything at this place that has `mark` in its name.
-    pub(crate) fn marked(place: &Place, mark: String) -> Self {
+    fn new(place: &Place, what: What) -> Self {
         Self {
             place: place.clone(),
-            what: What::Marked(mark),
+            what,
             runtime: Handle::current(),
         }
     }
 
-    /// From now on exactly these paths are to be deleted.
+    /// Of everything at this place that has `mark` in its name.
+    pub(crate) fn marked(place: &Place, mark: String) -> Self {
+        Self::new(place, What::Marked(mark))
+    }
+
+    /// Of a znode whose name is unique.
+    pub(crate) fn path(place: &Place, path: String) -> Self {
+        Self::new(place, What::Paths(vec![path]))
+    }
+
+    /// Of this znode, if our session owns it.
+    pub(crate) fn owned(place: &Place, path: String) -> Self {
+        Self::new(place, What::Node(path, Ours::Session))
+    }
+
+    /// Of this znode, if it holds this data.
+    pub(crate) fn holding(place: &Place, path: String, data: Bytes) -> Self {
+        Self::new(place, What::Node(path, Ours::Data(data)))
+    }
+
+    /// From now on exactly these paths are to be deleted; their names are unique.
     pub(crate) fn set_paths(&mut self, paths: Vec<String>) {
         self.what = What::Paths(paths);
+    }
+
+    /// From now on the znode is to be deleted that was created by this zxid.
+    pub(crate) fn set_node(&mut self, path: String, czxid: i64) {
+        self.what = What::Node(path, Ours::Czxid(czxid));
     }
 
     /// There is nothing to delete any more.
     pub(crate) fn disarm(&mut self) {
         self.what = What::Nothing;
+    }
+
+    /// There was nothing to delete.
+    pub(crate) fn forget(mut self) {
+        self.disarm();
     }
 
     /// Deletes now, and returns when all of it is gone. Where this is not waited for to its end,
@@ -258,51 +298,79 @@ impl Drop for Cleanup {
             match delete(&place, &what).await {
                 // The session's end deletes them, or there is no server to tell.
                 Ok(_) | Err(ClientError::SessionExpired | ClientError::Closed) => {}
-                Err(error) => warn!(dir = %place.dir, %error, "znodes left behind"),
+                Err(error) => warn!(dir = place.dir(), %error, "znodes left behind"),
             }
         });
     }
 }
 
 async fn delete(place: &Place, what: &What) -> Result<usize, ClientError> {
-    let found;
-    let paths = match what {
-        What::Nothing => return Ok(0),
-        What::Paths(paths) => paths,
+    match what {
+        What::Nothing => Ok(0),
+        What::Paths(paths) => delete_all(place, paths).await,
         What::Marked(mark) => {
             // The connection that carried the create may have been lost; what it did is committed
             // by now or never will be, and `sync` shows it.
             repeat(|| place.client.sync(place.dir())).await?;
             let children = place.children().await?;
-            found = children
-                .iter()
-                .filter(|name| name.contains(mark))
-                .map(|name| place.child(name))
-                .collect();
-            &found
+            let marked = children.iter().filter(|name| name.contains(mark));
+            let paths: Vec<String> = marked.map(|name| place.child(name)).collect();
+            delete_all(place, &paths).await
         }
-    };
+        What::Node(path, ours) => delete_ours(place, path, ours).await,
+    }
+}
+
+async fn delete_all(place: &Place, paths: &[String]) -> Result<usize, ClientError> {
     let mut deleted = 0;
     for path in paths {
-        let mut repeated = false;
-        let outcome = repeat(|| {
-            let first = !std::mem::replace(&mut repeated, true);
-            async move {
-                match place.client.delete(path, -1).await {
-                    // Our own first attempt may have done it.
-                    Err(ClientError::Zk(ErrorCode::NoNode)) if !first => Ok(()),
-                    outcome => outcome,
-                }
+        let mut in_doubt = false;
+        deleted += loop {
+            match place.client.delete(path, -1).await {
+                Ok(()) => break 1,
+                // Our own first attempt has done it.
+                Err(ClientError::Zk(ErrorCode::NoNode)) => break usize::from(in_doubt),
+                Err(error) if unknown(error) => in_doubt = true,
+                Err(ClientError::Zk(ErrorCode::Throttled)) => place.pause_refused().await,
+                Err(error) => return Err(error),
             }
-        })
-        .await;
-        match outcome {
-            Ok(()) => deleted += 1,
+        };
+    }
+    Ok(deleted)
+}
+
+async fn delete_ours(place: &Place, path: &str, ours: &Ours) -> Result<usize, ClientError> {
+    let mut in_doubt = false;
+    loop {
+        // It is looked at before each attempt: after one that was done, somebody else may have the
+        // name.
+        if in_doubt || !matches!(ours, Ours::Czxid(_)) {
+            repeat(|| place.client.sync(path)).await?;
+        }
+        let got = repeat(|| place.client.get(path)).await;
+        if code(&got) == Some(ErrorCode::NoNode) {
+            return Ok(usize::from(in_doubt));
+        }
+        let (data, stat) = got?;
+        let is_ours = match ours {
+            Ours::Czxid(czxid) => stat.czxid == *czxid,
+            Ours::Data(mine) => data == mine,
+            Ours::Session => matches!(
+                SessionView::new(&place.client, stat.ephemeral_owner).look(),
+                Certainty::Alive { .. }
+            ),
+        };
+        if !is_ours {
+            return Ok(usize::from(in_doubt));
+        }
+        match place.client.delete(path, -1).await {
+            Ok(()) => return Ok(1),
             Err(ClientError::Zk(ErrorCode::NoNode)) => {}
+            Err(error) if unknown(error) => in_doubt = true,
+            Err(ClientError::Zk(ErrorCode::Throttled)) => place.pause_refused().await,
             Err(error) => return Err(error),
         }
     }
-    Ok(deleted)
 }
 
 /// A znode that was created here.

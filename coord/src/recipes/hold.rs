@@ -130,8 +130,13 @@ impl Shared {
         });
         if first {
             info!(%reason, "hold lost");
-            // The session may live on after all, and others wait for the znodes to go.
-            drop(self.take_cleanup());
+            let cleanup = self.take_cleanup();
+            match reason {
+                // The session may live on after all, and others wait for the znodes to go; of
+                // several znodes, all must go with the first.
+                LostReason::Deadline | LostReason::Removed | LostReason::Closed => drop(cleanup),
+                LostReason::SessionExpired => cleanup.into_iter().for_each(Cleanup::forget),
+            }
         }
         stands
     }
@@ -241,6 +246,15 @@ impl Hold {
             path: self.path().to_owned(),
             version: -1,
         }
+    }
+
+    /// It is over, and its znodes are gone.
+    pub(crate) fn forget(self) {
+        self.monitor.abort();
+        self.shared
+            .take_cleanup()
+            .into_iter()
+            .for_each(Cleanup::forget);
     }
 
     /// Gives it back, and returns when it is free for the next. Where this is not waited for to its
