@@ -44,9 +44,9 @@ pub mod queue;
 pub mod rwlock;
 pub mod semaphore;
 mod session;
+mod ticket;
 pub mod transaction;
 mod znodes;
-mod ticket;
 
 use thiserror::Error;
 

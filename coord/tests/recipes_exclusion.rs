@@ -5,6 +5,8 @@
 mod common;
 #[path = "common/gate.rs"]
 mod gate;
+#[path = "common/recipes.rs"]
+mod helpers;
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -12,6 +14,7 @@ use std::time::Duration;
 
 use common::Cluster;
 use gate::Gate;
+use helpers::{Dice, SOON, children, gated, seed, soon, until_expired};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use unbroken_coord::client::{Client, ConnectOptions};
@@ -21,45 +24,6 @@ use unbroken_coord::recipes::rwlock::RwLock;
 use unbroken_coord::recipes::semaphore::Semaphore;
 use unbroken_coord::recipes::{Hold, HoldState, LostReason, RecipeError};
 use unbroken_coord::wire::{Acl, CreateMode, ErrorCode, MultiOp};
-
-/// What must happen happens within this time, on a slow machine, too. Nothing waits for it otherwise.
-const SOON: Duration = Duration::from_secs(30);
-
-async fn soon<T>(what: &str, event: impl Future<Output = T>) -> T {
-    match tokio::time::timeout(SOON, event).await {
-        Ok(value) => value,
-        Err(_) => panic!("did not happen: {what}"),
-    }
-}
-
-/// Returns when the znode has so many children.
-async fn children(client: &Client, path: &str, count: usize) -> Vec<String> {
-    let counted = async {
-        loop {
-            match client.children_and_watch(path).await {
-                Ok((children, ..)) if children.len() == count => return children,
-                Ok((.., changed)) => drop(changed.await.unwrap()),
-                Err(_) if count == 0 => return Vec::new(),
-                Err(_) => {
-                    let (stat, created) = client.exists_and_watch(path).await.unwrap();
-                    if stat.is_none() {
-                        created.await.unwrap();
-                    }
-                }
-            }
-        }
-    };
-    soon(&format!("{count} children of {path}"), counted).await
-}
-
-/// A client behind a gate of its own.
-async fn gated(cluster: &Cluster, server: &str, timeout_ms: u64) -> (Client, Gate) {
-    let gate = Gate::to(cluster.hosts(server)).await;
-    let options = ConnectOptions::new([gate.host()])
-        .session_timeout(Duration::from_millis(timeout_ms))
-        .request_timeout(Some(SOON));
-    (Client::connect(options).await.unwrap(), gate)
-}
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_lock_is_handed_on_in_the_order_of_arrival() {
@@ -222,9 +186,8 @@ async fn a_holder_survives_its_server_and_the_leader() {
             .unwrap();
     }
     held.release().await.unwrap();
-    soon("free again", Lock::new(&watcher, "/lock").acquire())
-        .await
-        .unwrap();
+    let again = Lock::new(&watcher, "/lock");
+    assert!(soon("free", again.acquire()).await.unwrap().is_held());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -471,27 +434,6 @@ impl Believers {
     }
 }
 
-/// A generator of our own, so that a seed is a run (of the workers' choices).
-struct Dice(u64);
-
-impl Dice {
-    fn below(&mut self, n: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % n
-    }
-}
-
-fn seed() -> u64 {
-    let seed = std::env::var("SEED")
-        .ok()
-        .and_then(|text| text.parse().ok());
-    let seed = seed.unwrap_or_else(|| u64::from(std::process::id()) * 0x9e37_79b9 | 1);
-    println!("SEED={seed}");
-    seed
-}
-
 /// Workers on three clients take a lock, a read/write lock and a semaphore, while servers are killed
 /// and connections cut: nobody believes to be inside with others who believe it, and the counter
 /// that only holders may raise has been raised once for each of them.
@@ -607,21 +549,8 @@ async fn nobody_is_inside_with_others_whatever_dies() {
                 cluster.up(any).await;
             }
             _ => {
-                // Until its session has expired: another's watch tells.
                 let cut = usize::try_from(dice.below(3)).unwrap();
-                let path = format!("/mark-{cut}");
-                let mode = CreateMode::Ephemeral;
-                let marked = clients[cut].create(&path, "", mode, Acl::open()).await;
-                gates[cut].shut();
-                while marked.is_ok() {
-                    let seen = judge.exists_and_watch(&path).await;
-                    match seen {
-                        Ok((Some(_), gone)) => drop(soon("the session expires", gone).await),
-                        Ok((None, _)) => break,
-                        Err(_) => {}
-                    }
-                }
-                gates[cut].open();
+                until_expired(&judge, &clients[cut], &gates[cut], cut).await;
             }
         }
         cluster.leader().await;

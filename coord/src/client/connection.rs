@@ -604,6 +604,12 @@ impl Connection {
             (OpCode::CloseSession, _) => Some(End::Closed),
             _ => None,
         };
+        // Who has the answer must not find the session certain any more.
+        match end {
+            Some(End::Expired) => self.tenure.end(!self.options.renew_session),
+            Some(End::Closed) => self.tenure.end(true),
+            Some(End::Lost | End::AuthFailed) | None => {}
+        }
         if let Some((path, watching)) = pending.watching {
             self.on_watching(link, pending.op, header.err, path, watching);
         }

@@ -8,7 +8,7 @@ use bytes::Bytes;
 use tokio::runtime::Handle;
 use tracing::warn;
 
-use super::session::{Certainty, SessionView};
+use super::session::is_current;
 use crate::client::{Client, ClientError};
 use crate::wire::{Acl, CreateMode, CreateOp, ErrorCode, MultiOp, MultiResult, Stat};
 
@@ -355,10 +355,7 @@ async fn delete_ours(place: &Place, path: &str, ours: &Ours) -> Result<usize, Cl
         let is_ours = match ours {
             Ours::Czxid(czxid) => stat.czxid == *czxid,
             Ours::Data(mine) => data == mine,
-            Ours::Session => matches!(
-                SessionView::new(&place.client, stat.ephemeral_owner).look(),
-                Certainty::Alive { .. }
-            ),
+            Ours::Session => is_current(&place.client, stat.ephemeral_owner).await?,
         };
         if !is_ours {
             return Ok(usize::from(in_doubt));

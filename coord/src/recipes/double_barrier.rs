@@ -75,6 +75,7 @@ pub struct Membership {
     me: String,
     /// All of the round, in order.
     members: Vec<String>,
+    round: i32,
 }
 
 /// What to do, for one that has come in.
@@ -183,7 +184,7 @@ impl DoubleBarrier {
                 };
                 match entering(&children, ticket.name(), &round, self.count) {
                     Entering::Gone => break None,
-                    Entering::In => break Some(round),
+                    Entering::In => break Some((version, round)),
                     Entering::Begin(next) => self.begin(&next, version).await?,
                     Entering::Behind(name) => {
                         let path = place.child(&name);
@@ -199,15 +200,16 @@ impl DoubleBarrier {
                 }
             }
         };
-        let Some(members) = members else {
+        let Some((round, members)) = members else {
             return Err(ticket.removed());
         };
         let (me, token) = (ticket.name().to_owned(), ticket.czxid());
         Ok(Membership {
-            hold: ticket.into_hold(token)?,
+            hold: ticket.into_hold(token).await?,
             place: place.clone(),
             me,
             members,
+            round,
         })
     }
 
@@ -283,6 +285,7 @@ impl Membership {
             place,
             me,
             members,
+            ..
         } = self;
         let mut hold = Some(hold);
         loop {
@@ -293,6 +296,11 @@ impl Membership {
                 Leaving::Done => return give_up(&mut hold).await,
             }
         }
+    }
+
+    /// Which round this is; it grows.
+    pub const fn round(&self) -> i32 {
+        self.round
     }
 
     /// How many are in this round.

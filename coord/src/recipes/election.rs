@@ -216,7 +216,7 @@ impl Election {
         };
         match token {
             None => Err(ticket.removed()),
-            Some(token) => Ok(ticket.into_hold(token)?),
+            Some(token) => Ok(ticket.into_hold(token).await?),
         }
     }
 

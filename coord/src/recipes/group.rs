@@ -44,7 +44,7 @@ use std::task::Poll;
 use bytes::Bytes;
 
 use super::common::{Cleanup, Place, code, created, repeat, unknown};
-use super::session::{Certainty, SessionView};
+use super::session::is_current;
 use super::ticket::until_changed;
 use super::{Hold, RecipeError};
 use crate::client::{Client, ClientError, WatchFuture};
@@ -125,7 +125,7 @@ impl Group {
                     Some(ErrorCode::NodeExists) => {
                         if in_doubt
                             && let Some(stat) = repeat(|| place.client.exists(&path)).await?
-                            && self.is_ours(&stat)
+                            && is_current(&place.client, stat.ephemeral_owner).await?
                         {
                             break stat;
                         }
@@ -139,24 +139,17 @@ impl Group {
         };
         cleanup.set_node(path.clone(), stat.czxid);
         let nodes = vec![(path, stat.czxid)];
-        let hold = Hold::new(place, stat.ephemeral_owner, nodes, stat.czxid, cleanup);
-        hold.check_held()?;
+        let hold = Hold::new(place, stat.ephemeral_owner, nodes, stat.czxid, cleanup).await?;
         Ok(Joined {
             hold,
             place: place.clone(),
         })
     }
 
-    /// Whether a member's znode is of the session that we have.
-    fn is_ours(&self, stat: &Stat) -> bool {
-        let owner = SessionView::new(&self.place.client, stat.ephemeral_owner);
-        matches!(owner.look(), Certainty::Alive { .. })
-    }
-
     /// Returns when another session no longer has this name.
     async fn until_free(&self, path: &str) -> Result<(), RecipeError> {
         while let Some(stat) = repeat(|| self.place.client.exists(path)).await? {
-            if self.is_ours(&stat) {
+            if is_current(&self.place.client, stat.ephemeral_owner).await? {
                 return Err(RecipeError::Taken {
                     path: path.to_owned(),
                 });

@@ -8,7 +8,6 @@ use std::task::Poll;
 use thiserror::Error;
 use tokio::sync::watch;
 use tokio::task::AbortHandle;
-use tokio::time::{Instant, sleep_until};
 use tracing::{debug, info};
 
 use super::RecipeError;
@@ -57,9 +56,8 @@ pub enum LostReason {
 /// than it has seen; or, where the protected thing is a znode, put [`Self::check`] into the same
 /// multi.
 ///
-/// The deadline supposes that the server that answers is in touch with the leader, which judges the
-/// session. A server that lost its leader stops answering within its own election timeout; a session
-/// timeout well above that is needed for the deadline to be exact.
+/// The deadline is that of the session's [`Lease`](crate::client::Lease), which says how far it may be
+/// trusted; [`HoldState::Lost`] comes at that moment by the clock, before a server says anything.
 ///
 /// Dropped, it is given back in the background; [`Self::release`] waits for that.
 #[derive(Debug)]
@@ -89,9 +87,6 @@ impl Shared {
         }
         match self.session.look() {
             Certainty::Over(reason) => Err(self.lose(reason)),
-            Certainty::Alive {
-                until: Some(until), ..
-            } if until <= Instant::now() => Err(self.lose(LostReason::Deadline)),
             Certainty::Alive { connected, .. } => {
                 self.connected(connected);
                 Ok(())
@@ -155,27 +150,31 @@ impl Hold {
     ///
     /// # Panics
     /// Without a node, or outside a tokio runtime.
-    pub(crate) fn new(
+    /// # Errors
+    /// The session may be over already.
+    pub(crate) async fn new(
         place: &Place,
         owner: i64,
         nodes: Vec<(String, i64)>,
         token: i64,
         cleanup: Cleanup,
-    ) -> Self {
+    ) -> Result<Self, LostReason> {
         assert!(!nodes.is_empty(), "a hold stands for a znode");
         let paths: Vec<String> = nodes.iter().map(|(path, _)| path.clone()).collect();
         let shared = Arc::new(Shared {
             state: watch::Sender::new(HoldState::Held),
-            session: SessionView::new(&place.client, owner),
+            session: SessionView::new(&place.client, owner).await,
             cleanup: Mutex::new(Some(cleanup)),
         });
         let task = monitor(place.clone(), shared.clone(), nodes);
-        Self {
+        let hold = Self {
             shared,
             paths,
             token,
             monitor: tokio::spawn(task).abort_handle(),
-        }
+        };
+        hold.check_held()?;
+        Ok(hold)
     }
 
     /// Whether it is held at this moment, for certain. Once false, it stays so.
@@ -306,30 +305,15 @@ async fn monitor(place: Place, shared: Arc<Shared>, nodes: Vec<(String, i64)>) {
         .map(|(path, czxid)| Box::pin(until_removed(&place, path, czxid)))
         .collect();
     loop {
-        let until = match session.look() {
+        match session.look() {
             Certainty::Over(reason) => {
                 shared.lose(reason);
                 return;
             }
-            Certainty::Alive { connected, until } => {
-                shared.connected(connected);
-                until
-            }
-        };
-        let deadline = async {
-            match until {
-                Some(until) => sleep_until(until).await,
-                None => std::future::pending().await,
-            }
-        };
+            Certainty::Alive { connected, .. } => shared.connected(connected),
+        }
         tokio::select! {
             () = session.changed() => {}
-            () = deadline => {
-                // It may have been put off since.
-                if shared.check().is_err() {
-                    return;
-                }
-            }
             () = any(&mut removed) => {
                 shared.lose(LostReason::Removed);
                 return;

@@ -144,7 +144,8 @@ mod tests {
                     .collect();
                 let mut listed = line.clone();
                 listed.push("ready".into());
-                listed.rotate_left((kinds as usize) % listed.len());
+                let by = kinds as usize % listed.len();
+                listed.rotate_left(by);
                 for me in 0..line.len() {
                     let mine = format!("<{me}>");
                     let wanted = line[..me].iter().rev().find(|name| name.contains("w-"));

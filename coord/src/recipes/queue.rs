@@ -427,8 +427,7 @@ impl Queue {
         cleanup.set_node(claim.clone(), stat.czxid);
         let nodes = vec![(claim, stat.czxid)];
         let owner = stat.ephemeral_owner;
-        let hold = Hold::new(&self.taken, owner, nodes, stat.czxid, cleanup);
-        hold.check_held()?;
+        let hold = Hold::new(&self.taken, owner, nodes, stat.czxid, cleanup).await?;
         let got = repeat(|| client.get(&entry)).await;
         if code(&got) == Some(ErrorCode::NoNode) {
             return Ok(None); // deleted without a claim, by somebody who is not of this recipe

@@ -117,7 +117,7 @@ impl Semaphore {
         }
         // Dropped, the turnstile opens in the background.
         drop(turn);
-        Ok(leases.into_hold()?)
+        Ok(leases.into_hold().await?)
     }
 
     /// Takes `count` permits where they are free and nobody waits, else gives `None`. (Two that try
@@ -134,7 +134,7 @@ impl Semaphore {
         let children = self.leases.children().await?;
         match verdict(&children, &leases.names(), self.permits) {
             Verdict::Gone => Err(leases.removed()),
-            Verdict::Granted => Ok(Some(leases.into_hold()?)),
+            Verdict::Granted => Ok(Some(leases.into_hold().await?)),
             Verdict::Full => {
                 leases.cleanup.finish().await?;
                 Ok(None)
@@ -252,15 +252,14 @@ impl Leases {
         RecipeError::Removed { path }
     }
 
-    fn into_hold(self) -> Result<Hold, LostReason> {
+    async fn into_hold(self) -> Result<Hold, LostReason> {
         let nodes = self.created.iter();
         let nodes = nodes.map(|lease| (self.place.child(&lease.name), lease.stat.czxid));
         // One multi creates all of them: one owner, one zxid.
         let stat = self.created[0].stat;
         let (owner, token) = (stat.ephemeral_owner, stat.czxid);
-        let hold = Hold::new(&self.place, owner, nodes.collect(), token, self.cleanup);
-        hold.check_held()?;
-        Ok(hold)
+        let nodes = nodes.collect();
+        Hold::new(&self.place, owner, nodes, token, self.cleanup).await
     }
 }
 

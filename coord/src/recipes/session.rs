@@ -4,7 +4,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::LostReason;
-use crate::client::{Client, SessionState};
+use crate::client::{Client, ClientError, Lease, SessionState, Standing};
 
 /// What is known here about a session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -13,8 +13,8 @@ pub(crate) enum Certainty {
     Alive {
         /// Whether a server holds it at the moment.
         connected: bool,
-        /// No server lets it expire before this instant. `None`: not known while connected.
-        until: Option<Instant>,
+        /// No server lets it expire before this instant.
+        until: Instant,
     },
     /// It is over, or may be.
     Over(LostReason),
@@ -23,41 +23,65 @@ pub(crate) enum Certainty {
 /// One session, which the client may have replaced by another since.
 #[derive(Clone, Debug)]
 pub(crate) struct SessionView {
-    id: i64,
+    lease: Lease,
     state: watch::Receiver<SessionState>,
 }
 
 impl SessionView {
-    /// The session with this id, as the owner of an ephemeral znode says it.
-    pub(crate) fn new(client: &Client, id: i64) -> Self {
+    /// The session with this id, as the owner of an ephemeral znode says it. Returns when it is
+    /// certain that it lives, or does no more.
+    pub(crate) async fn new(client: &Client, id: i64) -> Self {
+        let lease = client.lease_of(id);
+        lease.certain().await;
         Self {
-            id,
+            lease,
             state: client.state(),
         }
     }
 
     /// What is known at this moment.
     pub(crate) fn look(&self) -> Certainty {
-        match *self.state.borrow() {
-            SessionState::Connected { session_id } if session_id == self.id => Certainty::Alive {
-                connected: true,
-                until: None,
+        let state = *self.state.borrow();
+        match self.lease.standing() {
+            Standing::Certain { until } => Certainty::Alive {
+                connected: matches!(state, SessionState::Connected { .. }),
+                until,
             },
-            SessionState::Connected { .. } | SessionState::Expired => {
-                Certainty::Over(LostReason::SessionExpired)
-            }
-            SessionState::Disconnected | SessionState::ConnectedReadOnly { .. } => {
-                Certainty::Over(LostReason::Deadline)
-            }
-            SessionState::Closed | SessionState::AuthFailed => Certainty::Over(LostReason::Closed),
+            Standing::Uncertain => Certainty::Over(LostReason::Deadline),
+            Standing::Gone => Certainty::Over(match state {
+                SessionState::Closed | SessionState::AuthFailed => LostReason::Closed,
+                _ => LostReason::SessionExpired,
+            }),
         }
     }
 
-    /// Returns when there is something new to look at.
+    /// Returns when there may be something new to look at.
     pub(crate) async fn changed(&mut self) {
-        // Err: the client's task has ended. Its last word stands, and is looked at by now.
-        if self.state.changed().await.is_err() {
-            std::future::pending::<()>().await;
+        tokio::select! {
+            // Err: the client's task has ended. The lease shows it.
+            Ok(()) = self.state.changed() => {}
+            _ = self.lease.uncertain() => {}
+        }
+    }
+}
+
+/// Whether the client's session is the one with this id. Waits for a connection.
+///
+/// # Errors
+/// [`ClientError::SessionExpired`], [`ClientError::Closed`] where there is no session any more.
+pub(crate) async fn is_current(client: &Client, id: i64) -> Result<bool, ClientError> {
+    let mut state = client.state();
+    loop {
+        match *state.borrow_and_update() {
+            SessionState::Connected { session_id } => return Ok(session_id == id),
+            SessionState::Closed | SessionState::AuthFailed => return Err(ClientError::Closed),
+            SessionState::Expired
+            | SessionState::Disconnected
+            | SessionState::ConnectedReadOnly { .. } => {}
+        }
+        // Where the client renews no session, nothing follows an expired one.
+        if state.changed().await.is_err() {
+            return Err(ClientError::SessionExpired);
         }
     }
 }

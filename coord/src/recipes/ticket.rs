@@ -120,12 +120,10 @@ impl Ticket {
     ///
     /// # Errors
     /// The session may be over already.
-    pub(crate) fn into_hold(self, token: i64) -> Result<Hold, LostReason> {
+    pub(crate) async fn into_hold(self, token: i64) -> Result<Hold, LostReason> {
         let node = (self.path(), self.czxid());
         let owner = self.created.stat.ephemeral_owner;
-        let hold = Hold::new(&self.place, owner, vec![node], token, self.cleanup);
-        hold.check_held()?;
-        Ok(hold)
+        Hold::new(&self.place, owner, vec![node], token, self.cleanup).await
     }
 }
 
@@ -181,7 +179,7 @@ pub(crate) async fn stand_in_line<K: Copy>(
         Outcome::Busy => ticket.give_up().await.map(|()| None),
         Outcome::Free => {
             let token = ticket.czxid();
-            Ok(Some(ticket.into_hold(token)?))
+            Ok(Some(ticket.into_hold(token).await?))
         }
     }
 }
