@@ -36,6 +36,7 @@
 //! until when it certainly lives, by the local clock, and whoever holds a lock by an ephemeral
 //! znode must have stopped by then.
 
+pub mod blocking;
 mod connection;
 mod dial;
 mod error;
@@ -65,7 +66,7 @@ use watches::Watching;
 
 pub use error::ClientError;
 pub use lease::{Lease, Standing};
-pub use ops::NewNode;
+pub use ops::{NewNode, Reconfig};
 pub use options::{ConnectOptions, ConnectStringError, Identity};
 pub use session::{SessionEvent, SessionEvents, SessionState};
 pub use watches::{Notice, WatchEvent, WatchFuture, WatchStream};
@@ -111,9 +112,14 @@ impl Client {
     /// As [`Self::start`].
     pub async fn connect(options: ConnectOptions) -> Result<Self, ClientError> {
         let client = Self::start(options);
-        let mut state = client.state.clone();
+        client.connected().await?;
+        Ok(client)
+    }
+
+    async fn connected(&self) -> Result<(), ClientError> {
+        let mut state = self.state.clone();
         let settled = state.wait_for(|state| state.is_connected() || state.is_over());
-        let settled = match client.request_timeout {
+        let settled = match self.request_timeout {
             None => settled.await.map(|state| *state),
             Some(limit) => match timeout(limit, settled).await {
                 Ok(settled) => settled.map(|state| *state),
@@ -121,8 +127,8 @@ impl Client {
             },
         };
         match settled {
-            Ok(state) if state.is_connected() => Ok(client),
-            Ok(_) => Err(client.ended()),
+            Ok(state) if state.is_connected() => Ok(()),
+            Ok(_) => Err(self.ended()),
             Err(_) => Err(ClientError::NotConnected),
         }
     }

@@ -3,7 +3,10 @@
 use bytes::Bytes;
 
 use super::{Client, ClientError, NewNode};
-use crate::wire::{Acl, CreateMode, CreateOp, ErrorCode, MultiOp, MultiResult, Request, Response};
+use crate::wire::{
+    Acl, CreateMode, CreateOp, ErrorCode, MultiOp, MultiResult, ReadOp, ReadResult, Request,
+    Response,
+};
 
 impl MultiOp {
     /// Creates a znode; answered by [`MultiResult::Created`], for a container by
@@ -14,33 +17,15 @@ impl MultiOp {
         mode: CreateMode,
         acl: Vec<Acl>,
     ) -> Self {
-        let op = match mode {
-            CreateMode::Container => CreateOp::Container,
-            _ => CreateOp::Create,
-        };
-        Self::Create {
-            op,
-            path: path.into(),
-            data: Some(data.into()),
-            acl,
-            flags: mode.flags(),
-        }
+        NewNode::new(mode)
+            .data(data)
+            .acl(acl)
+            .into_op(path.into(), CreateOp::Create)
     }
 
     /// Creates a znode; answered by [`MultiResult::Created2`].
     pub fn create_node(path: impl Into<String>, node: NewNode) -> Self {
-        let NewNode { mode, data, acl } = node;
-        let op = match mode {
-            CreateMode::Container => CreateOp::Container,
-            _ => CreateOp::Create2,
-        };
-        Self::Create {
-            op,
-            path: path.into(),
-            data,
-            acl,
-            flags: mode.flags(),
-        }
+        node.into_op(path.into(), CreateOp::Create2)
     }
 
     /// Deletes a znode; `version` -1 fits any.
@@ -65,6 +50,24 @@ impl MultiOp {
         Self::Check {
             path: path.into(),
             version,
+        }
+    }
+}
+
+impl ReadOp {
+    /// Reads a znode's data; answered by [`ReadResult::Data`].
+    pub fn data(path: impl Into<String>) -> Self {
+        Self::GetData {
+            path: path.into(),
+            watch: false,
+        }
+    }
+
+    /// Lists a znode's children; answered by [`ReadResult::Children`].
+    pub fn children(path: impl Into<String>) -> Self {
+        Self::GetChildren {
+            path: path.into(),
+            watch: false,
         }
     }
 }
@@ -120,5 +123,22 @@ impl Client {
             }
         }
         Ok(results)
+    }
+
+    /// Reads all of these at one moment. Gives their results in order; one that fails does so by
+    /// itself ([`ReadResult::Error`]). Sets no watches, whatever the operations say. (Apache
+    /// ZooKeeper from 3.6 on.)
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn multi_read(&self, mut ops: Vec<ReadOp>) -> Result<Vec<ReadResult>, ClientError> {
+        for op in &mut ops {
+            let (ReadOp::GetData { path, watch } | ReadOp::GetChildren { path, watch }) = op;
+            (*path, *watch) = (self.full(path)?, false);
+        }
+        match self.call(Request::MultiRead(ops)).await? {
+            Response::MultiRead(results) => Ok(results),
+            _ => Err(ClientError::Protocol),
+        }
     }
 }

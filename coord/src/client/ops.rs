@@ -1,5 +1,7 @@
 //! The operations, one call each.
 
+use std::time::Duration;
+
 use bytes::Bytes;
 
 use super::connection::Reply;
@@ -7,7 +9,8 @@ use super::feed::feed;
 use super::watches::{WatchFuture, WatchStream, Watching};
 use super::{Client, ClientError, answer};
 use crate::wire::{
-    Acl, AddWatchMode, CreateMode, CreateOp, ErrorCode, Request, Response, Stat, WatcherKind,
+    Acl, AddWatchMode, CreateMode, CreateOp, ErrorCode, Id, MultiOp, Request, Response, Stat,
+    WatcherKind,
 };
 
 /// A znode to create, for all that [`Client::create`] does not offer.
@@ -23,9 +26,10 @@ use crate::wire::{
 #[derive(Clone, Debug)]
 #[must_use]
 pub struct NewNode {
-    pub(super) mode: CreateMode,
-    pub(super) data: Option<Bytes>,
-    pub(super) acl: Vec<Acl>,
+    mode: CreateMode,
+    ttl_ms: Option<i64>,
+    data: Option<Bytes>,
+    acl: Vec<Acl>,
 }
 
 impl NewNode {
@@ -33,8 +37,24 @@ impl NewNode {
     pub fn new(mode: CreateMode) -> Self {
         Self {
             mode,
+            ttl_ms: None,
             data: None,
             acl: Acl::open(),
+        }
+    }
+
+    /// Persistent, and deleted when it has neither changed nor had children for `ttl` (1 ms to
+    /// 2^40 - 1 ms); with a counter appended to its name if `sequential`. Where the servers allow
+    /// it, by their option `extended_types`.
+    pub fn with_ttl(ttl: Duration, sequential: bool) -> Self {
+        let mode = if sequential {
+            CreateMode::PersistentSequentialWithTtl
+        } else {
+            CreateMode::PersistentWithTtl
+        };
+        Self {
+            ttl_ms: Some(i64::try_from(ttl.as_millis()).unwrap_or(i64::MAX)),
+            ..Self::new(mode)
         }
     }
 
@@ -48,6 +68,21 @@ impl NewNode {
     pub fn acl(mut self, acl: Vec<Acl>) -> Self {
         self.acl = acl;
         self
+    }
+
+    /// `otherwise` for what needs no operation of its own.
+    pub(super) fn into_op(self, path: String, otherwise: CreateOp) -> MultiOp {
+        MultiOp::Create {
+            op: match (self.ttl_ms, self.mode) {
+                (Some(ttl_ms), _) => CreateOp::Ttl(ttl_ms),
+                (None, CreateMode::Container) => CreateOp::Container,
+                (None, _) => otherwise,
+            },
+            path,
+            data: self.data,
+            acl: self.acl,
+            flags: self.mode.flags(),
+        }
     }
 }
 
@@ -98,16 +133,23 @@ impl Client {
         node: NewNode,
         op: CreateOp,
     ) -> Result<Request, ClientError> {
-        let NewNode { mode, data, acl } = node;
-        Ok(Request::Create {
-            op: match mode {
-                CreateMode::Container => CreateOp::Container,
-                _ => op,
-            },
-            path: self.full_to_create(path, mode)?,
+        let path = self.full_to_create(path, node.mode)?;
+        let MultiOp::Create {
+            op,
+            path,
             data,
             acl,
-            flags: mode.flags(),
+            flags,
+        } = node.into_op(path, op)
+        else {
+            unreachable!("it makes nothing else")
+        };
+        Ok(Request::Create {
+            op,
+            path,
+            data,
+            acl,
+            flags,
         })
     }
 
@@ -388,6 +430,140 @@ impl Client {
         };
         self.call(request).await.map(drop)
     }
+
+    /// Whether the server holds a watch of the session on this path.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn check_watches(&self, path: &str, kind: WatcherKind) -> Result<bool, ClientError> {
+        let request = Request::CheckWatches {
+            path: self.full(path)?,
+            kind: kind.code(),
+        };
+        match self.call(request).await {
+            Ok(_) => Ok(true),
+            Err(ClientError::Zk(ErrorCode::NoWatcher)) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The paths of the session's own ephemeral znodes that begin with `prefix`, sorted. (Apache
+    /// ZooKeeper from 3.6 on.)
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn ephemerals(&self, prefix: &str) -> Result<Vec<String>, ClientError> {
+        let prefix = format!("{}{prefix}", self.chroot);
+        match self.call(Request::GetEphemerals { prefix }).await? {
+            Response::Ephemerals(paths) => {
+                let below = |path: &&String| {
+                    let rest = path.strip_prefix(&*self.chroot);
+                    rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+                };
+                let mut paths: Vec<_> = paths.iter().filter(below).map(|p| self.local(p)).collect();
+                paths.sort_unstable();
+                Ok(paths)
+            }
+            _ => Err(ClientError::Protocol),
+        }
+    }
+
+    /// How many znodes there are below this one, at any depth. (Apache ZooKeeper from 3.6 on.)
+    ///
+    /// # Errors
+    /// [`ErrorCode::NoNode`], ...
+    pub async fn all_children_number(&self, path: &str) -> Result<u32, ClientError> {
+        let request = Request::GetAllChildrenNumber {
+            path: self.full(path)?,
+        };
+        match self.call(request).await? {
+            Response::ChildrenNumber(number) => {
+                u32::try_from(number).map_err(|_| ClientError::Protocol)
+            }
+            _ => Err(ClientError::Protocol),
+        }
+    }
+
+    /// Who the session's holder has proved to be: schemes and names, without what proves them.
+    /// (Apache ZooKeeper from 3.7 on.)
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn who_am_i(&self) -> Result<Vec<Id>, ClientError> {
+        match self.call(Request::WhoAmI).await? {
+            Response::Who(ids) => Ok(ids),
+            _ => Err(ClientError::Protocol),
+        }
+    }
+
+    /// Who the servers are, one a line, and the version of that; whatever the chroot is.
+    ///
+    /// # Errors
+    /// [`ErrorCode::NoAuth`], ...
+    pub async fn config(&self) -> Result<(Bytes, Stat), ClientError> {
+        let path = CONFIG_PATH.to_owned();
+        data(self.call(Request::GetData { path, watch: false }).await?)
+    }
+
+    /// As [`Self::config`]; the future resolves when it changes.
+    ///
+    /// # Errors
+    /// [`ErrorCode::NoAuth`], ...
+    pub async fn config_and_watch(&self) -> Result<(Bytes, Stat, WatchFuture), ClientError> {
+        let path = CONFIG_PATH.to_owned();
+        let (watcher, changed) = WatchFuture::channel();
+        let request = Request::GetData {
+            path: path.clone(),
+            watch: true,
+        };
+        let watching = Some((path, Watching::Once(watcher)));
+        let (bytes, stat) = data(self.call_and_watch(request, watching).await?)?;
+        Ok((bytes, stat, changed))
+    }
+
+    /// Changes who the servers are; gives the new configuration. `version` is that of the
+    /// configuration to replace (its `version=` line, hexadecimal there); -1 fits any.
+    ///
+    /// # Errors
+    /// [`ErrorCode::ReconfigDisabled`], [`ErrorCode::NoAuth`], [`ErrorCode::BadVersion`],
+    /// [`ErrorCode::ReconfigInProgress`], [`ErrorCode::NewConfigNoQuorum`],
+    /// [`ErrorCode::BadArguments`].
+    pub async fn reconfig(
+        &self,
+        change: &Reconfig,
+        version: i64,
+    ) -> Result<(Bytes, Stat), ClientError> {
+        let list = |names: &[String]| (!names.is_empty()).then(|| names.join(","));
+        let (joining, leaving, new_members) = match change {
+            Reconfig::Change { joining, leaving } => (list(joining), list(leaving), None),
+            Reconfig::Members(members) => (None, None, list(members)),
+        };
+        let request = Request::Reconfig {
+            joining,
+            leaving,
+            new_members,
+            config_version: version,
+        };
+        data(self.call(request).await?)
+    }
+}
+
+/// Where the servers tell who they are.
+const CONFIG_PATH: &str = "/zookeeper/config";
+
+/// A change of the servers, for [`Client::reconfig`]. A server is written
+/// `server.ID=HOST:PEERPORT:PEERPORT:participant;[HOST:]CLIENTPORT`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Reconfig {
+    /// Some join, or are described anew, and some leave.
+    Change {
+        /// Servers.
+        joining: Vec<String>,
+        /// Ids.
+        leaving: Vec<String>,
+    },
+    /// These, and no others.
+    Members(Vec<String>),
 }
 
 fn found(reply: Reply) -> Result<Option<Stat>, ClientError> {
