@@ -652,8 +652,9 @@ impl Connection {
             (Some(code), Some(waiting)) => {
                 self.claims.remove(index);
                 answer(waiting, Err(ClientError::Zk(code)));
-                // The server closes the connection now; the session lives on.
-                Ok(None)
+                // The server closes the connection now, and the session lives on: what is asked
+                // from now on is not lost with the one, but waits for the next.
+                Ok(Some(End::Lost))
             }
         }
     }
@@ -688,6 +689,12 @@ impl Connection {
                 }
             }
             Watching::Again => self.watches.missed_at(path),
+            Watching::Removed(kind) => {
+                if err.is_none() {
+                    let local = strip_chroot(&self.options.chroot, &path);
+                    self.watches.removed(kind, &path, local);
+                }
+            }
         }
     }
 }

@@ -95,13 +95,18 @@ impl<T> Feed<T> {
     pub(super) fn try_next(&mut self) -> Option<T> {
         self.0.lock().items.pop_front()
     }
+
+    /// Nobody reads any more, from now on.
+    pub(super) fn abandon(&mut self) {
+        let mut queue = self.0.lock();
+        queue.abandoned = true;
+        queue.items.clear();
+    }
 }
 
 impl<T> Drop for Feed<T> {
     fn drop(&mut self) {
-        let mut queue = self.0.lock();
-        queue.abandoned = true;
-        queue.items.clear();
+        self.abandon();
     }
 }
 

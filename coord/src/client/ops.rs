@@ -418,17 +418,19 @@ impl Client {
         Ok(stream)
     }
 
-    /// Makes the server forget the session's watches of this path, of one kind or all. Who waits
-    /// for them here is told nothing; to drop a [`WatchStream`] is the usual way.
+    /// Makes the server forget the session's watches of this path, of one kind or all; who waits
+    /// for them here is told so (`DataWatchRemoved`, ...). A [`WatchStream`] need only be dropped.
     ///
     /// # Errors
     /// [`ErrorCode::NoWatcher`] where it has none.
     pub async fn remove_watches(&self, path: &str, kind: WatcherKind) -> Result<(), ClientError> {
+        let path = self.full(path)?;
         let request = Request::RemoveWatches {
-            path: self.full(path)?,
+            path: path.clone(),
             kind: kind.code(),
         };
-        self.call(request).await.map(drop)
+        let watching = Some((path, Watching::Removed(kind)));
+        self.call_and_watch(request, watching).await.map(drop)
     }
 
     /// Whether the server holds a watch of the session on this path.

@@ -11,7 +11,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::ClientError;
 use super::connection::Command;
 use super::feed::{Feed, FeedSender};
-use crate::wire::{AddWatchMode, EventType, SetWatches, parent};
+use crate::wire::{AddWatchMode, EventType, SetWatches, WatcherKind, parent};
 
 /// Largest total length of the paths in one setWatches, in bytes: well below a frame's limit.
 const SET_WATCHES_BYTES_MAX: usize = 128 * 1024;
@@ -74,7 +74,7 @@ pub(super) type NoticeSender = FeedSender<Result<Notice, ClientError>>;
 ///
 /// It is a [`Stream`] (of `futures-core`, so that the combinators of both `futures` and
 /// `tokio-stream` fit), and [`Self::next`] needs neither. The last item is the error that ended
-/// it: [`ClientError::SessionExpired`] or [`ClientError::Closed`].
+/// it, [`ClientError::SessionExpired`] or [`ClientError::Closed`], or a `PersistentWatchRemoved`.
 #[derive(Debug)]
 #[must_use = "a watch that is dropped tells nobody"]
 pub struct WatchStream {
@@ -108,6 +108,8 @@ impl Stream for WatchStream {
 
 impl Drop for WatchStream {
     fn drop(&mut self) {
+        // Before the task is asked to look.
+        self.feed.abandon();
         if let Some(commands) = self.commands.upgrade() {
             let path = std::mem::take(&mut self.path);
             // Where the task is that busy, the server goes on telling a client that ignores it.
@@ -132,6 +134,8 @@ pub(super) enum Watching {
     Always(AddWatchMode, NoticeSender),
     /// A recursive watch that was replaced at the server.
     Again,
+    /// Who watches is to be told that the server has forgotten it.
+    Removed(WatcherKind),
 }
 
 /// Paths here hold the chroot.
@@ -216,6 +220,36 @@ impl Watches {
             {
                 // Err: nobody waits for this one any more.
                 let _: Result<(), _> = watcher.send(Ok(told.clone()));
+            }
+        }
+    }
+
+    /// The server has forgotten these watches of a path, because it was asked to. `local` is the
+    /// path without the chroot.
+    pub(super) fn removed(&mut self, kind: WatcherKind, path: &str, local: &str) {
+        let told = |event| WatchEvent {
+            event,
+            path: local.to_owned(),
+        };
+        if matches!(kind, WatcherKind::Data | WatcherKind::Any) {
+            let event = EventType::DataWatchRemoved;
+            self.fire_once(event, path, &told(event));
+        }
+        if matches!(kind, WatcherKind::Children | WatcherKind::Any) {
+            let event = EventType::ChildWatchRemoved;
+            self.fire_once(event, path, &told(event));
+        }
+        let plain = matches!(kind, WatcherKind::Persistent | WatcherKind::Any);
+        let recursive = matches!(kind, WatcherKind::PersistentRecursive | WatcherKind::Any);
+        for (mode, is_meant) in [
+            (AddWatchMode::Persistent, plain),
+            (AddWatchMode::PersistentRecursive, recursive),
+        ] {
+            let key = (mode, path.to_owned());
+            let senders = is_meant.then(|| self.always.remove(&key)).flatten();
+            for sender in senders.into_iter().flatten() {
+                let event = told(EventType::PersistentWatchRemoved);
+                notify(&sender, Notice::Event(event));
             }
         }
     }
