@@ -17,6 +17,7 @@ mod config;
 mod convert;
 mod leader;
 mod read;
+mod read_only;
 mod status;
 mod words;
 
@@ -147,6 +148,10 @@ pub enum CloseReason {
     TooMuch,
     /// This server has no leader and cannot serve.
     Leaderless,
+    /// There is a leader again, and this client was served without one.
+    QuorumIsBack,
+    /// There are as many sessions as there may be.
+    TooManySessions,
     /// This server was so far behind that it had to skip ahead.
     SkippedAhead,
 }
@@ -424,7 +429,8 @@ impl Core {
         if let Some(since) = self.leaderless_since
             && now.since(since) > self.config.leaderless_max
         {
-            self.close_all(CloseReason::Leaderless);
+            self.on_leaderless();
+            self.end_read_only(false);
         }
     }
 
@@ -626,6 +632,7 @@ impl Core {
         } else {
             self.leaderless_since = None;
             self.campaign = None;
+            self.end_read_only(true);
         }
         if before.1 != led.1 || led.1.is_some() {
             self.outputs.push_back(Output::Event(Event::Leader {

@@ -64,8 +64,18 @@ pub struct ServerConfig {
     pub session_min: Duration,
     /// Longest session timeout granted. 60 s.
     pub session_max: Duration,
+    /// Sessions of the whole cluster beyond which this server opens no more. 500,000.
+    pub sessions_max: usize,
     /// Log entries between two snapshots. 20,000.
     pub snapshot_every: u64,
+    /// Whether znodes with a time to live may be created. No.
+    pub extended_types: bool,
+    /// Who may do everything: `super:` and a digest, as in an access list. Nobody.
+    pub super_digest: Option<String>,
+    /// Whether clients may change who the servers are. No.
+    pub reconfig: bool,
+    /// Whether this server, when it knows no leader, serves clients that asked for it read-only. Yes.
+    pub read_only: bool,
 }
 
 impl ServerConfig {
@@ -91,7 +101,12 @@ impl ServerConfig {
             election_max: defaults.election_max,
             session_min: defaults.session_min,
             session_max: defaults.session_max,
+            sessions_max: defaults.sessions_max,
             snapshot_every: defaults.snapshot_every,
+            extended_types: defaults.extended_types,
+            super_digest: defaults.super_digest,
+            reconfig: defaults.reconfig,
+            read_only: defaults.read_only,
         }
     }
 }
@@ -185,7 +200,12 @@ pub async fn start(config: ServerConfig) -> Result<Server, StartError> {
         election_max: config.election_max,
         session_min: config.session_min,
         session_max: config.session_max,
+        sessions_max: config.sessions_max,
         snapshot_every: config.snapshot_every,
+        extended_types: config.extended_types,
+        super_digest: config.super_digest.clone(),
+        reconfig: config.reconfig,
+        read_only: config.read_only,
         ..Config::new(ids[&config.name], names.clone())
     };
     core_config.validate()?;

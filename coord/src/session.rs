@@ -25,6 +25,12 @@ impl SessionId {
         // The high byte keeps clear of zero and of the marks of containers and TTL nodes.
         Self(((zxid & 0x00ff_ffff_ffff_ffff) | 0x0100_0000_0000_0000).cast_signed())
     }
+
+    /// A name for a connection that has no session in the log. No session of the log is called so.
+    #[must_use]
+    pub(crate) fn local(random: u64) -> Self {
+        Self(((random & 0x00ff_ffff_ffff_ffff) | 0x0200_0000_0000_0000).cast_signed())
+    }
 }
 
 impl fmt::Display for SessionId {

@@ -19,6 +19,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::Serialize;
+use unbroken_coord::driver::ServerConfig;
 
 #[cfg(test)]
 mod tests;
@@ -131,6 +132,29 @@ pub struct EmbeddedCoord {
     pub client: SocketAddr,
     /// Every server of the ensemble and where its peers reach it; holds this node's name.
     pub peers: BTreeMap<String, SocketAddr>,
+    /// Digest of the credentials that may do everything: `super:` and the Base64 of their SHA-1, as
+    /// ZooKeeper's `superDigest`. The same on every server.
+    pub super_digest: Option<String>,
+    /// Whether znodes with a time to live may be created, as ZooKeeper's `extendedTypesEnabled`.
+    pub extended_types: bool,
+    /// Whether clients may change who the servers are, as ZooKeeper's `reconfigEnabled`.
+    pub reconfig: bool,
+    /// Whether a server without a quorum serves clients that asked for it read-only.
+    pub read_only: bool,
+}
+
+impl EmbeddedCoord {
+    /// The server `name` of the ensemble, which keeps its data in `data_dir`.
+    pub fn server(&self, name: &str, data_dir: PathBuf, key: &Key) -> ServerConfig {
+        let peers = self.peers.clone();
+        ServerConfig {
+            super_digest: self.super_digest.clone(),
+            extended_types: self.extended_types,
+            reconfig: self.reconfig,
+            read_only: self.read_only,
+            ..ServerConfig::new(name, self.client, peers, data_dir, *key.bytes())
+        }
+    }
 }
 
 /// An ensemble that runs elsewhere: `zk://host:2181,host:2181/chroot`.

@@ -130,15 +130,11 @@ impl Coordinator {
     async fn start(config: &Config) -> anyhow::Result<Self> {
         let (server, options) = match &config.coord {
             CoordConfig::Embedded(embedded) => {
-                let server = coord::start(coord::ServerConfig::new(
-                    &config.node.name,
-                    embedded.client,
-                    embedded.peers.clone(),
-                    config.node.data_dir.join("coord"),
-                    *config.node.key.bytes(),
-                ))
-                .await
-                .context("starting the coordinator")?;
+                let data_dir = config.node.data_dir.join("coord");
+                let server = embedded.server(&config.node.name, data_dir, &config.node.key);
+                let server = coord::start(server)
+                    .await
+                    .context("starting the coordinator")?;
                 info!(client = %server.client_address(), "coordinator started");
                 (
                     Some(server),

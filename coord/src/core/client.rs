@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 
@@ -78,6 +79,8 @@ enum Phase {
     },
     /// In a session.
     Open { session: SessionId, attached: u64 },
+    /// Served from the state here while there is no quorum: see [`super::read_only`].
+    ReadOnly { session: SessionId },
 }
 
 /// Who is at the other end of a client's connection, as far as the driver knows.
@@ -107,6 +110,9 @@ pub(super) struct Talk {
 pub(super) struct Conn {
     phase: Phase,
     pub(super) since: Instant,
+    /// When it last sent something, and, of a read-only one, how long it may be silent.
+    pub(super) heard: Instant,
+    pub(super) patience: Duration,
     pub(super) talk: Talk,
     address: Option<SocketAddr>,
     /// Who the client has proved to be, besides somebody.
@@ -124,8 +130,25 @@ pub(super) struct Conn {
 impl Conn {
     pub(super) fn session(&self) -> Option<SessionId> {
         match self.phase {
-            Phase::Open { session, .. } => Some(session),
+            Phase::Open { session, .. } | Phase::ReadOnly { session } => Some(session),
             Phase::New | Phase::Opening { .. } => None,
+        }
+    }
+
+    pub(super) fn is_read_only(&self) -> bool {
+        matches!(self.phase, Phase::ReadOnly { .. })
+    }
+
+    pub(super) fn become_read_only(&mut self, session: SessionId, timeout_ms: u32) {
+        self.phase = Phase::ReadOnly { session };
+        self.patience = Duration::from_millis(u64::from(timeout_ms));
+    }
+
+    /// What it asked for at first, and still waits for.
+    pub(super) fn wish(&self) -> Option<&ConnectRequest> {
+        match &self.phase {
+            Phase::Opening { request, .. } => Some(request),
+            Phase::New | Phase::Open { .. } | Phase::ReadOnly { .. } => None,
         }
     }
 
@@ -161,6 +184,8 @@ impl Core {
         let state = Conn {
             phase: Phase::New,
             since: now,
+            heard: now,
+            patience: Duration::MAX,
             talk: Talk::default(),
             address,
             who: Arc::new(who),
@@ -191,6 +216,7 @@ impl Core {
         self.counters.frames_received += 1;
         self.counters.bytes_received += u64::try_from(frame.len()).expect("a frame is small");
         state.talk.received += 1;
+        state.heard = self.now;
         match state.phase {
             Phase::New => match ConnectRequest::decode(frame) {
                 Ok(request) => self.on_connect_request(conn, request),
@@ -211,25 +237,50 @@ impl Core {
                     return;
                 }
                 self.touch(session);
-                match RequestHeader::split(frame) {
-                    Ok((header, body)) => self.on_request(conn, header, body),
-                    Err(_) => self.close(conn, CloseReason::Protocol),
-                }
+                self.on_request_frame(conn, frame);
             }
+            Phase::ReadOnly { .. } => self.on_request_frame(conn, frame),
         }
     }
 
+    fn on_request_frame(&mut self, conn: ConnId, frame: &[u8]) {
+        match RequestHeader::split(frame) {
+            Ok((header, body)) => self.on_request(conn, header, body),
+            Err(_) => self.close(conn, CloseReason::Protocol),
+        }
+    }
+
+    /// The session timeout for who asks for this, in milliseconds.
+    pub(super) fn granted_ms(&self, request: &ConnectRequest) -> u32 {
+        let ms = |limit: Duration| u32::try_from(limit.as_millis()).unwrap_or(u32::MAX);
+        let asked = u32::try_from(request.timeout_ms).unwrap_or(0);
+        asked.clamp(ms(self.config.session_min), ms(self.config.session_max))
+    }
+
+    pub(super) fn new_password(&mut self) -> Password {
+        let mut password: Password = [0; PASSWORD_LEN];
+        for half in password.chunks_mut(8) {
+            half.copy_from_slice(&self.rng.next().to_be_bytes());
+        }
+        password
+    }
+
     fn on_connect_request(&mut self, conn: ConnId, request: ConnectRequest) {
-        let min = u32::try_from(self.config.session_min.as_millis()).unwrap_or(u32::MAX);
-        let max = u32::try_from(self.config.session_max.as_millis()).unwrap_or(u32::MAX);
-        let timeout_ms = u32::try_from(request.timeout_ms)
-            .unwrap_or(0)
-            .clamp(min, max);
+        if request.read_only == Some(true) && self.serves_read_only() {
+            self.open_read_only(conn, &request);
+            return;
+        }
+        let timeout_ms = self.granted_ms(&request);
         let command = if request.session_id == 0 {
-            let mut password: Password = [0; PASSWORD_LEN];
-            for half in password.chunks_mut(8) {
-                half.copy_from_slice(&self.rng.next().to_be_bytes());
+            if self.state.sessions.len() >= self.config.sessions_max {
+                tracing::warn!(
+                    limit = self.config.sessions_max,
+                    "too many sessions: refused"
+                );
+                self.close(conn, CloseReason::TooManySessions);
+                return;
             }
+            let password = self.new_password();
             Command::Create {
                 request: conn.0,
                 timeout_ms,
@@ -335,12 +386,29 @@ impl Core {
         let Some(state) = self.conns.get_mut(&conn) else {
             return;
         };
-        let Phase::Opening { request, .. } = &state.phase else {
-            return;
-        };
+        if let Phase::Opening { request, .. } = &state.phase {
+            let request = request.clone();
+            self.refuse_session(conn, &request);
+        }
+    }
+
+    /// There is no such session, or its password is another.
+    pub(super) fn refuse_session(&mut self, conn: ConnId, request: &ConnectRequest) {
         let response = ConnectResponse::expired(request.read_only.map(|_| false));
         self.reply(conn, encode_connect_response(&response));
         self.close(conn, CloseReason::Expired);
+    }
+
+    /// A connection no longer waits for its session. Answers what it has sent meanwhile.
+    pub(super) fn take_opening(&mut self, conn: ConnId) -> Vec<Bytes> {
+        let Some(state) = self.conns.get_mut(&conn) else {
+            return Vec::new();
+        };
+        let Phase::Opening { out, early, .. } = &mut state.phase else {
+            return Vec::new();
+        };
+        self.outbox.remove(out);
+        std::mem::take(early)
     }
 
     fn on_request(&mut self, conn: ConnId, header: RequestHeader, body: &[u8]) {
@@ -370,6 +438,9 @@ impl Core {
             Request::Sasl { .. } => {
                 let response = Response::Sasl { token: None };
                 self.reply(conn, encode_reply(xid, 0, &response));
+            }
+            request if self.conns.get(&conn).is_some_and(Conn::is_read_only) => {
+                self.on_read_only_request(conn, xid, &request);
             }
             Request::Sync { path } => {
                 let (barrier, now) = (self.barrier_to_join(), self.now);
@@ -681,7 +752,7 @@ impl Core {
         self.opening.remove(&conn);
         self.watches.forget(conn);
         match state.phase {
-            Phase::New => {}
+            Phase::New | Phase::ReadOnly { .. } => {}
             Phase::Opening { out, .. } => {
                 self.outbox.remove(&out);
             }

@@ -28,6 +28,8 @@ pub struct Config {
     pub session_min: Duration,
     /// Longest session timeout granted.
     pub session_max: Duration,
+    /// Sessions of the whole cluster beyond which this server opens no more.
+    pub sessions_max: usize,
     /// A connection that has not opened a session after this long is closed.
     pub handshake_max: Duration,
     /// A snapshot is taken every so many log entries.
@@ -45,6 +47,10 @@ pub struct Config {
     /// Who may do everything: `super:` and the digest of its credentials, as in an access list. None:
     /// nobody.
     pub super_digest: Option<String>,
+    /// Whether clients may change who the servers are. (ZooKeeper's `reconfigEnabled`.)
+    pub reconfig: bool,
+    /// Whether this server, when it knows no leader, serves clients that asked for it read-only.
+    pub read_only: bool,
 }
 
 impl Config {
@@ -61,6 +67,7 @@ impl Config {
             leaderless_max: Duration::from_millis(500),
             session_min: Duration::from_millis(30),
             session_max: Duration::from_secs(60),
+            sessions_max: 500_000,
             handshake_max: Duration::from_secs(10),
             snapshot_every: 20_000,
             entries_kept: 5_000,
@@ -69,6 +76,8 @@ impl Config {
             ttl_check: Duration::from_secs(1),
             extended_types: false,
             super_digest: None,
+            reconfig: false,
+            read_only: true,
         }
     }
 

@@ -69,10 +69,12 @@ impl Core {
         word: FourLetterWord,
         surroundings: &Surroundings,
     ) -> String {
-        let serving = self.quorum.leader().is_some();
+        let has_leader = self.quorum.leader().is_some();
+        let serving = has_leader || self.serves_read_only();
         match word {
             FourLetterWord::Ruok => "imok".into(),
-            FourLetterWord::Isro => (if serving { "rw" } else { "null" }).into(),
+            FourLetterWord::Isro if has_leader => "rw".into(),
+            FourLetterWord::Isro => (if serving { "ro" } else { "null" }).into(),
             FourLetterWord::Envi => self.envi(surroundings),
             FourLetterWord::Conf => self.conf(surroundings),
             FourLetterWord::Dirs => format!(
@@ -110,6 +112,7 @@ impl Core {
     /// What this server is, in ZooKeeper's words.
     fn mode(&self) -> &'static str {
         match self.quorum.role() {
+            _ if self.serves_read_only() => "read-only",
             _ if self.config.servers.len() == 1 => "standalone",
             Role::Leader => "leader",
             Role::Follower | Role::Candidate => "follower",
@@ -194,7 +197,8 @@ impl Core {
         line("ephemerals_count", &status.ephemerals);
         line("approximate_data_size", &self.state.tree.data_bytes());
         line("global_sessions", &status.sessions);
-        line("local_sessions", &0);
+        let local = self.conns.values().filter(|state| state.is_read_only());
+        line("local_sessions", &local.count());
         line("open_file_descriptor_count", &surroundings.open_files);
         line("max_file_descriptor_count", &surroundings.open_files_max);
         line("uptime", &uptime.as_millis());

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use anyhow::Context as _;
 use clap::Args;
 use tracing::{info, warn};
-use unbroken_coord::driver::{self, ServerConfig};
+use unbroken_coord::driver;
 
 use super::shutdown;
 use crate::admin::{self, Admin};
@@ -48,15 +48,10 @@ async fn serve(config: CoordinatorConfig) -> anyhow::Result<()> {
     let listener = admin::bind(config.admin.listen).await?;
     let board = Board::new(&config.node.name, Vec::new());
     let metrics = Arc::new(NodeMetrics::new(&config.node.name));
-    let server = driver::start(ServerConfig::new(
-        &config.node.name,
-        config.coord.client,
-        config.coord.peers,
-        config.node.data_dir,
-        *config.node.key.bytes(),
-    ))
-    .await
-    .context("starting the coordinator")?;
+    let CoordinatorConfig { node, coord, .. } = &config;
+    let server = driver::start(coord.server(&node.name, node.data_dir.clone(), &node.key))
+        .await
+        .context("starting the coordinator")?;
     info!(name = %config.node.name, clients = %server.client_address(), "coordinator started");
 
     let page = Admin {

@@ -189,6 +189,16 @@ fn mode_of(path: &Path) -> Option<u32> {
         .map(|metadata| metadata.permissions().mode() & 0o7777)
 }
 
+/// What is said of a coordinator server in this node, and of no other.
+const EMBEDDED_KEYS: [&str; 6] = [
+    "client",
+    "peers",
+    "super_digest",
+    "extended_types",
+    "reconfig",
+    "read_only",
+];
+
 struct CoordSection {
     config: CoordConfig,
     client: Option<Found<SocketAddr>>,
@@ -204,10 +214,7 @@ fn coord_section(root: &Section<'_, '_>, node: Option<&NodeSection>) -> Option<C
     let document = section.document;
     if section.table.contains_key("external") {
         let external = section.optional("external", value::external);
-        for (key, found) in [
-            ("client", section.get("client")),
-            ("peers", section.get("peers")),
-        ] {
+        for (key, found) in EMBEDDED_KEYS.map(|key| (key, section.get(key))) {
             if let Some(found) = found {
                 let complaint = Complaint::new(
                     "not together with external",
@@ -235,6 +242,14 @@ fn coord_section(root: &Section<'_, '_>, node: Option<&NodeSection>) -> Option<C
         value::socket_address,
     );
     let peers = section.addresses("peers");
+    let super_digest = section.optional("super_digest", value::super_digest);
+    let switch = |key, default| {
+        let found = section.optional(key, value::switch);
+        found.map_or(default, |found| found.value)
+    };
+    let extended_types = switch("extended_types", false);
+    let reconfig = switch("reconfig", false);
+    let read_only = switch("read_only", true);
     let _ = section.get("external");
     section.finish();
     let (client, peers) = (client?, peers?);
@@ -251,6 +266,10 @@ fn coord_section(root: &Section<'_, '_>, node: Option<&NodeSection>) -> Option<C
     let config = CoordConfig::Embedded(EmbeddedCoord {
         client: client.value,
         peers: plain(&peers.value),
+        super_digest: super_digest.map(|found| found.value),
+        extended_types,
+        reconfig,
+        read_only,
     });
     Some(CoordSection {
         config,

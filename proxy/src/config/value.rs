@@ -332,6 +332,21 @@ fn word<'v>(value: &'v DeValue<'_>, words: &[&str]) -> Parsed<&'v str> {
 }
 
 /// `zk://host:2181,host:2181/chroot`
+pub(super) fn switch(value: &DeValue<'_>) -> Parsed<bool> {
+    let expected = "true or false";
+    value.as_bool().ok_or_else(|| wrong_type(value, expected))
+}
+
+/// `super:` and a digest, as it would stand in an access list.
+pub(super) fn super_digest(value: &DeValue<'_>) -> Parsed<String> {
+    let expected = "\"super:DIGEST\", the Base64 of the SHA-1 of \"super:PASSWORD\"";
+    let text = string(value, expected)?;
+    match text.split_once(':') {
+        Some(("super", digest)) if digest.len() == 28 && digest.ends_with('=') => Ok(text.into()),
+        _ => Err(Complaint::new("not the digest of a super user", expected)),
+    }
+}
+
 pub(super) fn external(value: &DeValue<'_>) -> Parsed<ExternalCoord> {
     const EXPECTED: &str = "\"zk://host1:2181,host2:2181\" with an optional \"/chroot\" behind it";
     let text = string(value, EXPECTED)?;

@@ -645,3 +645,126 @@ fn paths_that_are_none() {
     assert_eq!(bench.ask(1, &sequential), Ok(Response::Created { path }));
     assert_eq!(bench.core.watches.len(), 0, "nobody watches what cannot be");
 }
+
+/// Opens a connection as a client that accepts a server which is read-only.
+fn hello_read_only(bench: &mut Bench, conn: u64, session: i64, password: Option<Bytes>) {
+    bench.core.handle_connect(bench.now, ConnId(conn), caller());
+    let request = ConnectRequest {
+        protocol_version: 0,
+        last_zxid_seen: 0,
+        timeout_ms: 10_000,
+        session_id: session,
+        password,
+        read_only: Some(true),
+    };
+    bench.frame(conn, &encode_connect_request(&request));
+    bench.disk();
+}
+
+#[test]
+fn without_a_quorum_those_who_accept_it_may_read() {
+    let mut bench = Bench::new(3);
+    hello_read_only(&mut bench, 1, 0, None);
+    bench.expect_nothing(1);
+    bench.send(1, 5, &get("/", false));
+    bench.pass(600);
+    let answer = ConnectResponse::decode(&bench.next(1)).unwrap();
+    assert_eq!((answer.read_only, answer.timeout_ms), (Some(true), 10_000));
+    assert!(
+        bench.expect(1, 5, OpCode::GetData).is_ok(),
+        "what it sent early"
+    );
+    assert_eq!(bench.word(FourLetterWord::Isro), "ro");
+    assert!(
+        bench
+            .word(FourLetterWord::Srvr)
+            .contains("Mode: read-only\n")
+    );
+
+    let refused = Err(ErrorCode::NotReadOnly);
+    let path = "/a".to_owned();
+    assert_eq!(bench.ask(1, &create("/a", CreateMode::Ephemeral)), refused);
+    assert_eq!(bench.ask(1, &set("/")), refused);
+    assert_eq!(bench.ask(1, &Request::Multi(vec![])), refused);
+    assert_eq!(bench.ask(1, &Request::Sync { path }), refused);
+    assert_eq!(bench.ask(1, &Request::Ping), Ok(Response::Empty));
+    assert!(bench.ask(1, &add_watch("/", RECURSIVE)).is_ok());
+    assert!(bench.core.outbox.is_empty(), "nothing waits for the log");
+
+    hello_read_only(&mut bench, 2, 0, None);
+    let other = ConnectResponse::decode(&bench.next(2)).unwrap();
+    assert_ne!(other.session_id, answer.session_id);
+    assert_eq!(bench.ask(2, &Request::CloseSession), Ok(Response::Empty));
+    bench.expect_closed(2, CloseReason::Goodbye);
+    hello_read_only(
+        &mut bench,
+        3,
+        0x0100_0000_0000_0007,
+        Some(vec![0; 16].into()),
+    );
+    bench.expect_closed(3, CloseReason::Leaderless);
+    bench.core.handle_connect(bench.now, ConnId(4), caller());
+    bench.hello(4, 0, None, 0);
+    bench.pass(20);
+    bench.expect_closed(4, CloseReason::Leaderless);
+
+    bench.pass(9_000);
+    assert_eq!(bench.ask(1, &Request::Ping), Ok(Response::Empty));
+    bench.pass(9_000);
+    assert!(bench.closed.is_empty(), "it was heard of");
+    bench.pass(2_000);
+    bench.expect_closed(1, CloseReason::Expired);
+}
+
+#[test]
+fn a_server_that_may_not_be_read_only_is_not() {
+    let mut bench = Bench::new(3);
+    bench.core.config.read_only = false;
+    hello_read_only(&mut bench, 1, 0, None);
+    bench.pass(600);
+    bench.expect_closed(1, CloseReason::Leaderless);
+    assert_eq!(bench.word(FourLetterWord::Isro), "null");
+}
+
+#[test]
+fn read_only_ends_when_there_is_a_leader() {
+    let mut bench = Bench::new(3);
+    bench.pass(600);
+    hello_read_only(&mut bench, 1, 0, None);
+    assert!(ConnectResponse::decode(&bench.next(1)).is_ok());
+    let heartbeat = RaftMessage {
+        kind: RaftMessageKind::Heartbeat,
+        to: 1,
+        from: 2,
+        term: 1000,
+        log_term: 0,
+        index: 0,
+        entries: vec![],
+        commit: 0,
+        commit_term: 0,
+        snapshot: None,
+        request_snapshot: 0,
+        reject: false,
+        reject_hint: 0,
+        context: Bytes::new(),
+        priority: 0,
+    };
+    let heartbeat = PeerMessage::Raft(heartbeat);
+    bench.core.handle_peer(bench.now, 2, heartbeat);
+    bench.drain();
+    bench.expect_closed(1, CloseReason::QuorumIsBack);
+    assert_eq!(bench.word(FourLetterWord::Isro), "rw");
+}
+
+#[test]
+fn sessions_are_bounded() {
+    let mut bench = Bench::alone();
+    bench.core.config.sessions_max = 2;
+    bench.connect(1);
+    let second = bench.connect(2);
+    bench.hello(3, 0, None, 0);
+    bench.expect_closed(3, CloseReason::TooManySessions);
+    bench.hello(4, second.session_id, second.password, 0);
+    let answer = ConnectResponse::decode(&bench.next(4)).unwrap();
+    assert_eq!(answer.session_id, second.session_id, "it counts already");
+}
