@@ -1,7 +1,9 @@
 //! `unbroken zk`: the coordinator's znodes, or any ZooKeeper's, by hand.
 
+mod acl;
 mod transfer;
 mod tree;
+mod watch;
 
 use std::fmt;
 use std::fs::File;
@@ -13,11 +15,14 @@ use std::time::Duration;
 use anyhow::Context as _;
 use clap::{Args, Subcommand};
 use serde_json::json;
-use unbroken_coord::client::{Client, ClientError, ConnectOptions, SessionState, WatchEvent};
+use unbroken_coord::client::{
+    Client, ClientError, ConnectOptions, Identity, NewNode, SessionState,
+};
 use unbroken_coord::wire::{Acl, CreateMode, ErrorCode, REQUEST_BYTES_MAX, Stat, parent};
 
 use self::transfer::Existing;
 use self::tree::{create_parents, delete_below};
+use self::watch::Watched;
 use super::EXIT_USAGE;
 
 /// Reads and changes the coordinator's znodes, or those of any ZooKeeper ensemble
@@ -44,6 +49,16 @@ pub struct ZkArgs {
         default_value = "127.0.0.1:2181"
     )]
     server: ConnectOptions,
+    /// Who asks; may be repeated
+    #[arg(
+        long,
+        global = true,
+        env = "UNBROKEN_ZK_AUTH",
+        hide_env_values = true,
+        value_name = "SCHEME:AUTH",
+        value_parser = acl::parse_identity
+    )]
+    auth: Vec<Identity>,
     /// Print JSON, one object a line
     #[arg(long, global = true)]
     json: bool,
@@ -154,6 +169,25 @@ enum ZkCommand {
         /// Create what is missing above it, too
         #[arg(long, short)]
         parents: bool,
+        /// Who may do what with it; may be repeated. Everybody everything if there is none
+        #[arg(long, value_name = "SCHEME:ID:PERMS", value_parser = acl::parse)]
+        acl: Vec<Acl>,
+    },
+    /// Prints who may do what with a znode, or says it anew
+    ///
+    /// Permissions are letters: create and delete children, read, write, administer this list.
+    #[command(after_help = "Examples:\n  \
+        unbroken zk acl /app\n  \
+        unbroken zk --auth digest:joe:secret acl /app auth::cdrwa world:anyone:r")]
+    Acl {
+        /// The znode
+        path: String,
+        /// The whole new list
+        #[arg(value_name = "SCHEME:ID:PERMS", value_parser = acl::parse)]
+        entries: Vec<Acl>,
+        /// Only if the list has this version (aversion)
+        #[arg(long, value_name = "N", default_value_t = -1, hide_default_value = true)]
+        version: i32,
     },
     /// Deletes a znode
     #[command(after_help = "Example:\n  unbroken zk delete --recursive /app")]
@@ -178,13 +212,17 @@ enum ZkCommand {
     /// Of several changes in quick succession some may be told as one.
     #[command(after_help = "Examples:\n  \
         unbroken zk watch /app/config\n  \
-        unbroken zk watch --children /app --count 1")]
+        unbroken zk watch --children /app --count 1\n  \
+        unbroken zk --json watch --recursive /app")]
     Watch {
         /// The znode
         path: String,
         /// Watch its children come and go instead; it must exist
         #[arg(long)]
         children: bool,
+        /// Watch everything below it, too; every event is told by itself
+        #[arg(long, short = 'R', conflicts_with = "children")]
+        recursive: bool,
         /// End after so many events
         #[arg(long, value_name = "N")]
         count: Option<u64>,
@@ -239,7 +277,8 @@ pub(super) fn run(args: &ZkArgs) -> anyhow::Result<ExitCode> {
 }
 
 async fn connect_and_execute(args: &ZkArgs, out: &mut impl Write) -> anyhow::Result<()> {
-    let options = args.server.clone().request_timeout(Some(args.timeout));
+    let mut options = args.server.clone().request_timeout(Some(args.timeout));
+    options.identities.extend(args.auth.iter().cloned());
     let servers = options.hosts.join(",");
     let client = Client::connect(options).await.map_err(at(&servers))?;
     let result = execute(&client, &args.command, args.json, out).await;
@@ -308,6 +347,7 @@ async fn execute(
             sequential,
             container,
             parents,
+            acl,
         } => {
             let mode = match (*container, *ephemeral, *sequential) {
                 (true, _, _) => CreateMode::Container,
@@ -319,8 +359,11 @@ async fn execute(
             if *parents {
                 create_parents(client, path).await?;
             }
-            let data = input(data)?;
-            let created = match client.create(path, data, mode, Acl::open()).await {
+            let mut node = NewNode::new(mode).data(input(data)?);
+            if !acl.is_empty() {
+                node = node.acl(acl.clone());
+            }
+            let created = match client.create_node(path, node).await.map(|(path, _)| path) {
                 Err(ClientError::Zk(ErrorCode::NoNode)) => {
                     let above = parent(path).map_or("/", |(above, _)| above);
                     anyhow::bail!("{path}: its parent {above} does not exist (try --parents)");
@@ -337,6 +380,11 @@ async fn execute(
                 hold(client).await?;
             }
         }
+        ZkCommand::Acl {
+            path,
+            entries,
+            version,
+        } => acl::acl(client, path, entries, *version, json, out).await?,
         ZkCommand::Delete {
             path,
             version,
@@ -367,30 +415,16 @@ async fn execute(
         ZkCommand::Watch {
             path,
             children,
+            recursive,
             count,
         } => {
-            let mut left = count.unwrap_or(u64::MAX);
-            while left > 0 {
-                let watch = if *children {
-                    client
-                        .children_and_watch(path)
-                        .await
-                        .map(|(_, _, watch)| watch)
-                } else {
-                    client.exists_and_watch(path).await.map(|(_, watch)| watch)
-                };
-                let watch = watch.map_err(at(path))?;
-                let event = tokio::select! {
-                    event = watch => event.map_err(at(path))?,
-                    interrupted = tokio::signal::ctrl_c() => {
-                        interrupted?;
-                        return Ok(());
-                    }
-                };
-                write_event(&event, json, out)?;
-                out.flush()?;
-                left -= 1;
-            }
+            let watched = match (*recursive, *children) {
+                (true, _) => Watched::Tree,
+                (false, true) => Watched::Children,
+                (false, false) => Watched::Znode,
+            };
+            let count = count.unwrap_or(u64::MAX);
+            watch::watch(client, path, watched, count, json, out).await?;
         }
     }
     Ok(())
@@ -500,15 +534,6 @@ fn write_stat(stat: &Stat, out: &mut impl Write) -> io::Result<()> {
     writeln!(out, "num_children {num_children}\npzxid {pzxid}")
 }
 
-fn write_event(event: &WatchEvent, json: bool, out: &mut impl Write) -> io::Result<()> {
-    let WatchEvent { event, path } = event;
-    if json {
-        writeln!(out, "{}", json!({ "event": event, "path": path }))
-    } else {
-        writeln!(out, "{event:?} {path}")
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
@@ -540,6 +565,9 @@ mod tests {
             "--timeout -1 ls /",
             "delete /a --recursive --version 3",
             "create /a --container --ephemeral",
+            "--auth joe ls /",
+            "acl /a world:anyone",
+            "watch /a --children --recursive",
         ] {
             assert!(arguments(wrong).is_err(), "{wrong:?}");
         }
@@ -668,6 +696,25 @@ mod tests {
             printed("{\"created\":0,\"overwritten\":3,\"read\":3}\n")
         );
         assert_eq!(zk("get /a/b").await.unwrap().trim_end(), "x");
+
+        let watching = zk("watch -R / --count 1");
+        let changing = async {
+            loop {
+                client.set("/a/b", "x", -1).await.unwrap();
+            }
+        };
+        tokio::select! {
+            told = watching => assert_eq!(told, printed("NodeDataChanged /a/b\n")),
+            () = changing => {}
+        }
+        assert_eq!(zk("acl /a/b").await, printed("world:anyone:cdrwa\n"));
+        assert_eq!(zk("acl /a/b world:anyone:ra").await, printed(""));
+        assert_eq!(zk("acl /a/b").await, printed("world:anyone:ra\n"));
+        assert_eq!(zk("set /a/b z").await, refused("/a/b: not authorized"));
+        assert_eq!(
+            zk("acl /a/b world:anyone:cdrwa --version 2").await,
+            printed("")
+        );
 
         assert_eq!(zk("delete -r /a").await, printed(""));
         assert_eq!(zk("delete -r /a").await, refused("/a: no such znode"));

@@ -145,9 +145,9 @@ type Content = (Option<Bytes>, Stat, Vec<Acl>);
 
 async fn read(client: Client, path: String) -> Result<Option<Content>, Failure> {
     let both = async {
-        let (data, stat) = client.get(&path).await?;
+        let (data, stat) = client.get_or_null(&path).await?;
         let (acl, _) = client.acl(&path).await?;
-        Ok((Some(data), stat, acl))
+        Ok((data, stat, acl))
     };
     match both.await {
         Ok(content) => Ok(Some(content)),
@@ -240,14 +240,16 @@ pub(super) async fn import(
         }
     }
     create_parents(client, &first.path).await?;
+    let mut lists = Vec::new();
     let progress = Progress::new("importing", znodes.len());
     let mut rest = &znodes[..];
     while !rest.is_empty() {
         let batch;
         (batch, rest) = rest.split_at(batch_length(rest));
-        write(client, batch, existing, &mut done).await?;
+        lists.extend(write(client, batch, existing, &mut done).await?);
         progress.advance(batch.len());
     }
+    set_lists(client, lists).await?;
     Ok(done)
 }
 
@@ -274,18 +276,33 @@ async fn presence(client: &Client, znodes: &[Znode]) -> Result<Vec<bool>, Failur
     .await
 }
 
-/// Writes one batch in one transaction; looks again when somebody else changed the same znodes meanwhile.
+/// Gives overwritten znodes the file's access lists, which no transaction can: a list may forbid what follows it.
+async fn set_lists(client: &Client, znodes: Vec<Znode>) -> Result<(), Failure> {
+    pipelined(znodes, |znode| {
+        let client = client.clone();
+        async move {
+            let set = client.set_acl(&znode.path, znode.acl, -1).await;
+            set.map(drop).map_err(at(&znode.path))
+        }
+    })
+    .await
+    .map(drop)
+}
+
+/// Writes one batch in one transaction; looks again when somebody else changed the same znodes meanwhile. Gives the
+/// znodes that were overwritten.
 async fn write(
     client: &Client,
     batch: &[Znode],
     existing: Existing,
     done: &mut Imported,
-) -> anyhow::Result<()> {
+) -> anyhow::Result<Vec<Znode>> {
     loop {
         let there = presence(client, batch).await?;
         let mut ops = Vec::with_capacity(batch.len());
         let mut written = Vec::with_capacity(batch.len());
-        let (mut created, mut overwritten) = (0, 0);
+        let mut created = 0;
+        let mut overwritten = Vec::new();
         for (znode, there) in batch.iter().zip(there) {
             // The root is always there: its data is all that can be given to it.
             let overwrite = existing == Existing::Overwrite
@@ -294,7 +311,7 @@ async fn write(
                 created += 1;
                 ops.push(create_op(znode));
             } else if overwrite {
-                overwritten += 1;
+                overwritten.push(znode.clone());
                 ops.push(MultiOp::SetData {
                     path: znode.path.clone(),
                     data: znode.data.clone(),
@@ -306,13 +323,13 @@ async fn write(
             written.push(&znode.path);
         }
         if ops.is_empty() {
-            return Ok(());
+            return Ok(overwritten);
         }
         match client.multi(ops).await {
             Ok(_) => {
                 done.created += created;
-                done.overwritten += overwritten;
-                return Ok(());
+                done.overwritten += overwritten.len();
+                return Ok(overwritten);
             }
             Err(ClientError::Multi {
                 code: ErrorCode::NodeExists | ErrorCode::NoNode,
