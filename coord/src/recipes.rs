@@ -6,8 +6,10 @@
 //!
 //! | recipe | module |
 //! |---|---|
+//! | event channels: resumable, with a prefix that is truncated | [`channel`] |
 //! | transaction: several changes in one step, optimistic ones that read before they write | [`transaction`] |
 //! | configuration that follows changes | [`config`] |
+//! | lease: held for a time, longer than any session lasts | [`lease`] |
 //! | consensus by proposal and decision, and a sequence of decisions | [`consensus`] |
 //! | lock, fair and without a herd | [`lock`] |
 //! | read/write lock | [`rwlock`] |
@@ -31,6 +33,7 @@
 //! - **Each wait ends by an event**: nothing here polls.
 
 pub mod barrier;
+pub mod channel;
 mod common;
 pub mod config;
 pub mod consensus;
@@ -38,6 +41,7 @@ pub mod double_barrier;
 pub mod election;
 pub mod group;
 mod hold;
+pub mod lease;
 mod line;
 pub mod lock;
 pub mod queue;

@@ -1,10 +1,14 @@
 //! The recipes that hold data, on three real servers of which some die.
 
+mod channel;
 #[path = "../common/mod.rs"]
 #[expect(dead_code, reason = "other tests use the rest of it")]
 mod common;
 mod config;
 mod consensus;
+#[path = "../common/gate.rs"]
+mod gate;
+mod lease;
 mod transaction;
 
 use common::Cluster;
