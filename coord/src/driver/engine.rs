@@ -222,7 +222,7 @@ pub(super) async fn while_alive(mut alive: Alive, work: impl Future<Output = ()>
 
 /// Connections are numbered from 1, so that their tokens keep clear of the bell's.
 fn client_of(token: Token) -> Option<ConnId> {
-    (token != WAKE).then(|| ConnId(token.0 as u64))
+    (token != WAKE).then_some(ConnId(token.0 as u64))
 }
 
 fn client_token(conn: ConnId) -> Token {

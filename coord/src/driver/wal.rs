@@ -27,6 +27,10 @@ const VERSION: u16 = 1;
 /// Bytes after which a new segment is begun; one frame may go beyond.
 const SEGMENT_BYTES: u64 = 16 * 1024 * 1024;
 
+/// Bytes of a segment that are filled with zeros together, before the log gets there: overwriting what
+/// has been written changes no metadata of the file, and takes half the time of a first write.
+const FILL_BYTES: usize = 256 * 1024;
+
 /// Payload of one frame at most: a group of writes is cut at this, and one write may exceed it by
 /// one message of entries.
 pub(super) const FRAME_BYTES_MAX: usize = 256 * 1024 * 1024;
@@ -156,6 +160,8 @@ pub(crate) struct Wal {
     file: Box<dyn StorageFile>,
     mark: Box<dyn StorageFile>,
     offset: u64,
+    /// Everything in the segment before this has been written once.
+    filled: u64,
     next_frame: u64,
     chain: u32,
     hard_state: HardState,
@@ -213,6 +219,7 @@ impl Wal {
             file,
             mark,
             offset: 0,
+            filled: 0,
             next_frame,
             chain,
             hard_state: replay.hard_state,
@@ -250,6 +257,7 @@ impl Wal {
             self.segments.push(segment);
             self.file = file;
             self.offset = 0;
+            self.filled = 0;
             self.write_head()?;
         }
         Ok(())
@@ -272,9 +280,16 @@ impl Wal {
         let crc = checksum(&self.buffer);
         self.buffer[24..28].copy_from_slice(&crc.to_le_bytes());
         self.buffer.resize(self.buffer.len().next_multiple_of(8), 0);
+        let length = self.buffer.len();
+        let end = self.offset + length as u64;
+        if end > self.filled {
+            // Zeros are what stands behind the log in any case.
+            self.buffer.resize(length.next_multiple_of(FILL_BYTES), 0);
+            self.filled = self.offset + self.buffer.len() as u64;
+        }
         self.file.write_all_at(&self.buffer, self.offset)?;
         self.file.sync_data()?;
-        self.offset += self.buffer.len() as u64;
+        self.offset = end;
         self.next_frame += 1;
         self.chain = crc;
         Ok(())
