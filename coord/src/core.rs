@@ -75,8 +75,8 @@ pub enum PeerMessage {
     Raft(RaftMessage),
     /// Proposals for the leader, in order.
     Forward(Vec<Proposal>),
-    /// Sessions that were heard from, for the leader.
-    Touch(Vec<SessionId>),
+    /// Sessions that were heard from, for the leader, and how long ago in microseconds.
+    Touch(Vec<(SessionId, u32)>),
 }
 
 /// What the driver is to do, in this order.
@@ -210,7 +210,10 @@ pub struct Core {
     opening: BTreeSet<ConnId>,
     here: BTreeMap<SessionId, ConnId>,
     watches: Watches,
-    touched: BTreeSet<SessionId>,
+    /// Sessions of this server that were heard from, and when last.
+    touched: BTreeMap<SessionId, Instant>,
+    /// When each peer was heard from last.
+    heard: BTreeMap<u64, Instant>,
 
     outbox: BTreeMap<u64, Outgoing>,
     next_out: u64,
@@ -288,7 +291,7 @@ impl Core {
             started: now,
             wall_offset_ms: 0,
             next_tick: now + config.tick,
-            next_touch: now + config.heartbeat,
+            next_touch: now + config.tick,
             next_container_check: now + config.container_check,
             next_ttl_check: now + config.ttl_check,
             led: (0, None),
@@ -298,7 +301,8 @@ impl Core {
             opening: BTreeSet::new(),
             here: BTreeMap::new(),
             watches: Watches::default(),
-            touched: BTreeSet::new(),
+            touched: BTreeMap::new(),
+            heard: BTreeMap::new(),
             outbox: BTreeMap::new(),
             next_out: 0,
             forward: Vec::new(),
@@ -309,7 +313,7 @@ impl Core {
             waiting: BTreeSet::new(),
             writes: VecDeque::new(),
             next_hand_over: now,
-            deadlines: Deadlines::default(),
+            deadlines: Deadlines::new(config.session_grace),
             snapshot_taken,
             outputs: VecDeque::new(),
             counters: status::Counters::default(),
@@ -333,6 +337,7 @@ impl Core {
     /// A message has come from a peer. `from` is who the link says it is.
     pub fn handle_peer(&mut self, now: Instant, from: u64, message: PeerMessage) {
         self.advance(now);
+        self.heard.insert(from, now);
         match message {
             PeerMessage::Raft(message) => {
                 if message.from == from {
@@ -345,8 +350,9 @@ impl Core {
                 }
             }
             PeerMessage::Touch(sessions) => {
-                for session in sessions {
-                    self.deadlines.touch(session, now);
+                for (session, ago) in sessions {
+                    let ago = Duration::from_micros(u64::from(ago));
+                    self.deadlines.touch(session, now - ago);
                 }
             }
         }

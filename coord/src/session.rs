@@ -82,38 +82,77 @@ pub struct Session {
 }
 
 /// The leader's deadlines. Not replicated: a new leader starts all anew.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Deadlines {
-    by_session: BTreeMap<SessionId, (Instant, Duration)>,
+    /// Given to every session beyond its timeout.
+    grace: Duration,
+    by_session: BTreeMap<SessionId, Deadline>,
+    /// When to look at a session again. A sign of life moves its deadline and not this, so that it
+    /// costs little; it may therefore be too early, and never is too late.
     by_time: BTreeSet<(Instant, SessionId)>,
 }
 
+#[derive(Debug)]
+struct Deadline {
+    heard: Instant,
+    timeout: Duration,
+    /// Its place in `by_time`.
+    look: Instant,
+}
+
+/// A session whose time has run out.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Overdue {
+    pub(crate) session: SessionId,
+    /// When it ran out.
+    pub(crate) since: Instant,
+}
+
 impl Deadlines {
-    /// Begins, or begins anew, the count of a session.
-    pub(crate) fn start(&mut self, session: SessionId, timeout: Duration, now: Instant) {
-        self.put(session, now + timeout, timeout);
+    /// Of sessions that are given `grace` beyond their timeouts.
+    pub(crate) fn new(grace: Duration) -> Self {
+        Self {
+            grace,
+            by_session: BTreeMap::new(),
+            by_time: BTreeSet::new(),
+        }
     }
 
-    /// A sign of life. Unknown sessions are ignored: they have ended, or are not yet applied here.
-    pub(crate) fn touch(&mut self, session: SessionId, now: Instant) {
-        if let Some((_, timeout)) = self.by_session.get(&session) {
-            let timeout = *timeout;
-            self.put(session, now + timeout, timeout);
+    /// Begins, or begins anew, the count of a session.
+    pub(crate) fn start(&mut self, session: SessionId, timeout: Duration, now: Instant) {
+        let look = now + timeout + self.grace;
+        let deadline = Deadline {
+            heard: now,
+            timeout,
+            look,
+        };
+        if let Some(old) = self.by_session.insert(session, deadline) {
+            self.by_time.remove(&(old.look, session));
+        }
+        self.by_time.insert((look, session));
+    }
+
+    /// There was a sign of life at `heard`. Unknown sessions are ignored: they have ended, or are not
+    /// yet applied here.
+    pub(crate) fn touch(&mut self, session: SessionId, heard: Instant) {
+        if let Some(deadline) = self.by_session.get_mut(&session) {
+            deadline.heard = deadline.heard.max(heard);
         }
     }
 
     /// The leader was asleep for `pause`, in which nobody could be heard: it does not count.
     pub(crate) fn postpone(&mut self, pause: Duration) {
-        for (at, _) in self.by_session.values_mut() {
-            *at = *at + pause;
+        for deadline in self.by_session.values_mut() {
+            deadline.heard = deadline.heard + pause;
+            deadline.look = deadline.look + pause;
         }
         let later = std::mem::take(&mut self.by_time).into_iter();
         self.by_time = later.map(|(at, session)| (at + pause, session)).collect();
     }
 
     pub(crate) fn end(&mut self, session: SessionId) {
-        if let Some((at, _)) = self.by_session.remove(&session) {
-            self.by_time.remove(&(at, session));
+        if let Some(deadline) = self.by_session.remove(&session) {
+            self.by_time.remove(&(deadline.look, session));
         }
     }
 
@@ -122,27 +161,34 @@ impl Deadlines {
         self.by_time.clear();
     }
 
-    /// The next session whose time has run out. It is asked of again after `again`, in case the
-    /// proposal to end it is lost.
-    pub(crate) fn pop_expired(&mut self, now: Instant, again: Duration) -> Option<SessionId> {
-        let (at, session) = *self.by_time.first()?;
-        if at > now {
-            return None;
+    /// The next session whose time has run out. It is named again after `again`, in case the proposal
+    /// to end it is lost.
+    pub(crate) fn pop_expired(&mut self, now: Instant, again: Duration) -> Option<Overdue> {
+        loop {
+            let (look, session) = *self.by_time.first()?;
+            if look > now {
+                return None;
+            }
+            let deadline = &self.by_session[&session];
+            let due = deadline.heard + deadline.timeout + self.grace;
+            if due <= now {
+                self.look_at(session, now + again);
+                return Some(Overdue {
+                    session,
+                    since: due,
+                });
+            }
+            self.look_at(session, due);
         }
-        let timeout = self
-            .by_session
-            .get(&session)
-            .expect("both indexes hold the same")
-            .1;
-        self.put(session, now + again, timeout);
-        Some(session)
     }
 
-    fn put(&mut self, session: SessionId, at: Instant, timeout: Duration) {
-        if let Some((old, _)) = self.by_session.insert(session, (at, timeout)) {
+    /// Looks at a session that was named again at `at`, and not before.
+    pub(crate) fn look_at(&mut self, session: SessionId, at: Instant) {
+        if let Some(deadline) = self.by_session.get_mut(&session) {
+            let old = std::mem::replace(&mut deadline.look, at);
             self.by_time.remove(&(old, session));
+            self.by_time.insert((at, session));
         }
-        self.by_time.insert((at, session));
     }
 }
 
@@ -155,27 +201,44 @@ mod tests {
         let (a, b) = (SessionId(1), SessionId(2));
         let ms = Instant::from_millis;
         let again = Duration::from_millis(50);
-        let mut deadlines = Deadlines::default();
-        deadlines.start(a, Duration::from_millis(100), ms(0));
-        deadlines.start(b, Duration::from_millis(30), ms(0));
+        let mut deadlines = Deadlines::new(Duration::from_millis(8));
+        let overdue = |session, since| {
+            Some(Overdue {
+                session,
+                since: ms(since),
+            })
+        };
+        deadlines.start(a, Duration::from_millis(92), ms(0));
+        deadlines.start(b, Duration::from_millis(22), ms(0));
         deadlines.touch(b, ms(20));
+        deadlines.touch(b, ms(10));
         assert_eq!(deadlines.pop_expired(ms(49), again), None);
-        assert_eq!(deadlines.pop_expired(ms(50), again), Some(b));
+        assert_eq!(deadlines.pop_expired(ms(50), again), overdue(b, 50));
         assert_eq!(deadlines.pop_expired(ms(50), again), None);
-        assert_eq!(deadlines.pop_expired(ms(100), again), Some(a));
+        assert_eq!(deadlines.pop_expired(ms(100), again), overdue(a, 100));
         assert_eq!(
             deadlines.pop_expired(ms(100), again),
-            Some(b),
+            overdue(b, 50),
             "the first proposal was lost"
         );
         deadlines.postpone(Duration::from_millis(1000));
-        assert_eq!(deadlines.pop_expired(ms(1100), again), None);
-        assert_eq!(deadlines.pop_expired(ms(1150), again), Some(a));
+        assert_eq!(deadlines.pop_expired(ms(1149), again), None);
+        assert_eq!(deadlines.pop_expired(ms(1150), again), overdue(a, 1100));
+        deadlines.touch(b, ms(1140));
+        assert_eq!(
+            deadlines.pop_expired(ms(1160), again),
+            None,
+            "it was heard after all"
+        );
+        assert_eq!(deadlines.pop_expired(ms(1170), again), overdue(b, 1170));
+        deadlines.look_at(b, ms(1175));
+        assert_eq!(deadlines.pop_expired(ms(1174), again), None);
+        assert_eq!(deadlines.pop_expired(ms(1175), again), overdue(b, 1170));
         deadlines.end(a);
         deadlines.end(b);
         deadlines.touch(a, ms(200));
         assert_eq!(
-            deadlines.pop_expired(ms(900), again),
+            deadlines.pop_expired(ms(9000), again),
             None,
             "ended sessions do not come back"
         );

@@ -30,6 +30,9 @@ pub struct Config {
     pub session_max: Duration,
     /// Sessions of the whole cluster beyond which this server opens no more.
     pub sessions_max: usize,
+    /// Silence beyond its timeout after which a session is ended: what a sign of life may take to be
+    /// told to the leader.
+    pub session_grace: Duration,
     /// A connection that has not opened a session after this long is closed.
     pub handshake_max: Duration,
     /// A snapshot is taken every so many log entries.
@@ -68,6 +71,7 @@ impl Config {
             session_min: Duration::from_millis(30),
             session_max: Duration::from_secs(60),
             sessions_max: 500_000,
+            session_grace: Duration::from_millis(8),
             handshake_max: Duration::from_secs(10),
             snapshot_every: 20_000,
             entries_kept: 5_000,

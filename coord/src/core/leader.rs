@@ -5,8 +5,12 @@ use std::time::Duration;
 
 use super::{Core, Output, PeerMessage, TOUCH_MAX};
 use crate::quorum::Role;
-use crate::session::SessionId;
+use crate::session::{Overdue, SessionId};
+use crate::time::as_micros;
 use crate::txn::{Command, Entry, Proposal};
+
+/// A session whose server is silent, too, is given so much longer at most: it may be heard there.
+const SILENT_OWNER_MAX: Duration = Duration::from_millis(50);
 
 /// A proposal to end a session is repeated after this long, should it be lost.
 const EXPIRE_AGAIN: Duration = Duration::from_millis(500);
@@ -64,15 +68,28 @@ impl Core {
         if !self.leads() {
             return;
         }
-        while let Some(session) = self.deadlines.pop_expired(self.now, EXPIRE_AGAIN) {
-            if let Some(record) = self.state.sessions.get(&session) {
-                let attached = record.attached;
-                self.propose(Proposal {
-                    origin: self.run,
-                    command: Command::Expire { session, attached },
-                });
+        while let Some(overdue) = self.deadlines.pop_expired(self.now, EXPIRE_AGAIN) {
+            let Overdue { session, since } = overdue;
+            let Some(record) = self.state.sessions.get(&session) else {
+                continue;
+            };
+            if self.now.since(since) < SILENT_OWNER_MAX && self.is_silent(record.owner.server) {
+                self.deadlines.look_at(session, self.now + self.config.tick);
+                continue;
             }
+            let attached = record.attached;
+            self.propose(Proposal {
+                origin: self.run,
+                command: Command::Expire { session, attached },
+            });
         }
+    }
+
+    /// Whether a server is late with what it says at least once in every heartbeat.
+    fn is_silent(&self, server: u64) -> bool {
+        let limit = self.config.heartbeat + self.config.tick;
+        let heard = self.heard.get(&server);
+        server != self.config.id && heard.is_none_or(|heard| self.now.since(*heard) > limit)
     }
 
     /// A session of this server was heard from.
@@ -80,7 +97,7 @@ impl Core {
         if self.leads() {
             self.deadlines.touch(session, self.now);
         } else {
-            self.touched.insert(session);
+            self.touched.insert(session, self.now);
         }
     }
 
@@ -88,17 +105,22 @@ impl Core {
         if self.now < self.next_touch {
             return;
         }
-        self.next_touch = self.now + self.config.heartbeat;
+        self.next_touch = self.now + self.config.tick;
         let Some(leader) = self.quorum.leader() else {
             return;
         };
-        let touched: Vec<SessionId> = std::mem::take(&mut self.touched).into_iter().collect();
+        let touched = std::mem::take(&mut self.touched);
         if leader == self.config.id {
-            touched
-                .into_iter()
-                .for_each(|session| self.deadlines.touch(session, self.now));
+            for (session, heard) in touched {
+                self.deadlines.touch(session, heard);
+            }
             return;
         }
+        let ago = |heard| u32::try_from(as_micros(self.now.since(heard))).unwrap_or(u32::MAX);
+        let touched: Vec<(SessionId, u32)> = touched
+            .into_iter()
+            .map(|(session, heard)| (session, ago(heard)))
+            .collect();
         for chunk in touched.chunks(TOUCH_MAX) {
             let message = PeerMessage::Touch(chunk.to_vec());
             self.outputs.push_back(Output::Send {

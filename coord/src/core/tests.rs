@@ -8,7 +8,9 @@ use bytes::Bytes;
 use super::{Caller, CloseReason, Config, ConnId, Core, Output};
 use crate::core::PeerMessage;
 use crate::quorum::{RaftMessage, RaftMessageKind, Recovered, Role};
+use crate::session::Run;
 use crate::time::Instant;
+use crate::txn::{Command, Proposal};
 use crate::wire::{
     Acl, ConnectRequest, ConnectResponse, CreateMode, CreateOp, ErrorCode, EventType, OpCode,
     ReplyHeader, Request, Response, SetWatches, WatcherEvent, encode_connect_request,
@@ -435,6 +437,65 @@ fn a_silent_session_ends_and_a_loud_one_does_not() {
     bench.hello(3, silent.session_id, silent.password, 0);
     let late = ConnectResponse::decode(&bench.next(3)).unwrap();
     assert_eq!((late.session_id, late.timeout_ms), (0, 0));
+}
+
+/// A session of 100 ms on server 2, which says `touches` (when, of how long ago) to the leader, and
+/// otherwise that it is there as long as `talks`. How long after its creation the session ended.
+fn lifetime_elsewhere(touches: &[(u64, u32)], talks: bool) -> u64 {
+    let mut bench = Bench::alone();
+    let session = Proposal {
+        origin: Run {
+            server: 2,
+            incarnation: 7,
+        },
+        command: Command::Create {
+            request: 1,
+            timeout_ms: 100,
+            password: [1; 16],
+        },
+    };
+    let create = PeerMessage::Forward(vec![session]);
+    bench.core.handle_peer(bench.now, 2, create);
+    bench.drain();
+    bench.disk();
+    let session = *bench.core.state().sessions.keys().next().unwrap();
+    for ms in (5..).step_by(5) {
+        bench.pass(5);
+        bench.disk();
+        if bench.core.state().sessions.is_empty() {
+            return ms;
+        }
+        let touched = touches.iter().filter(|(at, _)| *at == ms);
+        let touched: Vec<_> = touched.map(|(_, ago)| (session, ago * 1000)).collect();
+        if talks || !touched.is_empty() {
+            let message = PeerMessage::Touch(touched);
+            bench.core.handle_peer(bench.now, 2, message);
+        }
+    }
+    unreachable!("sessions end")
+}
+
+#[test]
+fn a_sign_of_life_counts_from_when_it_was_given() {
+    assert_eq!(
+        lifetime_elsewhere(&[], true),
+        110,
+        "the timeout, 8 ms, a tick"
+    );
+    assert_eq!(lifetime_elsewhere(&[(50, 0)], true), 160);
+    assert_eq!(lifetime_elsewhere(&[(50, 20)], true), 140);
+    assert_eq!(lifetime_elsewhere(&[(50, 0), (55, 30)], true), 160);
+}
+
+#[test]
+fn a_session_whose_server_is_silent_may_be_heard_there() {
+    assert_eq!(lifetime_elsewhere(&[], false), 160, "not for ever");
+    assert_eq!(lifetime_elsewhere(&[(130, 40)], false), 250);
+    assert_eq!(
+        lifetime_elsewhere(&[(130, 129)], false),
+        135,
+        "it tells nothing new"
+    );
 }
 
 #[test]

@@ -26,6 +26,9 @@ const BATCH_MAX: usize = 1024;
 /// What the operating system tells at once at most.
 const EVENTS_MAX: usize = 256;
 
+/// How long the timers wait for what clients have sent at most.
+const LATE_MAX: Duration = Duration::from_millis(10);
+
 /// How old a [`Status`] may be.
 const STATUS_EVERY: Duration = Duration::from_millis(20);
 
@@ -256,7 +259,14 @@ impl Engine {
             }
             self.clients
                 .turn(&mut self.core, self.clock, &self.surroundings);
-            self.core.handle_timeout(self.clock.now());
+            // Silence is judged when everybody has been heard, but the timers cannot wait for ever.
+            let late = self
+                .core
+                .poll_timeout()
+                .map(|at| self.clock.now().since(at));
+            if !self.clients.has_ready() || late > Some(LATE_MAX) {
+                self.core.handle_timeout(self.clock.now());
+            }
             let mut changed = false;
             while let Some(output) = self.core.poll_output() {
                 changed |= self.carry_out(output);

@@ -62,7 +62,7 @@ async fn pair(key_a: u8, key_b: u8) -> (End, End) {
 }
 
 fn touch(count: i64) -> PeerMessage {
-    PeerMessage::Touch((0..count).map(SessionId).collect())
+    PeerMessage::Touch((0..count).map(|id| (SessionId(id), 0)).collect())
 }
 
 /// Waits for the next input in a thread, so that the tasks go on.
