@@ -16,6 +16,7 @@ mod client;
 mod config;
 mod convert;
 mod leader;
+mod members;
 mod read;
 mod read_only;
 mod status;
@@ -35,9 +36,10 @@ use self::client::Conn;
 pub use self::config::{Config, ConfigError};
 pub use self::status::Status;
 pub use self::words::Surroundings;
+use crate::members::Members;
 use crate::quorum::{
-    Consensus, QuorumConfig, QuorumOutput, RaftMessage, RaftQuorum, Recovered, Role, SnapshotImage,
-    Write, ticks,
+    Consensus, EntryKind, LogEntry, QuorumConfig, QuorumOutput, RaftMessage, RaftQuorum, Recovered,
+    Role, SnapshotImage, Write, ticks,
 };
 use crate::rng::Rng;
 use crate::session::{Deadlines, Run, SessionId};
@@ -154,6 +156,8 @@ pub enum CloseReason {
     TooManySessions,
     /// This server was so far behind that it had to skip ahead.
     SkippedAhead,
+    /// This server was removed from the cluster.
+    Removed,
 }
 
 /// What an operator may want to know.
@@ -169,6 +173,11 @@ pub enum Event {
     },
     /// The leader has ended a session for its silence.
     SessionExpired(SessionId),
+    /// Who the servers are now. Comes first of all, and then with every change.
+    Members(Members),
+    /// This server is no longer one of them, for ever, and nobody needs its vote any more: it must
+    /// stop.
+    Removed,
 }
 
 /// What a server waits to see in its own log.
@@ -236,6 +245,11 @@ pub struct Core {
     deadlines: Deadlines,
     /// Index of the newest snapshot taken, and of the newest that is durable.
     snapshot_taken: u64,
+    /// Not before these does a leader promote, and this server announce itself, again.
+    next_promotion: Instant,
+    next_announcement: Instant,
+    /// This server was removed, and stops then.
+    leaves_at: Option<Instant>,
     outputs: VecDeque<Output>,
     counters: status::Counters,
 }
@@ -258,7 +272,7 @@ impl Core {
         config.validate().expect("the configuration was validated");
         let mut state = match &recovered.snapshot {
             Some(image) => snapshot::decode(&image.data)?,
-            None => State::default(),
+            None => members::founded(&config.servers),
         };
         state.zxid = recovered.snapshot.as_ref().map_or(0, |image| image.index);
         let mut rng = Rng::new(seed);
@@ -269,7 +283,7 @@ impl Core {
         let quorum = RaftQuorum::new(
             &QuorumConfig {
                 id: config.id,
-                voters: config.servers.keys().copied().collect(),
+                founders: config.servers.keys().copied().collect(),
                 heartbeat_ticks: ticks(config.heartbeat, config.tick),
                 election_ticks: (
                     ticks(config.election_min, config.tick),
@@ -282,7 +296,7 @@ impl Core {
             recovered,
         );
         let snapshot_taken = state.zxid;
-        Ok(Self {
+        let mut core = Self {
             run,
             rng,
             quorum: Box::new(quorum),
@@ -302,7 +316,6 @@ impl Core {
             here: BTreeMap::new(),
             watches: Watches::default(),
             touched: BTreeMap::new(),
-            heard: BTreeMap::new(),
             outbox: BTreeMap::new(),
             next_out: 0,
             forward: Vec::new(),
@@ -315,10 +328,16 @@ impl Core {
             next_hand_over: now,
             deadlines: Deadlines::new(config.session_grace),
             snapshot_taken,
+            heard: BTreeMap::new(),
+            next_promotion: now,
+            next_announcement: now,
+            leaves_at: None,
             outputs: VecDeque::new(),
             counters: status::Counters::default(),
             config,
-        })
+        };
+        core.on_members();
+        Ok(core)
     }
 
     /// Tells the wall clock, in milliseconds since 1970. Only the times that znodes show come from it.
@@ -337,7 +356,10 @@ impl Core {
     /// A message has come from a peer. `from` is who the link says it is.
     pub fn handle_peer(&mut self, now: Instant, from: u64, message: PeerMessage) {
         self.advance(now);
-        self.heard.insert(from, now);
+        if self.state.members.was_removed(from) {
+            return;
+        }
+        self.hear(from);
         match message {
             PeerMessage::Raft(message) => {
                 if message.from == from {
@@ -391,8 +413,8 @@ impl Core {
             return;
         }
         // In turn, so that two do not split the vote. Who lags behind loses, and the next one asks.
-        let survivors = self.config.servers.keys().filter(|id| **id != peer);
-        let rank = survivors.take_while(|id| **id != self.config.id).count();
+        let survivors = self.state.members.voters().filter(|id| *id != peer);
+        let rank = survivors.take_while(|id| *id != self.config.id).count();
         let rank = u32::try_from(rank).expect("a handful of servers");
         self.campaign = Some((now + CAMPAIGN_STEP * rank, peer));
         self.campaign_if_due();
@@ -432,6 +454,9 @@ impl Core {
         self.check_disk();
         self.check_handshakes();
         self.check_containers();
+        self.check_joining();
+        self.check_announcement();
+        self.check_removed();
         if let Some(since) = self.leaderless_since
             && now.since(since) > self.config.leaderless_max
         {
@@ -465,6 +490,12 @@ impl Core {
         }
     }
 
+    /// This server's raft id.
+    #[must_use]
+    pub fn id(&self) -> u64 {
+        self.config.id
+    }
+
     /// The replicated state, for tests and status.
     #[must_use]
     pub fn state(&self) -> &State {
@@ -489,7 +520,7 @@ impl Core {
             }
             QuorumOutput::Restore(image) => self.on_restore(&image),
             QuorumOutput::Apply(entry) => {
-                self.on_apply(entry.index, &entry.data);
+                self.on_apply(&entry);
                 if entry.term > self.settled_term {
                     self.settled_term = entry.term;
                     self.ask_barriers();
@@ -516,16 +547,26 @@ impl Core {
         // Watches would miss what was skipped, and the fate of open writes is not known. Clients
         // come back with their last zxid and are told what they missed.
         self.close_all(CloseReason::SkippedAhead);
+        self.on_members();
     }
 
-    fn on_apply(&mut self, index: u64, data: &[u8]) {
+    fn on_apply(&mut self, logged: &LogEntry) {
+        let LogEntry { index, data, .. } = logged;
+        let index = *index;
         if data.is_empty() {
             self.state.skip(index);
             return;
         }
+        let version = self.state.members.version();
         let entry: Entry =
             postcard::from_bytes(data).expect("the log's checksums held, and we wrote it");
         let (outcome, changes) = self.state.apply(index, &entry);
+        if logged.kind == EntryKind::Membership {
+            self.quorum.reconfigure(&members::conf(&self.state.members));
+        }
+        if self.state.members.version() != version {
+            self.on_members();
+        }
         for change in &changes {
             for fired in self.watches.fire(change) {
                 let frame = encode_event(&WatcherEvent::new(fired.kind, fired.path));
@@ -565,7 +606,7 @@ impl Core {
                 .quorum
                 .term_at(self.state.zxid)
                 .expect("what was applied last is held"),
-            voters: self.config.servers.keys().copied().collect(),
+            conf: members::conf(&self.state.members),
             data: snapshot::encode(&self.state),
         }
     }
@@ -622,7 +663,7 @@ impl Core {
                     self.on_written(conn, *number, result);
                 }
             }
-            Outcome::Void | Outcome::Reaped => {}
+            Outcome::Void | Outcome::Reaped | Outcome::Arranged => {}
         }
     }
 

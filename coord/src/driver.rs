@@ -8,6 +8,7 @@ pub(crate) mod disk;
 mod engine;
 mod environment;
 mod peers;
+mod roster;
 pub(crate) mod storage;
 mod stream;
 pub(crate) mod wal;
@@ -30,8 +31,10 @@ use self::clients::Clients;
 use self::disk::{Claimed, Identity, KnownPeers};
 use self::engine::{Alive, Clock, Engine, Input, InputSender, Inputs, while_alive};
 use self::environment::Environment;
-use self::peers::Peers;
+use self::peers::{Beginning, Peers};
+use self::roster::Roster;
 use crate::core::{Config, ConfigError, Core};
+use crate::members;
 use crate::snapshot::SnapshotError;
 
 pub use self::disk::DiskError;
@@ -45,9 +48,14 @@ pub struct ServerConfig {
     pub name: String,
     /// Where clients connect.
     pub client_listen: SocketAddr,
-    /// Every server of the cluster, this one too: name and where it listens for the others. The same
-    /// everywhere, and not changed later.
-    pub peers: BTreeMap<String, SocketAddr>,
+    /// Servers of the cluster, this one too: name and `host:port` where it listens for the others. A
+    /// new cluster consists of these, so they must be the same on each of its servers. Later the log
+    /// says who takes part, and these are where a server looks for the others when it knows no
+    /// better. A host name is looked up whenever it is dialled.
+    pub peers: BTreeMap<String, String>,
+    /// With an empty data directory: wait until the cluster takes this server in, and never begin a
+    /// new one. (A server that finds a cluster running does not begin one either.)
+    pub join: bool,
     /// Where it keeps its log. Nobody else may use it.
     pub data_dir: PathBuf,
     /// The cluster's key: who has it is a server.
@@ -72,7 +80,8 @@ pub struct ServerConfig {
     pub extended_types: bool,
     /// Who may do everything: `super:` and a digest, as in an access list. Nobody.
     pub super_digest: Option<String>,
-    /// Whether clients may change who the servers are. No.
+    /// Whether clients may change who the servers are, if they have the right to write
+    /// `/zookeeper/config`. Yes.
     pub reconfig: bool,
     /// Whether this server, when it knows no leader, serves clients that asked for it read-only. Yes.
     pub read_only: bool,
@@ -84,7 +93,7 @@ impl ServerConfig {
     pub fn new(
         name: &str,
         client_listen: SocketAddr,
-        peers: BTreeMap<String, SocketAddr>,
+        peers: BTreeMap<String, impl ToString>,
         data_dir: PathBuf,
         key: [u8; 32],
     ) -> Self {
@@ -92,7 +101,11 @@ impl ServerConfig {
         Self {
             name: name.to_owned(),
             client_listen,
-            peers,
+            peers: peers
+                .into_iter()
+                .map(|(name, address)| (name, address.to_string()))
+                .collect(),
+            join: false,
             data_dir,
             key,
             tick: defaults.tick,
@@ -118,6 +131,14 @@ pub enum StartError {
     /// The server's name is not among its peers.
     #[error("server {0:?} is not one of its own peers")]
     NotAPeer(String),
+    /// Where a server is said to be is no address.
+    #[error("peer {name:?}: {address:?} is not host:port")]
+    Address {
+        /// Whose address.
+        name: String,
+        /// What stands there.
+        address: String,
+    },
     /// The timers contradict each other.
     #[error("{0}")]
     Config(#[from] ConfigError),
@@ -127,7 +148,7 @@ pub enum StartError {
         /// For whom.
         whom: &'static str,
         /// Where.
-        address: SocketAddr,
+        address: String,
         /// Why not.
         source: io::Error,
     },
@@ -157,6 +178,13 @@ pub enum ServerError {
         /// Who knows.
         peer: String,
     },
+    /// It was removed from the cluster, and takes part no longer. To bring it back, empty its data
+    /// directory and add it again: it returns as a new server.
+    #[error(
+        "this server was removed from the cluster; to bring it back, empty its data directory and \
+         add it again"
+    )]
+    Removed,
     /// A server with an empty disk has waited for its peers, and then could not start.
     #[error("{0}")]
     Start(StartError),
@@ -169,7 +197,7 @@ pub enum ServerError {
 #[derive(Debug)]
 pub struct Server {
     engine: InputSender,
-    ids: BTreeMap<String, u64>,
+    roster: Arc<Roster>,
     status: watch::Receiver<Status>,
     failed: watch::Receiver<Option<Arc<ServerError>>>,
     client_address: SocketAddr,
@@ -187,13 +215,90 @@ pub struct Server {
 /// # Errors
 /// [`StartError`]. Nothing is left running then.
 pub async fn start(config: ServerConfig) -> Result<Server, StartError> {
-    let Some(peer_listen) = config.peers.get(&config.name).copied() else {
+    let Some(peer_listen) = config.peers.get(&config.name) else {
         return Err(StartError::NotAPeer(config.name));
     };
-    // Every server counts alike.
-    let ids: BTreeMap<String, u64> = config.peers.keys().cloned().zip(1..).collect();
-    let names: BTreeMap<u64, String> = ids.iter().map(|(name, id)| (*id, name.clone())).collect();
-    let core_config = Config {
+    core_config(&config, 1, &BTreeMap::from([(1, config.name.clone())])).validate()?;
+    let client_listener = listen("clients", &config.client_listen.to_string()).await?;
+    let peer_listener = listen("peers", peer_listen).await?;
+    let client_address = client_listener.local_addr().map_err(StartError::System)?;
+    let peer_address = peer_listener.local_addr().map_err(StartError::System)?;
+    let mut seeds = config.peers.clone();
+    if peer_listen.ends_with(":0") {
+        seeds.insert(config.name.clone(), peer_address.to_string());
+    }
+    for (name, address) in &seeds {
+        if !members::is_address(address) {
+            let (name, address) = (name.clone(), address.clone());
+            return Err(StartError::Address { name, address });
+        }
+    }
+    let addresses = (seeds[&config.name].clone(), client_address.to_string());
+
+    let claimed = disk::claim(&config.data_dir, &config.name)?;
+    let known = KnownPeers::open(&config.data_dir)?;
+    let (engine, inputs) = engine::inputs().map_err(StartError::System)?;
+    let roster = Arc::new(Roster::new(&config.name, seeds));
+    let peers = Peers::new(roster.clone(), &config.key, known, engine.clone());
+    let (alive_sender, alive) = watch::channel(());
+    let accept = clients::accept(client_listener, engine.clone());
+    tokio::spawn(while_alive(alive.clone(), accept));
+    let accept = peers.clone().accept(peer_listener, alive.clone());
+    tokio::spawn(while_alive(alive.clone(), accept));
+    let (status_sender, status) = watch::channel(Status::starting(&config.name));
+    let (failed_sender, failed) = watch::channel(None);
+    let join = config.join;
+    let launch = Launch {
+        environment: Environment {
+            client_port: client_address.port(),
+            secure_client_port: None,
+            data_dir: config.data_dir.clone(),
+        },
+        config,
+        addresses,
+        seed: random()?,
+        log_id: random()?,
+        inputs,
+        engine: engine.clone(),
+        peers: peers.clone(),
+        roster: roster.clone(),
+        alive: (alive_sender, alive),
+        status: status_sender,
+        failed: failed_sender,
+    };
+    let beginning = if claimed.identity().is_none() {
+        let begin = async move {
+            match peers.beginning(join).await {
+                Ok(beginning) => {
+                    let failed = launch.failed.clone();
+                    let launched =
+                        tokio::task::spawn_blocking(move || launch.go(claimed, Some(beginning)));
+                    if let Ok(Err(error)) = launched.await {
+                        fail(&failed, ServerError::Start(error));
+                    }
+                }
+                Err(peer) => fail(&launch.failed, ServerError::Forgotten { peer }),
+            }
+        };
+        Some(tokio::spawn(begin))
+    } else {
+        launch.go(claimed, None)?;
+        None
+    };
+    Ok(Server {
+        engine,
+        roster,
+        status,
+        failed,
+        client_address,
+        beginning,
+    })
+}
+
+fn core_config(config: &ServerConfig, id: u64, founders: &BTreeMap<u64, String>) -> Config {
+    Config {
+        name: config.name.clone(),
+        reconfig: config.reconfig,
         tick: config.tick,
         heartbeat: config.heartbeat,
         election_min: config.election_min,
@@ -204,86 +309,9 @@ pub async fn start(config: ServerConfig) -> Result<Server, StartError> {
         snapshot_every: config.snapshot_every,
         extended_types: config.extended_types,
         super_digest: config.super_digest.clone(),
-        reconfig: config.reconfig,
         read_only: config.read_only,
-        ..Config::new(ids[&config.name], names.clone())
-    };
-    core_config.validate()?;
-    let client_listener = listen("clients", config.client_listen).await?;
-    let peer_listener = listen("peers", peer_listen).await?;
-    let client_address = client_listener.local_addr().map_err(StartError::System)?;
-
-    let claimed = disk::claim(&config.data_dir, &config.name, &names)?;
-    let known = KnownPeers::open(&config.data_dir)?;
-    let identity = Identity {
-        log_id: random()?,
-        name: config.name.clone(),
-        servers: names.clone(),
-    };
-    let (engine, inputs) = engine::inputs().map_err(StartError::System)?;
-    let addresses = config
-        .peers
-        .iter()
-        .map(|(name, address)| (ids[name], *address))
-        .collect();
-    let peers = Peers::new(
-        &config.name,
-        ids.clone(),
-        addresses,
-        &config.key,
-        known,
-        engine.clone(),
-    );
-    let (alive_sender, alive) = watch::channel(());
-    let accept = clients::accept(client_listener, engine.clone());
-    tokio::spawn(while_alive(alive.clone(), accept));
-    let accept = peers.clone().accept(peer_listener, alive.clone());
-    tokio::spawn(while_alive(alive.clone(), accept));
-    let this = core_config.id;
-    let (status_sender, status) = watch::channel(Status::starting(&config.name));
-    let (failed_sender, failed) = watch::channel(None);
-    let launch = Launch {
-        core: core_config,
-        seed: random()?,
-        identity,
-        environment: Environment {
-            client_port: client_address.port(),
-            secure_client_port: None,
-            data_dir: config.data_dir.clone(),
-        },
-        inputs,
-        engine: engine.clone(),
-        peers: peers.clone(),
-        alive: (alive_sender, alive),
-        status: status_sender,
-        failed: failed_sender,
-    };
-    let beginning = if claimed.is_fresh() {
-        let begin = async move {
-            match peers.may_begin(this).await {
-                Ok(()) => {
-                    let failed = launch.failed.clone();
-                    let launched = tokio::task::spawn_blocking(move || launch.go(claimed));
-                    if let Ok(Err(error)) = launched.await {
-                        fail(&failed, ServerError::Start(error));
-                    }
-                }
-                Err(peer) => fail(&launch.failed, ServerError::Forgotten { peer }),
-            }
-        };
-        Some(tokio::spawn(begin))
-    } else {
-        launch.go(claimed)?;
-        None
-    };
-    Ok(Server {
-        engine,
-        ids,
-        status,
-        failed,
-        client_address,
-        beginning,
-    })
+        ..Config::new(id, founders.clone())
+    }
 }
 
 fn fail(failed: &watch::Sender<Option<Arc<ServerError>>>, error: ServerError) {
@@ -293,44 +321,68 @@ fn fail(failed: &watch::Sender<Option<Arc<ServerError>>>, error: ServerError) {
 
 /// Everything that the engine needs, but for the disk.
 struct Launch {
-    core: Config,
+    config: ServerConfig,
+    /// For peers and for clients.
+    addresses: (String, String),
     seed: u64,
-    identity: Identity,
     environment: Environment,
+    log_id: u64,
     inputs: Inputs,
     engine: InputSender,
     peers: Peers,
+    roster: Arc<Roster>,
     alive: (watch::Sender<()>, Alive),
     status: watch::Sender<Status>,
     failed: watch::Sender<Option<Arc<ServerError>>>,
 }
 
 impl Launch {
-    /// Reads the disk and starts the threads.
-    fn go(self, claimed: Claimed) -> Result<(), StartError> {
-        let opened = claimed.open(self.identity)?;
+    /// Reads the disk and starts the threads. A server with an empty one must know what it begins as.
+    fn go(self, claimed: Claimed, beginning: Option<Beginning>) -> Result<(), StartError> {
+        let identity = match (claimed.identity(), beginning) {
+            (Some(identity), _) => identity.clone(),
+            (None, beginning) => {
+                let Beginning { id, founders } = beginning.expect("an empty disk says nothing");
+                Identity {
+                    log_id: self.log_id,
+                    name: self.config.name.clone(),
+                    id,
+                    founders,
+                }
+            }
+        };
+        let (id, founders) = (identity.id, identity.founders.clone());
+        let opened = claimed.open(identity)?;
         let clock = Clock::start();
         let recovered = opened.recovered.clone();
-        let core = Core::new(self.core.clone(), recovered, self.seed, clock.now())?;
+        let config = Config {
+            addresses: Some(self.addresses),
+            ..core_config(&self.config, id, &founders)
+        };
+        let core = Core::new(config, recovered, self.seed, clock.now())?;
+        self.roster.begin(id, &founders);
+        self.roster.update(&core.state().members);
         let disk = opened.start(&self.engine).map_err(StartError::System)?;
         let (alive_sender, alive) = self.alive;
-        let mut queues = BTreeMap::new();
-        for peer in self.core.servers.keys().filter(|id| **id != self.core.id) {
+        let (peers, runtime) = (self.peers, tokio::runtime::Handle::current());
+        let link = move |peer| {
             let (queue, messages) = mpsc::channel(peers::QUEUE_MAX);
-            queues.insert(*peer, queue);
-            let dial = self.peers.clone().dial(*peer, messages);
-            tokio::spawn(while_alive(alive.clone(), dial));
-        }
+            let dial = peers.clone().dial(peer, messages);
+            runtime.spawn(while_alive(alive.clone(), dial));
+            queue
+        };
         let clients = Clients::new(self.inputs.registry().map_err(StartError::System)?);
         let engine = Engine {
             core,
             clock,
             inputs: self.inputs,
             disk,
-            peers: queues,
-            names: self.core.servers,
             surroundings: self.environment,
             clients,
+            peers: BTreeMap::new(),
+            link: Box::new(link),
+            roster: self.roster,
+            removed: false,
             _alive: alive_sender,
             status: self.status,
         };
@@ -369,7 +421,7 @@ impl Server {
     /// this server does not lead, or the name is unknown. [`Server::watch_status`] shows when it
     /// has happened.
     pub fn transfer_leadership(&self, to: Option<&str>) {
-        let id = to.map(|name| self.ids.get(name).copied());
+        let id = to.map(|name| self.roster.id_of(name));
         if id != Some(None) {
             self.engine.try_send(Input::Transfer(id.flatten()));
         }
@@ -378,8 +430,8 @@ impl Server {
     /// Tells that the process of a peer is dead beyond doubt: if it led, this server and the other
     /// elect a new leader at once.
     pub fn peer_died(&self, name: &str) {
-        if let Some(id) = self.ids.get(name) {
-            self.engine.try_send(Input::PeerDied(*id));
+        if let Some(id) = self.roster.id_of(name) {
+            self.engine.try_send(Input::PeerDied(id));
         }
     }
 
@@ -422,12 +474,12 @@ impl Drop for Server {
     }
 }
 
-async fn listen(whom: &'static str, address: SocketAddr) -> Result<TcpListener, StartError> {
+async fn listen(whom: &'static str, address: &str) -> Result<TcpListener, StartError> {
     TcpListener::bind(address)
         .await
         .map_err(|source| StartError::Listen {
             whom,
-            address,
+            address: address.to_owned(),
             source,
         })
 }

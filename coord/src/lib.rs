@@ -31,6 +31,8 @@
 //! # A server, and a client of it
 //!
 //! ```
+//! use std::collections::BTreeMap;
+//!
 //! use unbroken_coord::client::{Client, ConnectOptions};
 //! use unbroken_coord::driver::{self, ServerConfig};
 //! use unbroken_coord::wire::{Acl, CreateMode};
@@ -40,7 +42,7 @@
 //! # let data_dir = std::env::temp_dir().join(format!("unbroken-coord-doc-{}", std::process::id()));
 //! # let free = || std::net::TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr());
 //! # let (peer_address, any) = (free()?, "127.0.0.1:0".parse()?);
-//! let peers = [("a".to_owned(), peer_address)].into();
+//! let peers = BTreeMap::from([("a".to_owned(), peer_address)]);
 //! let config = ServerConfig::new("a", any, peers, data_dir.clone(), [0; 32]);
 //! let server = driver::start(config).await?;
 //!
@@ -60,6 +62,7 @@ pub mod acl;
 pub mod client;
 pub mod core;
 pub mod driver;
+pub mod members;
 pub mod quorum;
 pub mod recipes;
 mod rng;

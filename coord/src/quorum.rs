@@ -3,11 +3,28 @@
 //!
 //! The engine is raft-rs, which does no I/O. Its own jitter is overridden: the election timeout is
 //! a function of the seed, the server and the term, so that a run can be repeated.
+//!
+//! # Changes of the membership
+//!
+//! An entry of the kind [`EntryKind::Membership`] is one of the engine's configuration changes, and
+//! what it changes is decided when it is applied, by the state machine, on every server alike. The
+//! engine refuses a second one before the first is applied at the leader, and a server does not
+//! campaign while it knows of a committed one that it has not applied.
+//!
+//! That is not yet enough when servers crash, because a configuration takes effect by its
+//! application: if two changes were committed and some servers forgot that the *first* was, they
+//! could elect a leader by the majority of a configuration two steps back, which need not meet the
+//! present one. So a server that holds the second change must know for good that the first is
+//! committed. It does: the leader sends the second with a commit index at or above the first, and a
+//! batch of entries is written together with the hard state that came with it, whole or not at all
+//! ([`Write`]). Who lacks the second change entirely is outvoted by those who hold it, because one
+//! step apart majorities meet.
 
 mod log;
 mod message;
 mod raft;
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -16,6 +33,16 @@ use serde::{Deserialize, Serialize};
 pub use message::{RaftMessage, RaftMessageKind};
 pub(crate) use raft::RaftQuorum;
 
+/// What a record of the log is to the engine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub enum EntryKind {
+    /// Nothing but data.
+    #[default]
+    Normal,
+    /// Its application may change who votes ([`Consensus::reconfigure`]).
+    Membership,
+}
+
 /// One record of the log.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LogEntry {
@@ -23,6 +50,8 @@ pub struct LogEntry {
     pub index: u64,
     /// The term of the leader that wrote it.
     pub term: u64,
+    /// Whether it may change who votes.
+    pub kind: EntryKind,
     /// What it holds; empty for a new leader's first.
     pub data: Bytes,
 }
@@ -38,6 +67,15 @@ pub struct HardState {
     pub commit: u64,
 }
 
+/// Who votes and who is only sent the log, at one index.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Conf {
+    /// Raft ids of the voters.
+    pub voters: BTreeSet<u64>,
+    /// Raft ids of the others.
+    pub learners: BTreeSet<u64>,
+}
+
 /// The state machine at one index.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SnapshotImage {
@@ -45,8 +83,8 @@ pub struct SnapshotImage {
     pub index: u64,
     /// Term of that entry.
     pub term: u64,
-    /// The raft ids of the voters.
-    pub voters: Vec<u64>,
+    /// Who takes part after that entry.
+    pub conf: Conf,
     /// [`crate::snapshot`]'s encoding of the state.
     pub data: Bytes,
 }
@@ -84,6 +122,8 @@ pub enum Role {
     Follower,
     /// It asks for votes.
     Candidate,
+    /// It follows, and has no vote: an observer, a server that is joining, or one that was removed.
+    Observer,
 }
 
 /// What the engine wants done, in this order.
@@ -106,7 +146,8 @@ pub(crate) enum QuorumOutput {
 #[derive(Debug, Clone)]
 pub(crate) struct QuorumConfig {
     pub(crate) id: u64,
-    pub(crate) voters: Vec<u64>,
+    /// Who votes before the first entry of the log.
+    pub(crate) founders: BTreeSet<u64>,
     /// Ticks between heartbeats.
     pub(crate) heartbeat_ticks: usize,
     /// Silence after which a follower asks for votes: at least, and less than.
@@ -124,8 +165,17 @@ pub(crate) trait Consensus {
     fn tick(&mut self);
     /// A message has come from a peer.
     fn step(&mut self, message: RaftMessage);
-    /// Puts an entry into the log, if this server leads. False: it was not taken.
-    fn propose(&mut self, data: Vec<u8>) -> bool;
+    /// Puts an entry into the log, if this server leads. False: it was not taken. One of the kind
+    /// [`EntryKind::Membership`] is taken only when the one before it is applied here.
+    fn propose(&mut self, kind: EntryKind, data: Vec<u8>) -> bool;
+    /// Must be called when an entry of the kind [`EntryKind::Membership`] has been applied, before
+    /// anything else: this is what takes part from then on. At most one voter more or less.
+    fn reconfigure(&mut self, conf: &Conf);
+    /// How far a peer's log is known to agree with that of this server, which leads; nothing if it
+    /// does not, or the peer was not heard of lately.
+    fn matched(&self, peer: u64) -> Option<u64>;
+    /// The last index of the log.
+    fn last_index(&self) -> u64;
     /// Asks what has been committed anywhere before now: [`QuorumOutput::Barrier`] answers, or
     /// nobody, if there is no leader or the question is lost.
     fn barrier(&mut self, context: u64);

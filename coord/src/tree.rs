@@ -22,6 +22,9 @@ use crate::acl;
 use crate::session::SessionId;
 use crate::wire::{Acl, ErrorCode, Id, Stat, perms, validate_path};
 
+/// Where clients read who the servers are.
+pub const CONFIG_PATH: &str = "/zookeeper/config";
+
 /// What kind of znode this is, beside its data.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Kind {
@@ -544,6 +547,19 @@ impl Tree {
         let grown = after.cast_signed() - before.cast_signed();
         self.account(path, 0, grown);
         undo
+    }
+
+    /// Sets the data of a znode that is always there, in the service's own name.
+    pub(crate) fn overwrite(&mut self, path: &str, data: Bytes, stamp: Stamp) -> Stat {
+        let znode = self
+            .nodes
+            .get_mut(path)
+            .expect("a reserved znode is always there");
+        znode.data = Some(data);
+        znode.version = znode.version.wrapping_add(1);
+        znode.mzxid = stamp.zxid;
+        znode.mtime = stamp.time_ms;
+        znode.stat()
     }
 
     /// Sets a znode's access list. (No part of a `multi`, so it needs no undo.)

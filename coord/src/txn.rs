@@ -8,9 +8,10 @@ use std::collections::BTreeMap;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
+use crate::members::{Members, Reconfig};
 use crate::session::{Password, Run, Session, SessionId, same_password};
-use crate::tree::{Change, NewZnode, Stamp, Tree, Undo};
-use crate::wire::{Acl, ErrorCode, Id, Stat};
+use crate::tree::{CONFIG_PATH, Change, NewZnode, Stamp, Tree, Undo};
+use crate::wire::{Acl, ErrorCode, Id, Stat, perms};
 
 /// One entry of the log, before and after it is given its index.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -79,6 +80,18 @@ pub enum Command {
         /// Which.
         path: String,
     },
+    /// The leader found that a server which is joining has caught up: it votes from now on.
+    Promote {
+        /// Its raft id.
+        member: u64,
+    },
+    /// The origin tells where it is.
+    Announce {
+        /// `host:port` for the other servers.
+        peer: String,
+        /// `host:port` for clients.
+        client: String,
+    },
 }
 
 /// A write of a client.
@@ -124,6 +137,8 @@ pub enum Op {
     Close,
     /// Refuse: the origin found a part of a `multi` malformed; the rest must be refused with it.
     Malformed(ErrorCode),
+    /// Change who the servers are.
+    Reconfig(Reconfig),
 }
 
 /// What a write answers when it succeeds.
@@ -141,6 +156,8 @@ pub enum Done {
     Multi(Vec<Self>),
     /// The session has ended.
     Closed,
+    /// The membership has changed: what `/zookeeper/config` holds now.
+    Configured(Bytes, Stat),
 }
 
 /// Why a write was refused.
@@ -185,6 +202,8 @@ pub enum Outcome {
     Void,
     /// A container or a znode with a time to live was deleted, or not.
     Reaped,
+    /// A server was promoted or has announced itself, or there was nothing to do.
+    Arranged,
 }
 
 /// The replicated state.
@@ -196,6 +215,8 @@ pub struct State {
     pub tree: Tree,
     /// The sessions.
     pub sessions: BTreeMap<SessionId, Session>,
+    /// The servers.
+    pub members: Members,
 }
 
 impl State {
@@ -283,6 +304,18 @@ impl State {
                 }
                 Outcome::Reaped
             }
+            Command::Promote { member } => {
+                if self.members.promote(*member, zxid) {
+                    self.show_members(stamp, &mut changes);
+                }
+                Outcome::Arranged
+            }
+            Command::Announce { peer, client } => {
+                if self.members.announce(origin.server, peer, client, zxid) {
+                    self.show_members(stamp, &mut changes);
+                }
+                Outcome::Arranged
+            }
         };
         (outcome, changes)
     }
@@ -307,6 +340,14 @@ impl State {
             changes.push(Change::Deleted(path));
         }
         self.sessions.remove(&session);
+    }
+
+    /// Writes the membership down where clients read it.
+    fn show_members(&mut self, stamp: Stamp, changes: &mut Vec<Change>) -> Done {
+        let text = Bytes::from(self.members.render());
+        let stat = self.tree.overwrite(CONFIG_PATH, text.clone(), stamp);
+        changes.push(Change::Data(CONFIG_PATH.into()));
+        Done::Configured(text, stat)
     }
 
     fn write(
@@ -342,6 +383,11 @@ impl State {
                 *version,
                 who,
             )?)),
+            Op::Reconfig(change) => {
+                self.tree.read(CONFIG_PATH, perms::WRITE, who)?;
+                self.members = self.members.reconfigured(change, stamp.zxid)?;
+                Ok(self.show_members(stamp, changes))
+            }
             Op::Close => {
                 self.end_session(session, stamp.zxid, changes);
                 Ok(Done::Closed)
@@ -388,7 +434,9 @@ impl State {
                 Ok(Done::Checked)
             }
             Op::Malformed(code) => Err(*code),
-            Op::SetAcl { .. } | Op::Multi(_) | Op::Close => Err(ErrorCode::BadArguments),
+            Op::SetAcl { .. } | Op::Multi(_) | Op::Close | Op::Reconfig(_) => {
+                Err(ErrorCode::BadArguments)
+            }
         }
     }
 }

@@ -53,6 +53,7 @@ impl From<&driver::Status> for CoordinatorStatus {
                 driver::Role::Leader => CoordinatorRole::Leader,
                 driver::Role::Follower => CoordinatorRole::Follower,
                 driver::Role::Candidate => CoordinatorRole::Candidate,
+                driver::Role::Observer => CoordinatorRole::Observer,
             },
             leader: status.leader.clone(),
             zxid: i64::try_from(status.zxid).unwrap_or(i64::MAX),
@@ -69,6 +70,8 @@ pub enum CoordinatorRole {
     Leader,
     /// Follows a leader.
     Follower,
+    /// Follows a leader and has no vote: it is joining, or stays an observer.
+    Observer,
     /// Asks to be elected: for now there is no leader.
     Candidate,
     /// Runs elsewhere; this node has a session.

@@ -516,7 +516,11 @@ impl Core {
         let Phase::Open { session, attached } = state.phase else {
             return;
         };
-        match operation(request, session, &self.config) {
+        let wanted = match request {
+            Request::Reconfig { .. } if !self.config.reconfig => Err(ErrorCode::ReconfigDisabled),
+            request => operation(request, session, &self.config),
+        };
+        match wanted {
             Ok((op, shape)) => {
                 state.writes += 1;
                 let number = state.writes;

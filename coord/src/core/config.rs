@@ -10,10 +10,16 @@ use crate::quorum::ticks;
 /// How a server behaves.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
-    /// This server's raft id, one of `servers`.
+    /// This server's raft id.
     pub id: u64,
-    /// Every server: raft id and name.
+    /// Its name.
+    pub name: String,
+    /// The servers that began the cluster: raft id and name. The same on every server for ever; who
+    /// takes part today stands in the log.
     pub servers: BTreeMap<u64, String>,
+    /// Where this server is, for the others and for clients, `host:port` each. It sees to it that the
+    /// log says so.
+    pub addresses: Option<(String, String)>,
     /// Resolution of all timers.
     pub tick: Duration,
     /// Time between a leader's heartbeats.
@@ -57,12 +63,14 @@ pub struct Config {
 }
 
 impl Config {
-    /// The defaults of the design for server `id` of `servers`.
+    /// The defaults of the design for server `id` of a cluster that `servers` began.
     #[must_use]
     pub fn new(id: u64, servers: BTreeMap<u64, String>) -> Self {
         Self {
             id,
+            name: servers.get(&id).cloned().unwrap_or_default(),
             servers,
+            addresses: None,
             tick: Duration::from_millis(5),
             heartbeat: Duration::from_millis(10),
             election_min: Duration::from_millis(50),
@@ -80,7 +88,7 @@ impl Config {
             ttl_check: Duration::from_secs(1),
             extended_types: false,
             super_digest: None,
-            reconfig: false,
+            reconfig: true,
             read_only: true,
         }
     }
@@ -90,7 +98,7 @@ impl Config {
     /// # Errors
     /// [`ConfigError`] names the first that does.
     pub fn validate(&self) -> Result<(), ConfigError> {
-        if !self.servers.contains_key(&self.id) || self.servers.contains_key(&0) {
+        if self.id == 0 || self.servers.is_empty() || self.servers.contains_key(&0) {
             return Err(ConfigError::UnknownServer(self.id));
         }
         if self.tick.is_zero() || self.heartbeat < self.tick {
@@ -112,8 +120,8 @@ impl Config {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
 #[non_exhaustive]
 pub enum ConfigError {
-    /// `id` is not among `servers`, or a server has id 0.
-    #[error("server {0} is not one of the servers (whose ids are above 0)")]
+    /// A server has id 0, or there are none.
+    #[error("server {0}: ids of servers are above 0, and there must be some")]
     UnknownServer(u64),
     /// The heartbeat is shorter than a tick, or the tick is zero.
     #[error("the heartbeat must be at least one tick, and a tick more than nothing")]

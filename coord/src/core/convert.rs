@@ -3,6 +3,7 @@
 use bytes::Bytes;
 
 use super::Config;
+use crate::members::Reconfig;
 use crate::session::SessionId;
 use crate::tree::{Kind, NewZnode, TTL_MS_MAX};
 use crate::txn::{Done, Op, Refused};
@@ -91,7 +92,20 @@ pub(super) fn operation(
             (Op::Multi(ops), Shape::Multi(shapes))
         }
         Request::CloseSession => (Op::Close, Shape::Empty),
-        Request::Reconfig { .. } => return Err(ErrorCode::ReconfigDisabled),
+        Request::Reconfig {
+            joining,
+            leaving,
+            new_members,
+            config_version,
+        } => {
+            let change = Reconfig::parse(
+                joining.as_deref(),
+                leaving.as_deref(),
+                new_members.as_deref(),
+                config_version,
+            );
+            (Op::Reconfig(change?), Shape::Stat)
+        }
         Request::Exists { .. }
         | Request::GetData { .. }
         | Request::GetAcl { .. }
@@ -214,6 +228,10 @@ pub(super) fn respond(result: Result<Done, Refused>, shape: &Shape) -> Result<Re
         }
         (Done::Created(path, _), _) => Response::Created { path },
         (Done::Set(stat), _) => Response::Stat(stat),
+        (Done::Configured(text, stat), _) => Response::Data {
+            data: Some(text),
+            stat,
+        },
         (Done::Multi(parts), Shape::Multi(shapes)) => Response::Multi(
             parts
                 .into_iter()
@@ -235,6 +253,8 @@ fn part_result(done: Done, shape: Option<CreateOp>) -> MultiResult {
         (Done::Created(path, _), _) => MultiResult::Created { path },
         (Done::Set(stat), _) => MultiResult::Set(stat),
         (Done::Deleted, _) => MultiResult::Deleted,
-        (Done::Checked | Done::Closed | Done::Multi(_), _) => MultiResult::Checked,
+        (Done::Checked | Done::Closed | Done::Multi(_) | Done::Configured(..), _) => {
+            MultiResult::Checked
+        }
     }
 }

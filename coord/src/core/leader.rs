@@ -29,18 +29,25 @@ impl Core {
         if !self.leads() {
             return;
         }
+        let Some((kind, proposal)) = self.admit(proposal) else {
+            return;
+        };
         match &proposal.command {
             Command::Attach { session, .. } | Command::Write { session, .. } => {
                 self.deadlines.touch(*session, self.now);
             }
-            Command::Create { .. } | Command::Expire { .. } | Command::Reap { .. } => {}
+            Command::Create { .. }
+            | Command::Expire { .. }
+            | Command::Reap { .. }
+            | Command::Promote { .. }
+            | Command::Announce { .. } => {}
         }
         let entry = Entry {
             time_ms: self.wall_ms(self.now),
             proposal,
         };
         let data = postcard::to_allocvec(&entry).expect("memory takes everything");
-        if !self.quorum.propose(data) {
+        if !self.quorum.propose(kind, data) {
             self.counters.proposals_dropped += 1;
         }
     }

@@ -136,13 +136,9 @@ impl Core {
     #[must_use]
     pub fn status(&self) -> Status {
         Status {
-            name: self.config.servers[&self.config.id].clone(),
+            name: self.config.name.clone(),
             role: self.quorum.role(),
-            leader: self
-                .quorum
-                .leader()
-                .and_then(|id| self.config.servers.get(&id))
-                .cloned(),
+            leader: self.quorum.leader().and_then(|id| self.name_of(id)),
             term: self.quorum.term(),
             zxid: self.state.zxid,
             committed: self.quorum.committed(),

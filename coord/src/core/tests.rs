@@ -623,6 +623,7 @@ fn heartbeats_are_answered_while_the_disk_hangs_and_entries_are_not() {
         priority: 0,
     };
     let entry = crate::quorum::LogEntry {
+        kind: crate::quorum::EntryKind::Normal,
         index: 1,
         term: 1,
         data: Bytes::new(),
@@ -650,12 +651,9 @@ fn heartbeats_are_answered_while_the_disk_hangs_and_entries_are_not() {
     bench.sent.clear();
     bench.disk();
     assert_eq!(kinds(&bench), [RaftMessageKind::AppendResponse]);
-    // A stranger's message, and one for another, change nothing.
+    // A message that is not its sender's own changes nothing.
     let mut strange = message(RaftMessageKind::Heartbeat, 0, vec![]);
     strange.from = 9;
-    bench
-        .core
-        .handle_peer(bench.now, 9, PeerMessage::Raft(strange.clone()));
     bench
         .core
         .handle_peer(bench.now, 2, PeerMessage::Raft(strange));

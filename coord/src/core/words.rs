@@ -113,9 +113,10 @@ impl Core {
     fn mode(&self) -> &'static str {
         match self.quorum.role() {
             _ if self.serves_read_only() => "read-only",
-            _ if self.config.servers.len() == 1 => "standalone",
+            _ if self.state.members.len() == 1 => "standalone",
             Role::Leader => "leader",
             Role::Follower | Role::Candidate => "follower",
+            Role::Observer => "observer",
         }
     }
 
@@ -202,7 +203,7 @@ impl Core {
         line("open_file_descriptor_count", &surroundings.open_files);
         line("max_file_descriptor_count", &surroundings.open_files_max);
         line("uptime", &uptime.as_millis());
-        line("quorum_size", &self.config.servers.len());
+        line("quorum_size", &self.state.members.voters().count());
         line("auth_failed_count", &self.counters.auth_failed);
         line("connection_request_count", &self.counters.connections);
         line("stale_sessions_expired", &self.counters.sessions_expired);

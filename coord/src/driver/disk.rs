@@ -50,20 +50,13 @@ pub enum DiskError {
         /// What was found.
         what: &'static str,
     },
-    /// The directory belongs to another server, or the set of servers was changed.
-    #[error(
-        "the data directory is that of server {found} of {found_servers:?}, not of {expected} of \
-         {expected_servers:?}"
-    )]
+    /// The directory belongs to another server.
+    #[error("the data directory is that of server {found}, not of {expected}")]
     NotOurs {
         /// Server that wrote it.
         found: String,
-        /// Its cluster.
-        found_servers: Vec<String>,
         /// Server that was configured.
         expected: String,
-        /// Its cluster.
-        expected_servers: Vec<String>,
     },
 }
 
@@ -73,11 +66,14 @@ pub(super) struct Identity {
     /// Random; marks the frames of this log.
     pub(super) log_id: u64,
     pub(super) name: String,
-    pub(super) servers: BTreeMap<u64, String>,
+    /// Its raft id: another one if it comes back with an empty directory.
+    pub(super) id: u64,
+    /// Who began the cluster.
+    pub(super) founders: BTreeMap<u64, String>,
 }
 
 const IDENTITY: &str = "identity";
-const IDENTITY_MAGIC: [u8; 8] = *b"UBCID\0\0\x01";
+const IDENTITY_MAGIC: [u8; 8] = *b"UBCID\0\0\x02";
 const SNAPSHOT_MAGIC: [u8; 8] = *b"UBCSNAP\x01";
 
 enum Job {
@@ -115,11 +111,7 @@ pub(super) struct Claimed {
 }
 
 /// Takes the directory, and makes it if it is not there.
-pub(super) fn claim(
-    dir: &Path,
-    name: &str,
-    servers: &BTreeMap<u64, String>,
-) -> Result<Claimed, DiskError> {
+pub(super) fn claim(dir: &Path, name: &str) -> Result<Claimed, DiskError> {
     std::fs::create_dir_all(dir)?;
     let path = dir.join("lock");
     let lock = OpenOptions::new()
@@ -135,12 +127,10 @@ pub(super) fn claim(
     let storage: Arc<dyn Storage> = Arc::new(Directory::new(dir));
     let identity = if dir.join(IDENTITY).exists() {
         let found: Identity = read_checked(&*storage, IDENTITY, IDENTITY_MAGIC)?;
-        if found.name != name || found.servers != *servers {
+        if found.name != name {
             return Err(DiskError::NotOurs {
                 found: found.name,
-                found_servers: found.servers.into_values().collect(),
                 expected: name.to_owned(),
-                expected_servers: servers.values().cloned().collect(),
             });
         }
         Some(found)
@@ -155,9 +145,9 @@ pub(super) fn claim(
 }
 
 impl Claimed {
-    /// Whether no server has been running here: its disk is new, or was lost.
-    pub(super) fn is_fresh(&self) -> bool {
-        self.identity.is_none()
+    /// Which server has been running here; none if the disk is new, or was lost.
+    pub(super) fn identity(&self) -> Option<&Identity> {
+        self.identity.as_ref()
     }
 
     /// Reads the directory. A fresh one becomes that of `new`.
@@ -449,41 +439,41 @@ fn read_checked<T: DeserializeOwned>(
 #[derive(Debug)]
 pub(super) struct KnownPeers {
     storage: Directory,
-    names: Mutex<BTreeSet<String>>,
+    ids: Mutex<BTreeSet<u64>>,
 }
 
 const KNOWN: &str = "known-peers";
-const KNOWN_MAGIC: [u8; 8] = *b"UBCPEER\x01";
+const KNOWN_MAGIC: [u8; 8] = *b"UBCPEER\x02";
 
 impl KnownPeers {
     pub(super) fn open(dir: &Path) -> Result<Self, DiskError> {
         let storage = Directory::new(dir);
-        let names = if dir.join(KNOWN).exists() {
+        let ids = if dir.join(KNOWN).exists() {
             read_checked(&storage, KNOWN, KNOWN_MAGIC)?
         } else {
             BTreeSet::new()
         };
         Ok(Self {
             storage,
-            names: Mutex::new(names),
+            ids: Mutex::new(ids),
         })
     }
 
-    pub(super) fn contains(&self, name: &str) -> bool {
-        self.names
+    pub(super) fn contains(&self, id: u64) -> bool {
+        self.ids
             .lock()
             .expect("no thread panics while it holds this")
-            .contains(name)
+            .contains(&id)
     }
 
     /// Remembers a peer for good before it is listened to. Blocks for a moment, once for each peer.
-    pub(super) fn note(&self, name: &str) -> io::Result<()> {
-        let mut names = self
-            .names
+    pub(super) fn note(&self, id: u64) -> io::Result<()> {
+        let mut ids = self
+            .ids
             .lock()
             .expect("no thread panics while it holds this");
-        if names.insert(name.to_owned()) {
-            write_checked(&self.storage, KNOWN, KNOWN_MAGIC, &*names)?;
+        if ids.insert(id) {
+            write_checked(&self.storage, KNOWN, KNOWN_MAGIC, &*ids)?;
         }
         Ok(())
     }

@@ -13,6 +13,7 @@ use tokio::sync::{mpsc, watch};
 use super::clients::{Accepted, Clients};
 use super::disk::Disk;
 use super::environment::Environment;
+use super::roster::Roster;
 use super::{ServerError, Status};
 use crate::core::{ConnId, Core, Event, Output, PeerMessage};
 use crate::time::Instant;
@@ -34,8 +35,15 @@ const STATUS_EVERY: Duration = Duration::from_millis(20);
 
 /// Something for the core, from another thread.
 pub(super) enum Input {
-    Peer { from: u64, message: PeerMessage },
+    Peer {
+        from: u64,
+        message: PeerMessage,
+    },
     Unreachable(u64),
+    /// A server that the log here does not know has dialled.
+    Met(u64),
+    /// A peer says that this server was removed.
+    Removed,
     PeerDied(u64),
     Connect(Accepted),
     Persisted(u64),
@@ -203,9 +211,13 @@ pub(super) struct Engine {
     pub(super) inputs: Inputs,
     pub(super) disk: Disk,
     pub(super) peers: BTreeMap<u64, mpsc::Sender<PeerMessage>>,
-    pub(super) names: BTreeMap<u64, String>,
     pub(super) surroundings: Environment,
     pub(super) clients: Clients,
+    /// Begins to dial a peer.
+    pub(super) link: Box<dyn Fn(u64) -> mpsc::Sender<PeerMessage> + Send>,
+    pub(super) roster: Arc<Roster>,
+    /// The log says that this server was removed.
+    pub(super) removed: bool,
     /// Tasks of connections end when this is dropped.
     pub(super) _alive: watch::Sender<()>,
     /// Dropped last: who waits for the end then knows that the disk has been closed.
@@ -272,6 +284,9 @@ impl Engine {
                 changed |= self.carry_out(output);
             }
             self.clients.flush(&mut self.core, self.clock.now());
+            if self.removed {
+                return Err(ServerError::Removed);
+            }
             if changed || self.clock.now() >= next_status {
                 next_status = self.clock.now() + STATUS_EVERY;
                 self.core.set_wall_clock(self.clock.now(), Clock::wall_ms());
@@ -316,6 +331,9 @@ impl Engine {
         match input {
             Input::Peer { from, message } => self.core.handle_peer(now, from, message),
             Input::Unreachable(peer) => self.core.handle_unreachable(now, peer),
+            Input::Met(peer) => {
+                self.peers.entry(peer).or_insert_with(|| (self.link)(peer));
+            }
             Input::PeerDied(peer) => self.core.handle_peer_died(now, peer),
             Input::Connect(accepted) => {
                 self.clients
@@ -324,7 +342,10 @@ impl Engine {
             Input::Persisted(token) => self.core.handle_persisted(now, token),
             Input::Saved(index) => self.core.handle_saved(now, index),
             Input::Transfer(to) => self.core.handle_transfer(now, to),
-            Input::Stop | Input::DiskFailed(_) => unreachable!("the loop ends at these"),
+            Input::Removed => self.core.handle_removed(now),
+            Input::Stop | Input::DiskFailed(_) => {
+                unreachable!("the loop ends at these")
+            }
         }
     }
 
@@ -353,13 +374,24 @@ impl Engine {
                 self.clients.close(conn, self.clock.now());
             }
             Output::Event(Event::Leader { leader, term }) => {
-                let leader = leader.and_then(|id| self.names.get(&id));
-                tracing::info!(leader = leader.map_or("none", |name| name), term, "leader");
+                let leader = leader.map_or("none".to_owned(), |id| self.roster.name_of(id));
+                tracing::info!(leader, term, "leader");
                 return true;
             }
             Output::Event(Event::SessionExpired(session)) => {
                 tracing::info!(%session, "session expired");
             }
+            Output::Event(Event::Members(members)) => {
+                self.roster.update(&members);
+                let this = self.core.id();
+                let is_peer = |id: u64| id != this && !members.was_removed(id);
+                self.peers.retain(|id, _| is_peer(*id));
+                for id in members.iter().map(|(id, _)| id).filter(|id| is_peer(*id)) {
+                    self.peers.entry(id).or_insert_with(|| (self.link)(id));
+                }
+                return true;
+            }
+            Output::Event(Event::Removed) => self.removed = true,
         }
         false
     }

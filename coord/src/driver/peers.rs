@@ -13,7 +13,6 @@ mod tests;
 use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::io;
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -28,12 +27,13 @@ use tokio::time::{sleep, timeout};
 
 use super::disk::KnownPeers;
 use super::engine::{Alive, Input, InputSender, while_alive};
+use super::roster::{Caller, Roster, Verdict};
 use crate::core::PeerMessage;
 
 const PATTERN: &str = "Noise_NNpsk0_25519_ChaChaPoly_BLAKE2s";
 
 /// Version of everything that peers say to each other.
-const VERSION: u16 = 1;
+const VERSION: u16 = 2;
 
 /// Noise's limit of one record, and what is left of it for us.
 const RECORD_MAX: usize = 65_535;
@@ -63,17 +63,25 @@ const HANDSHAKES_MAX: usize = 64;
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Hello {
     version: u16,
-    from: String,
-    to: String,
-    /// It has nothing on its disk, and only wants to know whether that was always so.
-    fresh: bool,
+    purpose: Purpose,
 }
 
-/// The answer.
-#[derive(Debug, Serialize, Deserialize)]
-struct Welcome {
-    /// The dialler has been here before with something on its disk.
-    known: bool,
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+enum Purpose {
+    /// It will send messages.
+    Link(Caller),
+    /// The server of this name has nothing on its disk and wants to know whether that was always
+    /// so, and who it is.
+    Ask(String),
+}
+
+/// What a server with an empty disk begins as.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Beginning {
+    /// Its raft id.
+    pub(super) id: u64,
+    /// Who began the cluster.
+    pub(super) founders: BTreeMap<u64, String>,
 }
 
 /// Why a link could not be made, or ended.
@@ -85,8 +93,16 @@ enum LinkError {
     Noise(#[from] snow::Error),
     #[error("no answer in time")]
     Slow,
-    #[error("a stranger, or a peer of another version: {0:?}")]
+    #[error("a peer of another version: {0:?}")]
+    Version(Hello),
+    #[error("one of the two servers does not know the other, or not yet: {0:?}")]
     Stranger(Hello),
+    #[error("the peer does not know this server, or not yet")]
+    Unwelcome,
+    #[error("the peer says that this server was removed")]
+    Removed,
+    #[error("the peer's address is not known")]
+    NoAddress,
     #[error("not a message of ours")]
     Malformed,
 }
@@ -94,9 +110,7 @@ enum LinkError {
 /// This server among its peers.
 #[derive(Clone)]
 pub(super) struct Peers {
-    name: Arc<str>,
-    ids: Arc<BTreeMap<String, u64>>,
-    addresses: Arc<BTreeMap<u64, SocketAddr>>,
+    roster: Arc<Roster>,
     psk: [u8; 32],
     known: Arc<KnownPeers>,
     engine: InputSender,
@@ -104,9 +118,7 @@ pub(super) struct Peers {
 
 impl Peers {
     pub(super) fn new(
-        name: &str,
-        ids: BTreeMap<String, u64>,
-        addresses: BTreeMap<u64, SocketAddr>,
+        roster: Arc<Roster>,
         key: &[u8; 32],
         known: KnownPeers,
         engine: InputSender,
@@ -118,9 +130,7 @@ impl Peers {
             .and_then(|key| key.fill(&mut psk))
             .expect("32 bytes are the length of the hash");
         Self {
-            name: name.into(),
-            ids: Arc::new(ids),
-            addresses: Arc::new(addresses),
+            roster,
             psk,
             known: Arc::new(known),
             engine,
@@ -168,66 +178,152 @@ impl Peers {
         let length = noise.read_message(&record, &mut buffer)?;
         let hello: Hello =
             postcard::from_bytes(&buffer[..length]).map_err(|_| LinkError::Malformed)?;
-        let from = match self.ids.get(&hello.from) {
-            Some(id) if hello.version == VERSION && hello.to == *self.name => *id,
-            _ => return Err(LinkError::Stranger(hello)),
-        };
-        if !hello.fresh {
-            self.known.note(&hello.from)?;
+        if hello.version != VERSION {
+            return Err(LinkError::Version(hello));
         }
-        let welcome = Welcome {
-            known: self.known.contains(&hello.from),
+        let mut from = None;
+        let verdict = match &hello.purpose {
+            Purpose::Ask(name) => self.roster.answer(name, |id| self.known.contains(id)),
+            Purpose::Link(caller) => {
+                let (verdict, new) = self.roster.judge(caller);
+                if verdict == Verdict::Welcome {
+                    self.known.note(caller.id)?;
+                    from = Some(caller.id);
+                }
+                if new {
+                    self.engine.send(Input::Met(caller.id)).await;
+                }
+                verdict
+            }
         };
-        let welcome = postcard::to_allocvec(&welcome).map_err(|_| LinkError::Malformed)?;
-        let length = noise.write_message(&welcome, &mut buffer)?;
+        let answer = postcard::to_allocvec(&verdict).map_err(|_| LinkError::Malformed)?;
+        let length = noise.write_message(&answer, &mut buffer)?;
         write_record(&mut stream, &buffer[..length]).await?;
-        let noise = noise.into_transport_mode()?;
-        Ok((!hello.fresh).then_some((stream, noise, from)))
+        match (verdict, from) {
+            (Verdict::Stranger | Verdict::Removed, _) => Err(LinkError::Stranger(hello)),
+            (_, None) => Ok(None),
+            (_, Some(from)) => Ok(Some((stream, noise.into_transport_mode()?, from))),
+        }
     }
 
-    /// Asks the others whether they know this server, whose disk is empty, as one that had
-    /// something on it. `Err` names one that does. A new cluster begins when all have been asked,
-    /// or, after a while, as many as make a majority with this one.
-    pub(super) async fn may_begin(&self, this: u64) -> Result<(), String> {
-        let mut silent: Vec<u64> = self
-            .ids
-            .values()
-            .copied()
-            .filter(|id| *id != this)
-            .collect();
-        let few_enough = silent.len() / 2;
+    /// Asks the others who this server is, whose disk is empty, until there is an answer. `Err`
+    /// names one that knows it as a server that had something there.
+    ///
+    /// A new cluster begins when all have been asked and none has begun, or, after a while, as many
+    /// as make a majority with this one; a server that is to `join` one never begins one. Where
+    /// there is a cluster, its newest word counts.
+    pub(super) async fn beginning(&self, join: bool) -> Result<Beginning, String> {
+        let peers = self.roster.seeds();
         let patience = sleep(BEGIN_WITH_MAJORITY);
         tokio::pin!(patience);
+        let mut told = false;
+        let mut wait = DIAL_AGAIN_MIN;
         loop {
             let mut asks = JoinSet::new();
-            for peer in &silent {
-                let (peers, peer) = (self.clone(), *peer);
-                asks.spawn(async move { (peer, peers.connect(peer, true).await) });
+            for (name, address) in peers.clone() {
+                let peers = self.clone();
+                asks.spawn(async move { (name, peers.ask(&address).await) });
             }
+            let mut founded = Vec::new();
+            let mut fresh = Vec::new();
             while let Some(asked) = asks.join_next().await {
                 match asked {
-                    Ok((peer, Ok((_, _, true)))) => return Err(self.name_of(peer).to_owned()),
-                    Ok((peer, Ok((_, _, false)))) => silent.retain(|id| *id != peer),
-                    Ok((_, Err(_))) | Err(_) => {}
+                    Ok((name, Ok(verdict @ Verdict::Founded { .. }))) => {
+                        founded.push((name, verdict));
+                    }
+                    Ok((_, Ok(Verdict::Fresh { founders }))) => fresh.push(founders),
+                    Ok((name, Ok(verdict))) => {
+                        tracing::debug!(peer = name, ?verdict, "no answer to the question");
+                    }
+                    Ok((peer, Err(error))) => tracing::debug!(peer, %error, "cannot ask peer"),
+                    Err(_) => {}
                 }
             }
-            if silent.is_empty() || (patience.is_elapsed() && silent.len() <= few_enough) {
-                return Ok(());
+            let silent = peers.len() - founded.len() - fresh.len();
+            if silent == 0 || patience.is_elapsed() {
+                match self.decide(join, peers.len(), &founded, &fresh) {
+                    Ok(Some(beginning)) => return Ok(beginning),
+                    Ok(None) if patience.is_elapsed() && !told => {
+                        told = true;
+                        tracing::info!(
+                            silent,
+                            "the data directory is empty, and no peer takes this server for a member \
+                             yet: waiting (unbroken coord member add)"
+                        );
+                    }
+                    Ok(None) => {}
+                    Err(peer) => return Err(peer),
+                }
             }
             tokio::select! {
                 () = &mut patience, if !patience.is_elapsed() => {}
-                () = sleep(DIAL_AGAIN_MIN) => {}
+                () = sleep(wait) => wait = (wait * 2).min(DIAL_AGAIN_MAX),
             }
         }
+    }
+
+    fn decide(
+        &self,
+        join: bool,
+        peers: usize,
+        founded: &[(String, Verdict)],
+        fresh: &[Vec<String>],
+    ) -> Result<Option<Beginning>, String> {
+        let newest = founded.iter().filter_map(|(_, answer)| match answer {
+            Verdict::Founded {
+                founders,
+                version,
+                id,
+                ..
+            } => Some((*version, *id, founders)),
+            _ => None,
+        });
+        if let Some((_, id, founders)) = newest.max_by_key(|(version, ..)| *version) {
+            let Some(id) = id else { return Ok(None) };
+            let witness = founded.iter().find(|(_, answer)| {
+                matches!(answer, Verdict::Founded { id: Some(other), known: true, .. } if *other == id)
+            });
+            return match witness {
+                Some((peer, _)) => Err(peer.clone()),
+                None => Ok(Some(Beginning {
+                    id,
+                    founders: founders.clone(),
+                })),
+            };
+        }
+        let mut names: Vec<String> = self.roster.seeds().into_keys().collect();
+        names.push(self.roster.name().to_owned());
+        names.sort();
+        let agreed = fresh.iter().all(|founders| *founders == names);
+        let silent = peers - fresh.len();
+        if join || !agreed || silent > peers / 2 {
+            return Ok(None);
+        }
+        // Every server counts alike.
+        let founders: BTreeMap<u64, String> = (1..).zip(names).collect();
+        let id = founders
+            .iter()
+            .find(|(_, name)| *name == self.roster.name());
+        let id = *id.expect("this server is one of them").0;
+        Ok(Some(Beginning { id, founders }))
+    }
+
+    async fn ask(&self, address: &str) -> Result<Verdict, LinkError> {
+        let purpose = Purpose::Ask(self.roster.name().to_owned());
+        let (_, _, verdict) = self.open(address, purpose).await?;
+        Ok(verdict)
     }
 
     /// Hands on what a peer says, until it stops.
     async fn listen(&self, mut stream: TcpStream, mut noise: TransportState, from: u64) {
-        tracing::debug!(peer = self.name_of(from), "peer connected");
+        tracing::debug!(peer = self.roster.name_of(from), "peer connected");
         let Err(error) = self.receive(&mut stream, &mut noise, from).await;
-        tracing::info!(peer = self.name_of(from), %error, "peer's connection ended");
+        tracing::info!(peer = self.roster.name_of(from), %error, "peer's connection ended");
         // A process that has ended refuses connections at once; one that is only cut off does not.
-        let Some(address) = self.addresses.get(&from) else {
+        let Some((_, addresses)) = self.roster.peer(from) else {
+            return;
+        };
+        let Some(address) = addresses.first() else {
             return;
         };
         if let Ok(Err(error)) = timeout(DIAL_MAX, TcpStream::connect(address)).await
@@ -247,6 +343,9 @@ impl Peers {
         let mut start = 0;
         loop {
             let record = read_record(stream).await?;
+            if self.roster.was_removed(from) {
+                return Err(LinkError::Malformed);
+            }
             plain.drain(..start);
             let end = plain.len();
             plain.resize(end + record.len(), 0);
@@ -273,9 +372,9 @@ impl Peers {
     /// while there is no connection is dropped.
     pub(super) async fn dial(self, peer: u64, mut queue: mpsc::Receiver<PeerMessage>) {
         let mut again = DIAL_AGAIN_MIN;
-        loop {
-            match self.connect(peer, false).await {
-                Ok((stream, noise, _)) => {
+        for attempt in 0.. {
+            match self.connect(peer, attempt).await {
+                Ok((stream, noise)) => {
                     again = DIAL_AGAIN_MIN;
                     // It is old by now; the engine repeats what still matters.
                     while queue.try_recv().is_ok() {}
@@ -283,11 +382,14 @@ impl Peers {
                         Ok(()) => return,
                         Err(error) => error,
                     };
-                    tracing::debug!(peer = self.name_of(peer), %error, "connection to peer ended");
+                    tracing::debug!(peer = self.roster.name_of(peer), %error, "connection to peer ended");
                     self.engine.send(Input::Unreachable(peer)).await;
                 }
+                Err(LinkError::Removed) => {
+                    self.engine.send(Input::Removed).await;
+                }
                 Err(error) => {
-                    tracing::debug!(peer = self.name_of(peer), %error, "cannot reach peer");
+                    tracing::debug!(peer = self.roster.name_of(peer), %error, "cannot reach peer");
                 }
             }
             if queue.is_closed() {
@@ -299,24 +401,39 @@ impl Peers {
         }
     }
 
-    /// Dials; the last part of the answer is [`Welcome::known`].
+    /// Dials a peer at one of its addresses, each in its turn. A name is looked up every time.
     async fn connect(
         &self,
         peer: u64,
-        fresh: bool,
-    ) -> Result<(TcpStream, TransportState, bool), LinkError> {
-        let address = self.addresses.get(&peer).ok_or(LinkError::Malformed)?;
+        attempt: usize,
+    ) -> Result<(TcpStream, TransportState), LinkError> {
+        let addresses = self
+            .roster
+            .peer(peer)
+            .map_or(Vec::new(), |(_, addresses)| addresses);
+        let address = addresses.get(attempt % addresses.len().max(1));
+        let address = address.ok_or(LinkError::NoAddress)?;
+        let caller = self.roster.caller(peer).ok_or(LinkError::NoAddress)?;
+        match self.open(address, Purpose::Link(caller)).await? {
+            (stream, noise, Verdict::Welcome) => Ok((stream, noise)),
+            (_, _, Verdict::Removed) => Err(LinkError::Removed),
+            _ => Err(LinkError::Unwelcome),
+        }
+    }
+
+    /// Dials and says why.
+    async fn open(
+        &self,
+        address: &str,
+        purpose: Purpose,
+    ) -> Result<(TcpStream, TransportState, Verdict), LinkError> {
         let mut stream = timeout(DIAL_MAX, TcpStream::connect(address))
             .await
             .map_err(|_| LinkError::Slow)??;
         stream.set_nodelay(true)?;
-        let hello = Hello {
-            version: VERSION,
-            from: self.name.to_string(),
-            to: self.name_of(peer).to_owned(),
-            fresh,
-        };
-        let hello = postcard::to_allocvec(&hello).map_err(|_| LinkError::Malformed)?;
+        let version = VERSION;
+        let hello = postcard::to_allocvec(&Hello { version, purpose });
+        let hello = hello.map_err(|_| LinkError::Malformed)?;
         let handshake = async {
             let mut noise = self.builder()?.build_initiator()?;
             let mut buffer = vec![0; RECORD_MAX];
@@ -324,14 +441,14 @@ impl Peers {
             write_record(&mut stream, &buffer[..length]).await?;
             let answer = read_record(&mut stream).await?;
             let length = noise.read_message(&answer, &mut buffer)?;
-            let welcome: Welcome =
+            let verdict: Verdict =
                 postcard::from_bytes(&buffer[..length]).map_err(|_| LinkError::Malformed)?;
-            Ok::<_, LinkError>((noise.into_transport_mode()?, welcome.known))
+            Ok::<_, LinkError>((noise.into_transport_mode()?, verdict))
         };
-        let (noise, known) = timeout(HANDSHAKE_MAX, handshake)
+        let (noise, verdict) = timeout(HANDSHAKE_MAX, handshake)
             .await
             .map_err(|_| LinkError::Slow)??;
-        Ok((stream, noise, known))
+        Ok((stream, noise, verdict))
     }
 
     async fn send(
@@ -380,13 +497,6 @@ impl Peers {
 
     fn builder(&self) -> Result<snow::Builder<'_>, snow::Error> {
         snow::Builder::new(PATTERN.parse()?).psk(0, &self.psk)
-    }
-
-    fn name_of(&self, id: u64) -> &str {
-        self.ids
-            .iter()
-            .find(|(_, other)| **other == id)
-            .map_or("unknown", |(name, _)| name)
     }
 }
 

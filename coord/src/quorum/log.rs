@@ -7,12 +7,13 @@ use std::collections::VecDeque;
 use raft::eraftpb as pb;
 use raft::{Error, GetEntriesContext, RaftState, Storage, StorageError};
 
-use super::message::{entry_to_engine, image_to_engine};
-use super::{HardState, Recovered, SnapshotImage};
+use super::message::{conf_to_engine, entry_to_engine, image_to_engine};
+use super::{Conf, HardState, Recovered, SnapshotImage};
 
 pub(super) struct Log {
     hard_state: HardState,
-    voters: Vec<u64>,
+    /// Who takes part after the entries that were applied before the start.
+    conf: Conf,
     /// Index and term of the entry before the first one held.
     base: (u64, u64),
     entries: VecDeque<pb::Entry>,
@@ -23,7 +24,7 @@ pub(super) struct Log {
 }
 
 impl Log {
-    pub(super) fn new(recovered: Recovered, voters: &[u64]) -> Self {
+    pub(super) fn new(recovered: Recovered, founders: Conf) -> Self {
         let base = recovered
             .snapshot
             .as_ref()
@@ -36,13 +37,13 @@ impl Log {
         let mut hard_state = recovered.hard_state;
         // The commit index is written lazily; a snapshot proves what it contains committed.
         hard_state.commit = hard_state.commit.clamp(base.0, last);
-        let voters = recovered
+        let conf = recovered
             .snapshot
             .as_ref()
-            .map_or(voters.to_vec(), |image| image.voters.clone());
+            .map_or(founders, |image| image.conf.clone());
         Self {
             hard_state,
-            voters,
+            conf,
             base,
             entries,
             image: recovered.snapshot,
@@ -52,10 +53,6 @@ impl Log {
 
     pub(super) fn set_hard_state(&mut self, hard_state: HardState) {
         self.hard_state = hard_state;
-    }
-
-    pub(super) fn voters(&self) -> &[u64] {
-        &self.voters
     }
 
     pub(super) fn last(&self) -> u64 {
@@ -81,7 +78,6 @@ impl Log {
     pub(super) fn restore(&mut self, image: SnapshotImage) {
         self.base = (image.index, image.term);
         self.entries.clear();
-        self.voters.clone_from(&image.voters);
         self.hard_state.term = self.hard_state.term.max(image.term);
         self.hard_state.commit = self.hard_state.commit.max(image.index);
         self.image = Some(image);
@@ -121,9 +117,7 @@ impl Storage for Log {
         hard_state.term = self.hard_state.term;
         hard_state.vote = self.hard_state.vote;
         hard_state.commit = self.hard_state.commit;
-        let mut voters = pb::ConfState::default();
-        voters.voters = self.voters.clone();
-        Ok(RaftState::new(hard_state, voters))
+        Ok(RaftState::new(hard_state, conf_to_engine(&self.conf)))
     }
 
     fn entries(
@@ -172,10 +166,15 @@ impl Storage for Log {
         Ok(self.last())
     }
 
-    fn snapshot(&self, request_index: u64, _to: u64) -> raft::Result<pb::Snapshot> {
+    fn snapshot(&self, request_index: u64, to: u64) -> raft::Result<pb::Snapshot> {
         match &self.image {
-            // The follower goes on after the image, so the log must still hold what comes next.
-            Some(image) if image.index >= request_index && image.index >= self.base.0 => {
+            // The follower goes on after the image, so the log must still hold what comes next; and
+            // it takes no image in which it is not a member yet.
+            Some(image)
+                if image.index >= request_index
+                    && image.index >= self.base.0
+                    && (image.conf.voters.contains(&to) || image.conf.learners.contains(&to)) =>
+            {
                 Ok(image_to_engine(image.clone()))
             }
             _ => {

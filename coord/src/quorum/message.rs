@@ -4,7 +4,7 @@ use bytes::Bytes;
 use raft::eraftpb as pb;
 use serde::{Deserialize, Serialize};
 
-use super::{LogEntry, SnapshotImage};
+use super::{Conf, EntryKind, LogEntry, SnapshotImage};
 
 macro_rules! kinds {
     ($($(#[doc = $doc:literal])+ $name:ident = $engine:ident;)+) => {
@@ -117,20 +117,57 @@ pub struct RaftMessage {
     pub priority: i64,
 }
 
+/// The engine counts entries by their type and reads what they change only when they are proposed:
+/// then it wants to see a change, and server 0 is the one that it passes over. What is really
+/// changed stands in the entry's context, in our own words.
+pub(super) fn change_marker() -> pb::ConfChangeV2 {
+    let mut change = pb::ConfChangeSingle::default();
+    change.set_change_type(pb::ConfChangeType::AddNode);
+    let mut marker = pb::ConfChangeV2::default();
+    marker.set_changes(vec![change].into());
+    marker
+}
+
 pub(super) fn entry_to_engine(entry: LogEntry) -> pb::Entry {
-    pb::Entry {
+    let mut engine = pb::Entry {
         index: entry.index,
         term: entry.term,
-        data: entry.data,
         ..Default::default()
+    };
+    match entry.kind {
+        EntryKind::Normal => engine.data = entry.data,
+        EntryKind::Membership => {
+            engine.set_entry_type(pb::EntryType::EntryConfChangeV2);
+            engine.context = entry.data;
+        }
     }
+    engine
 }
 
 pub(super) fn entry_from_engine(entry: &pb::Entry) -> LogEntry {
+    let (kind, data) = match entry.get_entry_type() {
+        pb::EntryType::EntryNormal => (EntryKind::Normal, &entry.data),
+        _ => (EntryKind::Membership, &entry.context),
+    };
     LogEntry {
         index: entry.index,
         term: entry.term,
-        data: entry.data.clone(),
+        kind,
+        data: data.clone(),
+    }
+}
+
+pub(super) fn conf_to_engine(conf: &Conf) -> pb::ConfState {
+    let mut engine = pb::ConfState::default();
+    engine.voters = conf.voters.iter().copied().collect();
+    engine.learners = conf.learners.iter().copied().collect();
+    engine
+}
+
+pub(super) fn conf_from_engine(conf: &pb::ConfState) -> Conf {
+    Conf {
+        voters: conf.voters.iter().copied().collect(),
+        learners: conf.learners.iter().copied().collect(),
     }
 }
 
@@ -139,7 +176,7 @@ pub(super) fn image_to_engine(image: SnapshotImage) -> pb::Snapshot {
     let meta = engine.mut_metadata();
     meta.index = image.index;
     meta.term = image.term;
-    meta.mut_conf_state().voters = image.voters;
+    meta.set_conf_state(conf_to_engine(&image.conf));
     engine.data = image.data;
     engine
 }
@@ -149,7 +186,7 @@ pub(super) fn image_from_engine(snapshot: &pb::Snapshot) -> SnapshotImage {
     SnapshotImage {
         index: meta.index,
         term: meta.term,
-        voters: meta.get_conf_state().voters.clone(),
+        conf: conf_from_engine(meta.get_conf_state()),
         data: snapshot.data.clone(),
     }
 }

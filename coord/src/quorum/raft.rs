@@ -1,15 +1,19 @@
 //! raft-rs as a [`Consensus`].
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fmt;
 
 use raft::eraftpb as pb;
 use raft::{Config, INVALID_ID, ProgressState, RawNode, SnapshotStatus, StateRole};
 
 use super::log::Log;
-use super::message::{RaftMessage, RaftMessageKind, entry_from_engine, image_from_engine};
+use super::message::{
+    RaftMessage, RaftMessageKind, change_marker, conf_from_engine, entry_from_engine,
+    image_from_engine,
+};
 use super::{
-    Consensus, HardState, QuorumConfig, QuorumOutput, Recovered, Role, SnapshotImage, Write,
+    Conf, Consensus, EntryKind, HardState, QuorumConfig, QuorumOutput, Recovered, Role,
+    SnapshotImage, Write,
 };
 use crate::rng::mix;
 
@@ -44,6 +48,9 @@ pub(crate) struct RaftQuorum {
     /// The batch with a snapshot that is not durable yet. Until it is, the engine must not be told
     /// that it was applied, and must not campaign: it would look for entries that are gone.
     installing: Option<u64>,
+    /// So many changes of the membership have been handed out to be applied; the engine is told what
+    /// they changed before it does anything else.
+    changing: usize,
     /// Followers that were sent a snapshot: ticks since then, and how many are too many.
     snapshots: BTreeMap<u64, (u32, u32)>,
     /// A commit index that was not worth a write of its own.
@@ -56,7 +63,11 @@ impl RaftQuorum {
     /// If the configuration contradicts itself; the core has checked it.
     pub(crate) fn new(config: &QuorumConfig, recovered: Recovered) -> Self {
         let applied = recovered.snapshot.as_ref().map_or(0, |image| image.index);
-        let log = Log::new(recovered, &config.voters);
+        let founders = Conf {
+            voters: config.founders.clone(),
+            learners: [].into(),
+        };
+        let log = Log::new(recovered, founders);
         let (min, max) = config.election_ticks;
         let engine = Config {
             id: config.id,
@@ -82,6 +93,7 @@ impl RaftQuorum {
             election_ticks: config.election_ticks,
             pending: VecDeque::new(),
             installing: None,
+            changing: 0,
             snapshots: BTreeMap::new(),
             unsaved: None,
             outputs: VecDeque::new(),
@@ -102,11 +114,10 @@ impl RaftQuorum {
 
     /// A message that no correct peer sends to us would make the engine panic.
     fn acceptable(&self, message: &RaftMessage) -> bool {
-        let known = |id| self.node.raft.prs().get(id).is_some();
         let last = self.node.raft.raft_log.last_index();
         message.to == self.id
             && message.from != self.id
-            && known(message.from)
+            && message.from != INVALID_ID
             // A leader tells a follower to commit only what that follower has acknowledged: so
             // this one has forgotten its log. It must not take part under its old name.
             && (message.kind != RaftMessageKind::Heartbeat || message.commit <= last)
@@ -116,7 +127,11 @@ impl RaftQuorum {
 
     /// Turns what the engine has ready into outputs.
     fn pump(&mut self) {
-        while self.node.has_ready() {
+        assert_eq!(
+            self.changing, 0,
+            "changes of the membership are applied first"
+        );
+        while self.changing == 0 && self.node.has_ready() {
             let mut ready = self.node.ready();
             let number = ready.number();
             let mut promises = Vec::new();
@@ -171,8 +186,9 @@ impl RaftQuorum {
                 self.outputs.push_back(QuorumOutput::Restore(image));
             }
             for entry in ready.take_committed_entries() {
-                self.outputs
-                    .push_back(QuorumOutput::Apply(entry_from_engine(&entry)));
+                let entry = entry_from_engine(&entry);
+                self.changing += usize::from(entry.kind == EntryKind::Membership);
+                self.outputs.push_back(QuorumOutput::Apply(entry));
             }
             for read in ready.take_read_states() {
                 if let Some(context) = self.own_context(&read.request_ctx) {
@@ -183,7 +199,7 @@ impl RaftQuorum {
                 }
             }
             self.node.advance_append_async(ready);
-            if self.installing.is_none() {
+            if self.installing.is_none() && self.changing == 0 {
                 self.node.advance_apply();
             }
             self.release();
@@ -212,7 +228,9 @@ impl RaftQuorum {
                     .is_some_and(|peer| peer.state == ProgressState::Snapshot)
         };
         let mut lost = Vec::new();
-        for id in self.node.store().voters() {
+        self.snapshots.retain(|id, _| tracker.get(*id).is_some());
+        let peers: BTreeSet<u64> = tracker.iter().map(|(id, _)| *id).collect();
+        for id in &peers {
             if !waits(*id) {
                 // One that is being probed again keeps its patience.
                 if !leads
@@ -252,7 +270,7 @@ impl RaftQuorum {
 
 impl Consensus for RaftQuorum {
     fn tick(&mut self) {
-        if self.installing.is_none() {
+        if self.installing.is_none() && self.changing == 0 {
             self.node.tick();
         }
         self.watch_snapshots();
@@ -271,8 +289,72 @@ impl Consensus for RaftQuorum {
         self.settle();
     }
 
-    fn propose(&mut self, data: Vec<u8>) -> bool {
-        self.node.raft.state == StateRole::Leader && self.node.propose(Vec::new(), data).is_ok()
+    fn propose(&mut self, kind: EntryKind, data: Vec<u8>) -> bool {
+        if self.node.raft.state != StateRole::Leader {
+            return false;
+        }
+        match kind {
+            EntryKind::Normal => self.node.propose(Vec::new(), data).is_ok(),
+            // The engine would put an empty entry in the place of a change that comes too early.
+            EntryKind::Membership => {
+                self.changing == 0
+                    && !self.node.raft.has_pending_conf()
+                    && self.node.propose_conf_change(data, change_marker()).is_ok()
+            }
+        }
+    }
+
+    fn reconfigure(&mut self, conf: &Conf) {
+        assert!(self.changing > 0, "only an entry changes the membership");
+        let before = conf_from_engine(&self.node.raft.prs().conf().to_conf_state());
+        let mut change = pb::ConfChangeV2::default();
+        let mut step = |kind, id: u64| {
+            let mut single = pb::ConfChangeSingle::default();
+            single.set_change_type(kind);
+            single.node_id = id;
+            change.mut_changes().push(single);
+        };
+        for id in before.voters.union(&before.learners) {
+            if !conf.voters.contains(id) && !conf.learners.contains(id) {
+                step(pb::ConfChangeType::RemoveNode, *id);
+            }
+        }
+        for id in conf.learners.difference(&before.learners) {
+            step(pb::ConfChangeType::AddLearnerNode, *id);
+        }
+        for id in conf.voters.difference(&before.voters) {
+            step(pb::ConfChangeType::AddNode, *id);
+        }
+        if !change.get_changes().is_empty() {
+            let after = self.node.apply_conf_change(&change);
+            let after = after.expect("at most one voter changes, and one is left");
+            assert_eq!(
+                conf_from_engine(&after),
+                *conf,
+                "the engine agrees who takes part"
+            );
+            tracing::info!(voters = ?conf.voters, learners = ?conf.learners, "membership changed");
+        }
+        self.changing -= 1;
+        // A removed leader is no leader, and proposes nothing more; the engine leaves it standing.
+        if self.node.raft.state == StateRole::Leader && !conf.voters.contains(&self.id) {
+            let term = self.node.raft.term;
+            self.node.raft.become_follower(term, INVALID_ID);
+        }
+        if self.installing.is_none() && self.changing == 0 {
+            self.node.advance_apply();
+        }
+        self.settle();
+    }
+
+    fn matched(&self, peer: u64) -> Option<u64> {
+        let leads = self.node.raft.state == StateRole::Leader;
+        let progress = self.node.raft.prs().get(peer).filter(|_| leads)?;
+        (progress.state == ProgressState::Replicate).then_some(progress.matched)
+    }
+
+    fn last_index(&self) -> u64 {
+        self.node.raft.raft_log.last_index()
     }
 
     fn barrier(&mut self, context: u64) {
@@ -293,13 +375,20 @@ impl Consensus for RaftQuorum {
         self.node.on_persist_ready(token);
         if self.installing.is_some_and(|number| number <= token) {
             self.installing = None;
-            self.node.advance_apply();
+            if self.changing == 0 {
+                self.node.advance_apply();
+            }
         }
         self.release();
     }
 
     fn campaign(&mut self) {
-        if self.node.raft.state == StateRole::Leader || self.installing.is_some() {
+        let votes = self.node.raft.promotable();
+        if self.node.raft.state == StateRole::Leader
+            || self.installing.is_some()
+            || self.changing > 0
+            || !votes
+        {
             return;
         }
         // What a leader sends to hand over: voters then do not insist on the dead leader's lease.
@@ -348,6 +437,7 @@ impl Consensus for RaftQuorum {
     fn role(&self) -> Role {
         match self.node.raft.state {
             StateRole::Leader => Role::Leader,
+            StateRole::Follower if !self.node.raft.promotable() => Role::Observer,
             StateRole::Follower => Role::Follower,
             StateRole::Candidate | StateRole::PreCandidate => Role::Candidate,
         }
@@ -370,15 +460,11 @@ impl Consensus for RaftQuorum {
     }
 
     fn best_peer(&self) -> Option<u64> {
-        let others = self
-            .node
-            .store()
-            .voters()
-            .iter()
-            .copied()
-            .filter(|id| *id != self.id);
         let tracker = self.node.raft.prs();
+        let others: BTreeSet<u64> = tracker.conf().voters().ids().iter().collect();
         others
+            .into_iter()
+            .filter(|id| *id != self.id)
             .filter(|id| {
                 tracker
                     .get(*id)

@@ -22,43 +22,56 @@ impl Drop for End {
     }
 }
 
-/// Servers a (1) and b (2), each with its own key.
+/// Servers a (1) and b (2), each with its own key; both have begun.
 async fn pair(key_a: u8, key_b: u8) -> (End, End) {
+    let mut ends = Vec::new();
+    let mut seeds = BTreeMap::new();
     let mut listeners = Vec::new();
-    let mut addresses = BTreeMap::new();
-    for id in 1..=2 {
+    for name in ["a", "b"] {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
-        addresses.insert(id, listener.local_addr().unwrap());
+        seeds.insert(name.to_owned(), listener.local_addr().unwrap().to_string());
         listeners.push(listener);
     }
-    let ids = BTreeMap::from([("a".to_owned(), 1), ("b".to_owned(), 2)]);
-    let mut ends =
-        [("a", key_a), ("b", key_b)]
-            .into_iter()
-            .zip(listeners)
-            .map(|((name, key), listener)| {
-                let port = addresses[&ids[name]].port();
-                let dir = std::env::temp_dir()
-                    .join(format!("unbroken-peers-{}-{port}", std::process::id()));
-                std::fs::create_dir_all(&dir).unwrap();
-                let known = KnownPeers::open(&dir).unwrap();
-                let (engine, inputs) = inputs().unwrap();
-                let peers = Peers::new(
-                    name,
-                    ids.clone(),
-                    addresses.clone(),
-                    &[key; 32],
-                    known,
-                    engine,
-                );
-                End {
-                    peers,
-                    inputs,
-                    listener: Some(listener),
-                    dir,
-                }
-            });
-    (ends.next().unwrap(), ends.next().unwrap())
+    let founders = founders();
+    for ((id, name), (key, listener)) in founders
+        .iter()
+        .zip([key_a, key_b].into_iter().zip(listeners))
+    {
+        let port = listener.local_addr().unwrap().port();
+        let dir =
+            std::env::temp_dir().join(format!("unbroken-peers-{}-{port}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        let known = KnownPeers::open(&dir).unwrap();
+        let (engine, inputs) = inputs().unwrap();
+        let roster = Roster::new(name, seeds.clone());
+        roster.begin(*id, &founders);
+        let peers = Peers::new(Arc::new(roster), &[key; 32], known, engine);
+        ends.push(End {
+            peers,
+            inputs,
+            listener: Some(listener),
+            dir,
+        });
+    }
+    let b = ends.pop().unwrap();
+    (ends.pop().unwrap(), b)
+}
+
+fn founders() -> BTreeMap<u64, String> {
+    (1..).zip(["a", "b"].map(str::to_owned)).collect()
+}
+
+/// The same server with another idea of who it is.
+fn pretending(end: &End, name: &str, id: Option<u64>) -> Peers {
+    let mut seeds = end.peers.roster.seeds();
+    seeds.insert("b".into(), end.peers.roster.peer(2).unwrap().1[0].clone());
+    let roster = Roster::new(name, seeds);
+    if let Some(id) = id {
+        roster.begin(id, &founders());
+    }
+    let mut peers = end.peers.clone();
+    peers.roster = Arc::new(roster);
+    peers
 }
 
 fn touch(count: i64) -> PeerMessage {
@@ -112,7 +125,7 @@ async fn messages_of_every_size_arrive_in_order_and_the_end_is_noticed() {
     }
     sizes.retain(|size| *size != 1);
     assert_eq!(sizes, [0, 10, 300_000, 3]);
-    assert!(b.peers.known.contains("a"));
+    assert!(b.peers.known.contains(1));
     // a's process ends: its listener refuses, too.
     let mut a = a;
     a.listener = None;
@@ -133,18 +146,27 @@ async fn who_has_another_key_or_another_name_is_refused() {
         alive.clone(),
         b.peers.clone().accept(listener, alive),
     ));
-    assert!(a.peers.connect(2, false).await.is_err());
-    assert!(!b.peers.known.contains("a"));
-    // The right key and a name that nobody has.
-    let mut stranger = b.peers.clone();
-    stranger.name = "mallory".into();
-    assert!(stranger.connect(2, false).await.is_err());
+    assert!(a.peers.connect(2, 0).await.is_err());
+    assert!(!b.peers.known.contains(1));
+    // The right key, and a name that this id does not have.
+    let stranger = pretending(&b, "mallory", Some(1)).connect(2, 0).await;
+    assert!(
+        matches!(stranger, Err(LinkError::Unwelcome)),
+        "{:?}",
+        stranger.err()
+    );
     // Who has lost its disk is told that it is known, and nothing else.
-    let mut first = b.peers.clone();
-    first.name = "a".into();
-    assert!(matches!(first.connect(2, true).await, Ok((_, _, false))));
-    assert!(matches!(first.connect(2, false).await, Ok((_, _, true))));
-    assert!(matches!(first.connect(2, true).await, Ok((_, _, true))));
-    assert_eq!(first.may_begin(1).await, Err("b".to_owned()));
+    let fresh = pretending(&b, "a", None);
+    let beginning = fresh.beginning(false).await;
+    assert_eq!(
+        beginning,
+        Ok(Beginning {
+            id: 1,
+            founders: founders()
+        })
+    );
+    pretending(&b, "a", Some(1)).connect(2, 0).await.unwrap();
+    assert_eq!(fresh.beginning(false).await, Err("b".to_owned()));
+    assert!(fresh.connect(2, 0).await.is_err(), "it has not begun");
     drop(a);
 }
