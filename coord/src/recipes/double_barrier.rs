@@ -49,8 +49,8 @@ use super::common::{Place, code, repeat, unknown};
 use super::line::{Marks, in_order};
 use super::semaphore::in_range;
 use super::ticket::{Ticket, until_changed};
-use super::{Hold, RecipeError};
-use crate::client::{Client, ClientError, WatchFuture};
+use super::{Hold, LostReason, RecipeError};
+use crate::client::{Client, WatchFuture};
 use crate::wire::{Acl, CreateMode, ErrorCode, MultiOp};
 
 /// The most that one round may take.
@@ -278,7 +278,8 @@ impl Membership {
     /// leaves without waiting for the others.
     ///
     /// # Errors
-    /// [`RecipeError::Client`] where the session is over.
+    /// [`RecipeError::Lost`], [`RecipeError::Client`] where the session is over: the others may have
+    /// left by now.
     pub async fn leave(self) -> Result<(), RecipeError> {
         let Self {
             hold,
@@ -289,11 +290,20 @@ impl Membership {
         } = self;
         let mut hold = Some(hold);
         loop {
-            let children = place.children().await?;
-            match leaving(&children, &me, &members) {
-                Leaving::Watch(name) => until_changed(&place, &place.child(name)).await?,
-                Leaving::Delete => give_up(&mut hold).await?,
-                Leaving::Done => return give_up(&mut hold).await,
+            let step = step(&place, &me, &members);
+            let next = match &hold {
+                None => step.await,
+                // Whom the others believe to have left need not wait for a connection.
+                Some(hold) => match hold.run(step).await {
+                    Ok(next) => next,
+                    Err(LostReason::Removed) => Ok(Next::Delete),
+                    Err(reason) => return Err(reason.into()),
+                },
+            };
+            match next? {
+                Next::Look => {}
+                Next::Delete => give_up(&mut hold).await?,
+                Next::Done => return give_up(&mut hold).await,
             }
         }
     }
@@ -317,16 +327,32 @@ impl Deref for Membership {
     }
 }
 
+enum Next {
+    Look,
+    Delete,
+    Done,
+}
+
+/// One look at who is left, and the wait that it leads to.
+async fn step(place: &Place, me: &str, members: &[String]) -> Result<Next, RecipeError> {
+    let children = place.children().await?;
+    match leaving(&children, me, members) {
+        Leaving::Watch(name) => {
+            until_changed(place, &place.child(name)).await?;
+            Ok(Next::Look)
+        }
+        Leaving::Delete => Ok(Next::Delete),
+        Leaving::Done => Ok(Next::Done),
+    }
+}
+
 async fn give_up(hold: &mut Option<Hold>) -> Result<(), RecipeError> {
     let Some(hold) = hold.take() else {
         return Ok(());
     };
     match hold.release().await {
         // Somebody else deleted it: it is gone as well.
-        Err(RecipeError::Lost(super::LostReason::Removed)) => Ok(()),
-        Err(RecipeError::Lost(super::LostReason::SessionExpired)) => {
-            Err(ClientError::SessionExpired.into())
-        }
+        Err(RecipeError::Lost(LostReason::Removed)) => Ok(()),
         outcome => outcome,
     }
 }

@@ -60,6 +60,7 @@ use tracing::warn;
 
 use super::common::{Cleanup, Guid, Place, code, created, repeat, unknown};
 use super::line::Sequence;
+use super::session::{current, proves};
 use super::{Hold, LostReason, RecipeError};
 use crate::client::{Client, ClientError, WatchFuture};
 use crate::wire::{Acl, CreateMode, ErrorCode, MultiOp};
@@ -194,6 +195,7 @@ impl Queue {
         let client = &self.entries.client;
         // However this ends, the mark goes.
         let mut cleanup = Cleanup::path(&self.marks, mark_path.clone());
+        let session = current(client).await?;
         loop {
             match client.multi(ops.clone()).await {
                 Ok(_) => return Ok(()),
@@ -202,6 +204,7 @@ impl Queue {
                     if repeat(|| client.exists(&mark_path)).await?.is_some() {
                         return Ok(());
                     }
+                    proves(client, session).await?;
                 }
                 Err(error) => match error.code() {
                     Some(ErrorCode::NoNode) => self.ensure().await?,
@@ -353,6 +356,7 @@ impl Queue {
             armed: true,
             runtime: Handle::current(),
         };
+        let session = current(client).await?;
         let won = loop {
             match client.multi(ops.clone()).await {
                 Ok(results) => {
@@ -364,6 +368,7 @@ impl Queue {
                     if let Some((_, stat)) = self.claim(&name, &guid).await? {
                         break Some(stat.czxid);
                     }
+                    proves(client, session).await?;
                 }
                 Err(error) => match error.code() {
                     Some(ErrorCode::NodeExists | ErrorCode::NoNode) => break None,

@@ -65,15 +65,15 @@ impl SessionView {
     }
 }
 
-/// Whether the client's session is the one with this id. Waits for a connection.
+/// The client's session. Waits for a connection.
 ///
 /// # Errors
 /// [`ClientError::SessionExpired`], [`ClientError::Closed`] where there is no session any more.
-pub(crate) async fn is_current(client: &Client, id: i64) -> Result<bool, ClientError> {
+pub(crate) async fn current(client: &Client) -> Result<i64, ClientError> {
     let mut state = client.state();
     loop {
         match *state.borrow_and_update() {
-            SessionState::Connected { session_id } => return Ok(session_id == id),
+            SessionState::Connected { session_id } => return Ok(session_id),
             SessionState::Closed | SessionState::AuthFailed => return Err(ClientError::Closed),
             SessionState::Expired
             | SessionState::Disconnected
@@ -83,5 +83,26 @@ pub(crate) async fn is_current(client: &Client, id: i64) -> Result<bool, ClientE
         if state.changed().await.is_err() {
             return Err(ClientError::SessionExpired);
         }
+    }
+}
+
+/// Whether the client's session is the one with this id. Waits for a connection.
+///
+/// # Errors
+/// As [`current`].
+pub(crate) async fn is_current(client: &Client, id: i64) -> Result<bool, ClientError> {
+    Ok(current(client).await? == id)
+}
+
+/// Whether a mark that `session` would have left, and that was looked for just now in vain, proves
+/// that nothing was done. It does not where the session is over: the mark went with it.
+///
+/// # Errors
+/// [`ClientError::SessionExpired`] where it does not; else as [`current`].
+pub(crate) async fn proves(client: &Client, session: i64) -> Result<(), ClientError> {
+    if is_current(client, session).await? {
+        Ok(())
+    } else {
+        Err(ClientError::SessionExpired)
     }
 }
