@@ -3,6 +3,7 @@
 //! Exit codes: 0 done, 1 failed, 64 wrong usage or configuration.
 
 pub mod bench;
+mod bench_coord;
 pub mod check;
 pub mod completions;
 pub mod coord;
@@ -52,6 +53,7 @@ enum Command {
     Bench(bench::BenchArgs),
     Completions(completions::CompletionsArgs),
     BenchServer(bench::server::BenchServerArgs),
+    BenchCoord(bench_coord::BenchCoordArgs),
 }
 
 /// Runs the program with `args`, the program's own name first.
@@ -84,6 +86,7 @@ pub(crate) fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Bench(args) => bench::run(&args),
         Command::Completions(args) => Ok(completions::run::<Cli>(&args)),
         Command::BenchServer(args) => bench::server::run(&args),
+        Command::BenchCoord(args) => bench_coord::run(&args),
     };
     match result {
         Ok(code) => code,
