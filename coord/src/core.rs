@@ -567,6 +567,10 @@ impl Core {
         if self.state.members.version() != version {
             self.on_members();
         }
+        let ours = entry.proposal.origin == self.run;
+        if planted!(WatchAfterReply) {
+            self.on_outcome(outcome.clone(), &entry.proposal.command, ours);
+        }
         for change in &changes {
             for fired in self.watches.fire(change) {
                 let frame = encode_event(&WatcherEvent::new(fired.kind, fired.path));
@@ -578,8 +582,9 @@ impl Core {
                 }
             }
         }
-        let ours = entry.proposal.origin == self.run;
-        self.on_outcome(outcome, &entry.proposal.command, ours);
+        if !planted!(WatchAfterReply) {
+            self.on_outcome(outcome, &entry.proposal.command, ours);
+        }
     }
 
     /// After each entry: syncs that waited for it, and the snapshot that may be due.
@@ -623,6 +628,7 @@ impl Core {
                 let conn = ConnId(request);
                 if let Some(old) = self.here.get(&session).copied()
                     && !(ours && old == conn)
+                    && !planted!(MovedKeepsServing)
                 {
                     self.close(old, CloseReason::Moved);
                 }

@@ -58,15 +58,33 @@
 //! # }
 //! ```
 
+/// `true` when the defect is planted; constant `false` in a build that cannot plant any.
+macro_rules! planted {
+    ($fault:ident) => {{
+        #[cfg(any(test, feature = "faults"))]
+        {
+            $crate::faults::planted() == Some($crate::faults::Fault::$fault)
+        }
+        #[cfg(not(any(test, feature = "faults")))]
+        {
+            false
+        }
+    }};
+}
+
 pub mod acl;
 pub mod client;
 pub mod core;
 pub mod driver;
+#[cfg(any(test, feature = "faults"))]
+pub mod faults;
 pub mod members;
 pub mod quorum;
 pub mod recipes;
 mod rng;
 pub mod session;
+#[cfg(any(test, feature = "faults"))]
+pub mod sim;
 pub mod snapshot;
 pub mod time;
 pub mod tree;

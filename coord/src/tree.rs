@@ -428,7 +428,12 @@ impl Tree {
         let parent = self.nodes.get(&parent_path).ok_or(ErrorCode::NoNode)?;
         permit(parent, perms::CREATE, who)?;
         if sequential {
-            path.push_str(&format!("{:010}", parent.created));
+            let count = if planted!(SequentialByCount) {
+                i32::try_from(parent.children.len()).unwrap_or(i32::MAX)
+            } else {
+                parent.created
+            };
+            path.push_str(&format!("{count:010}"));
         }
         validate_path(&path).map_err(|_| ErrorCode::BadArguments)?;
         let Some((_, name)) = split(&path) else {

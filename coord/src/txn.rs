@@ -227,6 +227,17 @@ impl State {
     /// If `zxid` is not above all that were applied before.
     pub fn apply(&mut self, zxid: u64, entry: &Entry) -> (Outcome, Vec<Change>) {
         self.skip(zxid);
+        if planted!(EndInTwoSteps) {
+            let owners: Vec<SessionId> = self.tree.owners().collect();
+            for owner in owners {
+                if !self.sessions.contains_key(&owner) {
+                    self.end_session(owner, zxid, &mut Vec::new());
+                    let left = self.tree.ephemerals(owner).next().map(str::to_owned);
+                    left.into_iter()
+                        .for_each(|path| drop(self.tree.remove(&path, zxid)));
+                }
+            }
+        }
         let stamp = Stamp {
             zxid,
             time_ms: entry.time_ms,
@@ -272,7 +283,7 @@ impl State {
             },
             Command::Expire { session, attached } => {
                 let current = self.sessions.get(session).map(|record| record.attached);
-                if current == Some(*attached) {
+                if current == Some(*attached) || current.is_some() && planted!(ExpireUnchecked) {
                     self.end_session(*session, zxid, &mut changes);
                     Outcome::Expired {
                         session: Some(*session),
@@ -291,7 +302,9 @@ impl State {
                 let Some(record) = self.sessions.get_mut(session) else {
                     return (Outcome::Void, changes);
                 };
-                if record.attached != *attached || record.writes + 1 != *number {
+                if record.attached != *attached
+                    || (record.writes + 1 != *number && !planted!(NumberUnchecked))
+                {
                     return (Outcome::Void, changes);
                 }
                 record.writes = *number;
@@ -334,7 +347,10 @@ impl State {
     }
 
     fn end_session(&mut self, session: SessionId, zxid: u64, changes: &mut Vec<Change>) {
-        let paths: Vec<String> = self.tree.ephemerals(session).map(str::to_owned).collect();
+        let mut paths: Vec<String> = self.tree.ephemerals(session).map(str::to_owned).collect();
+        if planted!(EndInTwoSteps) {
+            paths.pop();
+        }
         for path in paths {
             self.tree.remove(&path, zxid);
             changes.push(Change::Deleted(path));
@@ -366,7 +382,9 @@ impl State {
                     match self.one(op, who, stamp, changes, &mut undo) {
                         Ok(result) => done.push(result),
                         Err(code) => {
-                            undo.into_iter().rev().for_each(|undo| self.tree.undo(undo));
+                            let half = usize::from(planted!(MultiHalfDone));
+                            let undo = undo.into_iter().skip(half).rev();
+                            undo.for_each(|undo| self.tree.undo(undo));
                             changes.clear();
                             return Err(Refused {
                                 code,

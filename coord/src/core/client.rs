@@ -339,7 +339,7 @@ impl Core {
             return false;
         };
         self.outbox.remove(out);
-        if request.last_zxid_seen > zxid {
+        if request.last_zxid_seen > zxid && !planted!(FutureIgnored) {
             self.close(conn, CloseReason::FromTheFuture);
             return false;
         }
@@ -458,7 +458,7 @@ impl Core {
                         xid,
                         path,
                         barrier,
-                        index: None,
+                        index: planted!(SyncIsLocal).then_some(0),
                     },
                 );
             }

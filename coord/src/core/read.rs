@@ -192,6 +192,7 @@ impl Core {
             for path in paths {
                 let missed = match (self.state.tree.znode(path), waits_for_creation, kind) {
                     (_, _, WatchKind::Persistent | WatchKind::Recursive) => None,
+                    _ if planted!(WatchesNotCaughtUp) => None,
                     (Some(_), true, _) => Some(EventType::NodeCreated),
                     (None, true, _) => None,
                     (None, false, _) => Some(EventType::NodeDeleted),

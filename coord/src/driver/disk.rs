@@ -23,7 +23,7 @@ use thiserror::Error;
 
 use super::engine::{Input, InputSender};
 use super::storage::{Directory, Storage, TEMPORARY, write_atomically};
-use super::wal::{FRAME_BYTES_MAX, Record, Wal};
+use super::wal::{FRAME_BYTES_MAX, Record, SEGMENT_BYTES, Wal};
 use crate::quorum::{Recovered, SnapshotImage, Write};
 
 /// What is wrong with the data directory.
@@ -164,7 +164,7 @@ impl Claimed {
                 new
             }
         };
-        let (wal, recovered) = recover(&storage, identity.log_id)?;
+        let (wal, recovered) = recover(&storage, identity.log_id, SEGMENT_BYTES)?;
         Ok(Opened {
             storage,
             wal,
@@ -178,6 +178,7 @@ impl Claimed {
 pub(crate) fn recover(
     storage: &Arc<dyn Storage>,
     log_id: u64,
+    segment_bytes: u64,
 ) -> Result<(Wal, Recovered), DiskError> {
     for name in storage.list()? {
         if name.ends_with(TEMPORARY) {
@@ -192,7 +193,7 @@ pub(crate) fn recover(
         )?),
         None => None,
     };
-    let (mut wal, replay) = Wal::open(storage, log_id)?;
+    let (mut wal, replay) = Wal::open(storage, log_id, segment_bytes)?;
     let (base, base_term) = snapshot
         .as_ref()
         .map_or((0, 0), |image| (image.index, image.term));
@@ -306,7 +307,9 @@ impl Group {
     pub(crate) fn add(&mut self, storage: &dyn Storage, write: Write) -> io::Result<()> {
         if let Some(image) = write.snapshot {
             save_snapshot(storage, &image)?;
-            self.records.push(Record::Reset { index: image.index });
+            if !planted!(ResetForgotten) {
+                self.records.push(Record::Reset { index: image.index });
+            }
         }
         self.records.extend(write.hard_state.map(Record::Hard));
         let lengths = write.entries.iter().map(|entry| entry.data.len());

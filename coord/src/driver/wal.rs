@@ -18,14 +18,14 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use super::disk::DiskError;
-use super::storage::{Storage, StorageFile};
+use super::storage::{Storage, StorageFile, write_atomically};
 use crate::quorum::{HardState, LogEntry};
 
 const HEAD: usize = 32;
 const VERSION: u16 = 1;
 
-/// Bytes after which a new segment is begun; one frame may go beyond.
-const SEGMENT_BYTES: u64 = 16 * 1024 * 1024;
+/// Bytes after which a new segment is begun, but in tests; one frame may go beyond.
+pub(super) const SEGMENT_BYTES: u64 = 16 * 1024 * 1024;
 
 /// Bytes of a segment that are filled with zeros together, before the log gets there: overwriting what
 /// has been written changes no metadata of the file, and takes half the time of a first write.
@@ -94,7 +94,7 @@ struct Segment {
     max_index: u64,
 }
 
-/// Where the log was known to be durable: number and checksum of a frame.
+/// How far the log was known to be durable: the number of its frames, and the checksum of the last.
 ///
 /// A frame that was being written when the machine stopped looks like the last frame damaged later.
 /// The mark tells them apart: it is written, to a file of its own, when a frame has become durable,
@@ -102,10 +102,11 @@ struct Segment {
 /// of Alagappan et al., FAST'18). It is not synced while the log is in use, so that it costs no time,
 /// and may lag behind by what the system has not written back yet; it never runs ahead.
 ///
-/// Two sectors are written in turn, so that a torn write leaves the other.
+/// The first sector of the file is written with the file, when the log is opened; the second again and
+/// again, and if that is torn, the first stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 struct Mark {
-    frame: u64,
+    frames: u64,
     crc: u32,
 }
 
@@ -119,7 +120,7 @@ impl Mark {
         let mut bytes = [0; Self::BYTES];
         bytes[..8].copy_from_slice(&Self::MAGIC);
         bytes[8..16].copy_from_slice(&log_id.to_le_bytes());
-        bytes[16..24].copy_from_slice(&self.frame.to_le_bytes());
+        bytes[16..24].copy_from_slice(&self.frames.to_le_bytes());
         bytes[24..28].copy_from_slice(&self.crc.to_le_bytes());
         let sum = crc32c::crc32c(&bytes[..28]);
         bytes[28..].copy_from_slice(&sum.to_le_bytes());
@@ -128,9 +129,9 @@ impl Mark {
 
     fn decode(bytes: &[u8], log_id: u64) -> Option<Self> {
         let bytes = bytes.get(..Self::BYTES)?;
-        let frame = u64::from_le_bytes(bytes[16..24].try_into().expect("eight bytes"));
+        let frames = u64::from_le_bytes(bytes[16..24].try_into().expect("eight bytes"));
         let crc = u32::from_le_bytes(bytes[24..28].try_into().expect("four bytes"));
-        let mark = Self { frame, crc };
+        let mark = Self { frames, crc };
         (mark.encode(log_id) == bytes).then_some(mark)
     }
 
@@ -146,9 +147,12 @@ impl Mark {
         })
     }
 
-    /// Its place in the file.
-    fn offset(self) -> u64 {
-        self.frame % 2 * Self::SECTOR as u64
+    /// Begins the file anew.
+    fn create(self, storage: &dyn Storage, log_id: u64) -> io::Result<Box<dyn StorageFile>> {
+        let mut sectors = [0; 2 * Self::SECTOR];
+        sectors[..Self::BYTES].copy_from_slice(&self.encode(log_id));
+        write_atomically(storage, Self::NAME, &[&sectors])?;
+        storage.open(Self::NAME)
     }
 }
 
@@ -156,6 +160,7 @@ impl Mark {
 pub(crate) struct Wal {
     storage: Arc<dyn Storage>,
     log_id: u64,
+    segment_bytes: u64,
     segments: Vec<Segment>,
     file: Box<dyn StorageFile>,
     mark: Box<dyn StorageFile>,
@@ -169,20 +174,28 @@ pub(crate) struct Wal {
 }
 
 impl Wal {
-    /// Reads all segments, cuts off a torn tail, and begins a new segment.
+    /// Reads all segments, cuts off a torn tail, and begins a new segment. One is full when it has
+    /// `segment_bytes`.
     pub(super) fn open(
         storage: &Arc<dyn Storage>,
         log_id: u64,
+        segment_bytes: u64,
     ) -> Result<(Self, Replay), DiskError> {
         // What a run before saw in the directory need not be durable, if it was killed.
         storage.sync_names()?;
         let names = storage.list()?;
         let mut segments: Vec<Segment> = names.iter().filter_map(|name| segment(name)).collect();
         segments.sort_by_key(|segment| segment.number);
-        let mark = if segments.is_empty() && !names.iter().any(|name| name == Mark::NAME) {
-            None
+        let mark = if names.iter().any(|name| name == Mark::NAME) {
+            Mark::read(&**storage, log_id)?
+        } else if let Some(first) = segments.first() {
+            return Err(DiskError::Damaged {
+                path: storage.path(&first.name),
+                offset: 0,
+                what: "there is a log, and no mark that says how far it was durable",
+            });
         } else {
-            Some(Mark::read(&**storage, log_id)?)
+            Mark { frames: 0, crc: 0 }
         };
         let mut reader = Reader {
             storage: &**storage,
@@ -197,7 +210,7 @@ impl Wal {
         }
         let Reader { chain, replay, .. } = reader;
         let (next_frame, chain) = chain.unwrap_or((0, 0));
-        if mark.is_some_and(|mark| mark.frame >= next_frame) {
+        if mark.frames > next_frame && !planted!(MarkUnchecked) && !planted!(DamageCutOff) {
             let last = segments.last().map_or(Mark::NAME, |s| s.name.as_str());
             return Err(DiskError::Damaged {
                 path: storage.path(last),
@@ -205,16 +218,18 @@ impl Wal {
                 what: "the log ends before what was durable",
             });
         }
-        let number = segments.last().map_or(0, |segment| segment.number + 1);
-        let (segment, file) = create_segment(&**storage, number)?;
-        segments.push(segment);
-        let mark = match mark {
-            Some(_) => storage.open(Mark::NAME)?,
-            None => storage.create(Mark::NAME)?,
+        let mark = Mark {
+            frames: next_frame,
+            crc: chain,
         };
+        let mark = mark.create(&**storage, log_id)?;
+        let number = segments.last().map_or(0, |segment| segment.number + 1);
+        let (segment, file) = create_segment(&**storage, number, segment_bytes)?;
+        segments.push(segment);
         let mut wal = Self {
             storage: storage.clone(),
             log_id,
+            segment_bytes,
             segments,
             file,
             mark,
@@ -226,8 +241,6 @@ impl Wal {
             buffer: Vec::new(),
         };
         wal.write_head()?;
-        wal.sync_mark()?;
-        storage.sync_names()?;
         Ok((wal, replay))
     }
 
@@ -251,9 +264,9 @@ impl Wal {
                 Record::Head { .. } | Record::Reset { .. } => {}
             }
         }
-        if self.offset >= SEGMENT_BYTES {
+        if self.offset >= self.segment_bytes {
             let number = self.segments.last().map_or(0, |segment| segment.number + 1);
-            let (segment, file) = create_segment(&*self.storage, number)?;
+            let (segment, file) = create_segment(&*self.storage, number, self.segment_bytes)?;
             self.segments.push(segment);
             self.file = file;
             self.offset = 0;
@@ -284,11 +297,16 @@ impl Wal {
         let end = self.offset + length as u64;
         if end > self.filled {
             // Zeros are what stands behind the log in any case.
-            self.buffer.resize(length.next_multiple_of(FILL_BYTES), 0);
+            let segment = usize::try_from(self.segment_bytes).unwrap_or(FILL_BYTES);
+            let fill = FILL_BYTES.min(segment);
+            self.buffer.resize(length.next_multiple_of(fill), 0);
             self.filled = self.offset + self.buffer.len() as u64;
         }
         self.file.write_all_at(&self.buffer, self.offset)?;
-        self.file.sync_data()?;
+        let synced = self.file.sync_data();
+        if !planted!(SyncErrorIgnored) {
+            synced?;
+        }
         self.offset = end;
         self.next_frame += 1;
         self.chain = crc;
@@ -296,7 +314,7 @@ impl Wal {
     }
 
     /// Deletes the segments that hold nothing after `index`, which a durable snapshot contains.
-    pub(super) fn trim(&mut self, index: u64) -> io::Result<()> {
+    pub(crate) fn trim(&mut self, index: u64) -> io::Result<()> {
         let last = self.segments.len() - 1;
         let count = self.segments[..last]
             .iter()
@@ -309,13 +327,13 @@ impl Wal {
     }
 
     /// Notes that everything appended so far is durable. Costs no sync.
-    pub(super) fn write_mark(&mut self) -> io::Result<()> {
+    pub(crate) fn write_mark(&mut self) -> io::Result<()> {
         let mark = Mark {
-            frame: self.next_frame - 1,
+            frames: self.next_frame,
             crc: self.chain,
         };
         self.mark
-            .write_all_at(&mark.encode(self.log_id), mark.offset())
+            .write_all_at(&mark.encode(self.log_id), Mark::SECTOR as u64)
     }
 
     /// [`Wal::write_mark`], for good.
@@ -342,12 +360,13 @@ fn segment(name: &str) -> Option<Segment> {
 fn create_segment(
     storage: &dyn Storage,
     number: u64,
+    bytes: u64,
 ) -> io::Result<(Segment, Box<dyn StorageFile>)> {
     let name = format!("wal-{number:016x}.log");
     let mut file = storage.create(&name)?;
     // So that an append changes no metadata. A file system that cannot is only slower, and one that
     // is full may still have room for a little.
-    let _ = file.allocate(SEGMENT_BYTES);
+    let _ = file.allocate(bytes);
     file.sync_all()?;
     storage.sync_names()?;
     let segment = segment(&name).expect("a segment's name");
@@ -357,7 +376,7 @@ fn create_segment(
 struct Reader<'a> {
     storage: &'a dyn Storage,
     log_id: u64,
-    mark: Option<Mark>,
+    mark: Mark,
     /// Number of the next frame, and checksum of the one before it.
     chain: Option<(u64, u32)>,
     replay: Replay,
@@ -379,8 +398,8 @@ impl Reader<'_> {
             let crc = u32::from_le_bytes(frame[24..28].try_into().expect("four bytes"));
             // The oldest segment may follow on ones that were deleted.
             let follows = self.chain.is_none_or(|next| next == (number, previous));
-            let marked = Some(Mark { frame: number, crc });
-            if !follows || self.mark.map(|m| m.frame) == Some(number) && self.mark != marked {
+            let marked = number + 1 != self.mark.frames || crc == self.mark.crc;
+            if !follows || !marked {
                 return Err(damaged(
                     offset,
                     "a frame does not follow on the one before it",
@@ -406,11 +425,12 @@ impl Reader<'_> {
                 return Err(damaged(offset, "a frame is broken and segments follow"));
             }
             let mut after = (offset + 8..bytes.len()).step_by(8);
-            if after.any(|later| frame_at(&bytes, later, self.log_id).is_some()) {
+            let follows = after.any(|later| frame_at(&bytes, later, self.log_id).is_some());
+            if follows && !planted!(DamageCutOff) {
                 return Err(damaged(offset, "a frame is broken and sound ones follow"));
             }
             let next = self.chain.map_or(0, |(number, _)| number);
-            if self.mark.is_some_and(|mark| mark.frame >= next) {
+            if self.mark.frames > next && !planted!(MarkUnchecked) && !planted!(DamageCutOff) {
                 return Err(damaged(offset, "a frame is broken that was durable"));
             }
             tracing::warn!(path = %path.display(), offset, "cut off an unfinished write");
@@ -421,7 +441,9 @@ impl Reader<'_> {
             // takes the page for written. So it is written once more. And nothing more comes here:
             // what was set aside is given back.
             let mut file = self.storage.open(&segment.name)?;
-            file.write_all_at(&bytes[newest.clone()], newest.start as u64)?;
+            if !planted!(TailNotRewritten) {
+                file.write_all_at(&bytes[newest.clone()], newest.start as u64)?;
+            }
             file.set_len(offset.min(bytes.len()) as u64)?;
             file.sync_all()?;
         }

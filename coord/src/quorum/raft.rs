@@ -61,7 +61,10 @@ pub(crate) struct RaftQuorum {
 impl RaftQuorum {
     /// # Panics
     /// If the configuration contradicts itself; the core has checked it.
-    pub(crate) fn new(config: &QuorumConfig, recovered: Recovered) -> Self {
+    pub(crate) fn new(config: &QuorumConfig, mut recovered: Recovered) -> Self {
+        if planted!(VoteForgotten) {
+            recovered.hard_state.vote = 0;
+        }
         let applied = recovered.snapshot.as_ref().map_or(0, |image| image.index);
         let founders = Conf {
             voters: config.founders.clone(),
@@ -80,6 +83,11 @@ impl RaftQuorum {
             max_inflight_msgs: IN_FLIGHT_MAX,
             check_quorum: true,
             pre_vote: true,
+            read_only_option: if planted!(BarrierByLease) {
+                raft::ReadOnlyOption::LeaseBased
+            } else {
+                raft::ReadOnlyOption::Safe
+            },
             batch_append: true,
             max_uncommitted_size: config.uncommitted_bytes_max.max(MESSAGE_BYTES_MAX),
             ..Config::default()
@@ -143,7 +151,7 @@ impl RaftQuorum {
             for message in messages.filter_map(RaftMessage::from_engine) {
                 // Raft thesis §10.2.1: a leader may send entries before its own disk has them. Its
                 // own vote has been durable since before it was asked for by others.
-                if !leads && message.kind.promises() {
+                if !leads && message.kind.promises() && !planted!(AckBeforeSync) {
                     promises.push(message);
                 } else {
                     self.outputs.push_back(QuorumOutput::Send(message));
