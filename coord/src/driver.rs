@@ -1,12 +1,14 @@
 //! A server with its sockets, disk and clock around the [`Core`].
 //!
-//! One thread runs the core and serves its clients; one writes the log, one snapshots; the links
-//! between servers are tasks of the tokio runtime that [`start`] was called in. No answer to a heartbeat ever waits for the disk.
+//! One thread runs the core and serves its clients and the links to the other servers; one writes the
+//! log, one snapshots. Tasks of the tokio runtime that [`start`] was called in accept, dial and make
+//! handshakes. No answer to a heartbeat ever waits for the disk.
 
 mod clients;
 pub(crate) mod disk;
 mod engine;
 mod environment;
+mod links;
 mod peers;
 mod roster;
 pub(crate) mod storage;
@@ -25,12 +27,13 @@ use std::time::Duration;
 
 use thiserror::Error;
 use tokio::net::TcpListener;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{oneshot, watch};
 
 use self::clients::Clients;
 use self::disk::{Claimed, Identity, KnownPeers};
 use self::engine::{Alive, Clock, Engine, Input, InputSender, Inputs, while_alive};
 use self::environment::Environment;
+use self::links::Links;
 use self::peers::{Beginning, Peers};
 use self::roster::Roster;
 use crate::core::{Config, ConfigError, Core};
@@ -366,12 +369,13 @@ impl Launch {
         let (alive_sender, alive) = self.alive;
         let (peers, runtime) = (self.peers, tokio::runtime::Handle::current());
         let link = move |peer| {
-            let (queue, messages) = mpsc::channel(peers::QUEUE_MAX);
-            let dial = peers.clone().dial(peer, messages);
+            let (stop, stopped) = oneshot::channel();
+            let dial = peers.clone().dial(peer, stopped);
             runtime.spawn(while_alive(alive.clone(), dial));
-            queue
+            stop
         };
-        let clients = Clients::new(self.inputs.registry().map_err(StartError::System)?);
+        let registry = || self.inputs.registry().map_err(StartError::System);
+        let (clients, links) = (Clients::new(registry()?), Links::new(registry()?));
         let engine = Engine {
             core,
             clock,
@@ -380,6 +384,7 @@ impl Launch {
             surroundings: self.environment,
             clients,
             peers: BTreeMap::new(),
+            links,
             link: Box::new(link),
             roster: self.roster,
             removed: false,

@@ -8,17 +8,18 @@ use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, TrySendError, sync_cha
 use std::time::{Duration, SystemTime};
 
 use mio::{Events, Poll, Token, Waker};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{oneshot, watch};
 
 use super::clients::{Accepted, Clients};
 use super::disk::Disk;
 use super::environment::Environment;
+use super::links::{Links, Made, Told};
 use super::roster::Roster;
 use super::{ServerError, Status};
-use crate::core::{ConnId, Core, Event, Output, PeerMessage};
+use crate::core::{ConnId, Core, Event, Output};
 use crate::time::Instant;
 
-/// Inputs waiting for the core at most. What peers send beyond it is dropped (and repeated by them).
+/// Inputs waiting for the core at most; who has more waits for room.
 const INPUTS_MAX: usize = 16_384;
 
 /// Inputs taken between two looks at the outputs at most: they share one disk write.
@@ -35,11 +36,8 @@ const STATUS_EVERY: Duration = Duration::from_millis(20);
 
 /// Something for the core, from another thread.
 pub(super) enum Input {
-    Peer {
-        from: u64,
-        message: PeerMessage,
-    },
-    Unreachable(u64),
+    /// A link with a peer whose handshake is made.
+    Link(Box<Made>),
     /// A server that the log here does not know has dialled.
     Met(u64),
     /// A peer says that this server was removed.
@@ -210,11 +208,13 @@ pub(super) struct Engine {
     pub(super) clock: Clock,
     pub(super) inputs: Inputs,
     pub(super) disk: Disk,
-    pub(super) peers: BTreeMap<u64, mpsc::Sender<PeerMessage>>,
+    /// A peer is dialled as long as this holds it.
+    pub(super) peers: BTreeMap<u64, oneshot::Sender<()>>,
+    pub(super) links: Links,
     pub(super) surroundings: Environment,
     pub(super) clients: Clients,
     /// Begins to dial a peer.
-    pub(super) link: Box<dyn Fn(u64) -> mpsc::Sender<PeerMessage> + Send>,
+    pub(super) link: Box<dyn Fn(u64) -> oneshot::Sender<()> + Send>,
     pub(super) roster: Arc<Roster>,
     /// The log says that this server was removed.
     pub(super) removed: bool,
@@ -235,13 +235,24 @@ pub(super) async fn while_alive(mut alive: Alive, work: impl Future<Output = ()>
     }
 }
 
-/// Connections are numbered from 1, so that their tokens keep clear of the bell's.
-fn client_of(token: Token) -> Option<ConnId> {
-    (token != WAKE).then_some(ConnId(token.0 as u64))
-}
+/// Tokens from here on are links' with peers; those before are clients', who are numbered from 1.
+const FIRST_LINK: usize = 1 << (usize::BITS - 2);
 
 fn client_token(conn: ConnId) -> Token {
-    Token(usize::try_from(conn.0).expect("fewer connections than addresses"))
+    let number = usize::try_from(conn.0).expect("fewer connections than addresses");
+    assert!(number < FIRST_LINK, "fewer connections than addresses");
+    Token(number)
+}
+
+fn link_token(number: u64) -> Token {
+    Token(FIRST_LINK + usize::try_from(number).expect("fewer links than addresses"))
+}
+
+fn hear(core: &mut Core, clock: Clock, told: Told) {
+    match told {
+        Told::Message { from, message } => core.handle_peer(clock.now(), from, message),
+        Told::Unreachable(peer) => core.handle_unreachable(clock.now(), peer),
+    }
 }
 
 impl Engine {
@@ -265,10 +276,16 @@ impl Engine {
                 }
             }
             for event in &events {
-                if let Some(conn) = client_of(event.token()) {
-                    self.clients.on_event(conn, event);
+                match event.token() {
+                    WAKE => {}
+                    Token(number) if number >= FIRST_LINK => {
+                        self.links.on_event((number - FIRST_LINK) as u64, event);
+                    }
+                    Token(number) => self.clients.on_event(ConnId(number as u64), event),
                 }
             }
+            let (core, clock) = (&mut self.core, self.clock);
+            self.links.turn(|told| hear(core, clock, told));
             self.clients
                 .turn(&mut self.core, self.clock, &self.surroundings);
             // Silence is judged when everybody has been heard, but the timers cannot wait for ever.
@@ -283,6 +300,9 @@ impl Engine {
             while let Some(output) = self.core.poll_output() {
                 changed |= self.carry_out(output);
             }
+            // Peers first: what they do takes longer.
+            let (core, clock) = (&mut self.core, self.clock);
+            self.links.flush(|told| hear(core, clock, told));
             self.clients.flush(&mut self.core, self.clock.now());
             if self.removed {
                 return Err(ServerError::Removed);
@@ -310,7 +330,7 @@ impl Engine {
         let wake = self.core.poll_timeout().unwrap_or(next_status);
         let mut patience = wake.min(next_status).since(self.clock.now());
         let mut first = None;
-        if self.clients.has_ready() {
+        if self.clients.has_ready() || self.links.has_ready() {
             patience = Duration::ZERO;
         } else {
             first = self.inputs.lie_down()?;
@@ -329,8 +349,7 @@ impl Engine {
     fn take(&mut self, input: Input) {
         let now = self.clock.now();
         match input {
-            Input::Peer { from, message } => self.core.handle_peer(now, from, message),
-            Input::Unreachable(peer) => self.core.handle_unreachable(now, peer),
+            Input::Link(made) => self.links.add(*made, link_token),
             Input::Met(peer) => {
                 self.peers.entry(peer).or_insert_with(|| (self.link)(peer));
             }
@@ -355,11 +374,7 @@ impl Engine {
             Output::Persist { token, write } => self.disk.write(token, write),
             Output::SaveSnapshot(image) => self.disk.save(image),
             Output::Send { to, message } => {
-                let full = self
-                    .peers
-                    .get(&to)
-                    .is_some_and(|peer| peer.try_send(message).is_err());
-                if full {
+                if !self.links.send(to, &message) {
                     self.core.handle_unreachable(self.clock.now(), to);
                 }
             }
@@ -386,6 +401,7 @@ impl Engine {
                 let this = self.core.id();
                 let is_peer = |id: u64| id != this && !members.was_removed(id);
                 self.peers.retain(|id, _| is_peer(*id));
+                self.links.retain(is_peer);
                 for id in members.iter().map(|(id, _)| id).filter(|id| is_peer(*id)) {
                     self.peers.entry(id).or_insert_with(|| (self.link)(id));
                 }

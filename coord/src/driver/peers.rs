@@ -4,6 +4,8 @@
 //! key: only who has it can speak or listen, and every connection has fresh keys. Inside, messages
 //! are postcard, each with its length in front; the stream of them is cut into Noise records.
 //!
+//! Here are the handshakes; what follows is served by [`links`](super::links).
+//!
 //! When the connection that a peer has dialled ends and its listener refuses, its process is dead:
 //! the core is told, and need not wait for the silence.
 
@@ -11,7 +13,6 @@
 mod tests;
 
 use std::collections::BTreeMap;
-use std::convert::Infallible;
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,32 +22,20 @@ use snow::TransportState;
 use thiserror::Error;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::mpsc;
+use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
 use super::disk::KnownPeers;
 use super::engine::{Alive, Input, InputSender, while_alive};
+use super::links::{Direction, Made, RECORD_MAX};
 use super::roster::{Caller, Roster, Verdict};
-use crate::core::PeerMessage;
+use super::stream::Stream;
 
 const PATTERN: &str = "Noise_NNpsk0_25519_ChaChaPoly_BLAKE2s";
 
 /// Version of everything that peers say to each other.
 const VERSION: u16 = 2;
-
-/// Noise's limit of one record, and what is left of it for us.
-const RECORD_MAX: usize = 65_535;
-const PLAIN_MAX: usize = RECORD_MAX - 16;
-
-/// One message at most. Snapshots are the large ones.
-const MESSAGE_BYTES_MAX: usize = 256 * 1024 * 1024;
-
-/// Messages waiting for one peer at most; more are dropped, and the engine is told.
-pub(super) const QUEUE_MAX: usize = 4096;
-
-/// Messages sealed together at most.
-const BATCH_MAX: usize = 128;
 
 const DIAL_MAX: Duration = Duration::from_millis(500);
 const HANDSHAKE_MAX: Duration = Duration::from_secs(2);
@@ -314,11 +303,11 @@ impl Peers {
         Ok(verdict)
     }
 
-    /// Hands on what a peer says, until it stops.
-    async fn listen(&self, mut stream: TcpStream, mut noise: TransportState, from: u64) {
+    /// Has the engine listen to a peer, until that stops.
+    async fn listen(&self, stream: TcpStream, noise: TransportState, from: u64) {
         tracing::debug!(peer = self.roster.name_of(from), "peer connected");
-        let Err(error) = self.receive(&mut stream, &mut noise, from).await;
-        tracing::info!(peer = self.roster.name_of(from), %error, "peer's connection ended");
+        self.serve(from, Direction::In, stream, noise).await;
+        tracing::info!(peer = self.roster.name_of(from), "peer's connection ended");
         // A process that has ended refuses connections at once; one that is only cut off does not.
         let Some((_, addresses)) = self.roster.peer(from) else {
             return;
@@ -333,57 +322,50 @@ impl Peers {
         }
     }
 
-    async fn receive(
+    /// Hands a link to the engine and waits until it has ended.
+    async fn serve(
         &self,
-        stream: &mut TcpStream,
-        noise: &mut TransportState,
-        from: u64,
-    ) -> Result<Infallible, LinkError> {
-        let mut plain = Vec::new();
-        let mut start = 0;
-        loop {
-            let record = read_record(stream).await?;
-            if self.roster.was_removed(from) {
-                return Err(LinkError::Malformed);
+        peer: u64,
+        direction: Direction,
+        stream: TcpStream,
+        noise: TransportState,
+    ) {
+        let stream = match stream.into_std() {
+            Ok(stream) => Stream::plain(stream),
+            Err(error) => {
+                tracing::warn!(peer, %error, "cannot serve a peer");
+                return;
             }
-            plain.drain(..start);
-            let end = plain.len();
-            plain.resize(end + record.len(), 0);
-            let length = noise.read_message(&record, &mut plain[end..])?;
-            plain.truncate(end + length);
-            start = 0;
-            while let Some((prefix, rest)) = plain[start..].split_first_chunk::<4>() {
-                let length = u32::from_le_bytes(*prefix) as usize;
-                if length > MESSAGE_BYTES_MAX {
-                    return Err(LinkError::Malformed);
-                }
-                let Some(bytes) = rest.get(..length) else {
-                    break;
-                };
-                let message: PeerMessage =
-                    postcard::from_bytes(bytes).map_err(|_| LinkError::Malformed)?;
-                start += 4 + length;
-                self.engine.try_send(Input::Peer { from, message });
-            }
+        };
+        let (ended, end) = oneshot::channel();
+        let made = Made {
+            peer,
+            direction,
+            stream,
+            noise,
+            ended,
+        };
+        if self.engine.send(Input::Link(Box::new(made))).await {
+            // The sender is dropped, and nothing sent.
+            let _ = end.await;
         }
     }
 
-    /// Keeps a connection to a peer and sends what comes, until the sender is dropped. What comes
-    /// while there is no connection is dropped.
-    pub(super) async fn dial(self, peer: u64, mut queue: mpsc::Receiver<PeerMessage>) {
+    /// Keeps a connection to a peer, on which the engine sends, until `stop` is dropped.
+    pub(super) async fn dial(self, peer: u64, stop: oneshot::Receiver<()>) {
+        tokio::select! {
+            _ = stop => {}
+            () = self.keep_dialling(peer) => {}
+        }
+    }
+
+    async fn keep_dialling(&self, peer: u64) {
         let mut again = DIAL_AGAIN_MIN;
         for attempt in 0.. {
             match self.connect(peer, attempt).await {
                 Ok((stream, noise)) => {
                     again = DIAL_AGAIN_MIN;
-                    // It is old by now; the engine repeats what still matters.
-                    while queue.try_recv().is_ok() {}
-                    let error = match self.send(stream, noise, &mut queue).await {
-                        Ok(()) => return,
-                        Err(error) => error,
-                    };
-                    tracing::debug!(peer = self.roster.name_of(peer), %error, "connection to peer ended");
-                    self.engine.send(Input::Unreachable(peer)).await;
+                    self.serve(peer, Direction::Out, stream, noise).await;
                 }
                 Err(LinkError::Removed) => {
                     self.engine.send(Input::Removed).await;
@@ -392,10 +374,6 @@ impl Peers {
                     tracing::debug!(peer = self.roster.name_of(peer), %error, "cannot reach peer");
                 }
             }
-            if queue.is_closed() {
-                return;
-            }
-            while queue.try_recv().is_ok() {}
             sleep(again).await;
             again = (again * 2).min(DIAL_AGAIN_MAX);
         }
@@ -449,50 +427,6 @@ impl Peers {
             .await
             .map_err(|_| LinkError::Slow)??;
         Ok((stream, noise, verdict))
-    }
-
-    async fn send(
-        &self,
-        mut stream: TcpStream,
-        mut noise: TransportState,
-        queue: &mut mpsc::Receiver<PeerMessage>,
-    ) -> Result<(), LinkError> {
-        let mut batch = Vec::with_capacity(BATCH_MAX);
-        let mut plain = Vec::new();
-        let mut sealed = Vec::new();
-        let mut nothing = [0; 1];
-        loop {
-            tokio::select! {
-                biased;
-                // The peer says nothing here: whatever is read is the end.
-                _ = stream.read(&mut nothing) => {
-                    return Err(io::Error::from(io::ErrorKind::ConnectionReset).into());
-                }
-                count = queue.recv_many(&mut batch, BATCH_MAX) => {
-                    if count == 0 {
-                        return Ok(());
-                    }
-                }
-            }
-            plain.clear();
-            for message in batch.drain(..) {
-                let start = plain.len();
-                plain.extend_from_slice(&[0; 4]);
-                plain = postcard::to_extend(&message, plain).map_err(|_| LinkError::Malformed)?;
-                let length = plain.len() - start - 4;
-                let length = u32::try_from(length).map_err(|_| LinkError::Malformed)?;
-                plain[start..start + 4].copy_from_slice(&length.to_le_bytes());
-            }
-            sealed.clear();
-            for chunk in plain.chunks(PLAIN_MAX) {
-                let start = sealed.len();
-                sealed.resize(start + 2 + chunk.len() + 16, 0);
-                let length = noise.write_message(chunk, &mut sealed[start + 2..])?;
-                let length = u16::try_from(length).expect("a record's limit");
-                sealed[start..start + 2].copy_from_slice(&length.to_be_bytes());
-            }
-            stream.write_all(&sealed).await?;
-        }
     }
 
     fn builder(&self) -> Result<snow::Builder<'_>, snow::Error> {

@@ -2,11 +2,14 @@
 
 use std::net::Ipv4Addr;
 
+use mio::{Events, Poll, Token};
 use tokio::sync::watch;
 
 use super::super::engine::Inputs;
 use super::*;
+use crate::core::PeerMessage;
 use crate::driver::engine::inputs;
+use crate::driver::links::{Links, Told};
 use crate::session::SessionId;
 
 struct End {
@@ -85,56 +88,113 @@ async fn next(inputs: Inputs) -> (Input, Inputs) {
         .unwrap()
 }
 
+/// A link that was made, for the engine.
+async fn made(inputs: Inputs) -> (Made, Inputs) {
+    match next(inputs).await {
+        (Input::Link(made), inputs) => (*made, inputs),
+        _ => panic!("something else came"),
+    }
+}
+
+/// Passes the sockets' events on until `done`.
+fn turn(poll: &mut Poll, links: &mut Links, mut done: impl FnMut(Vec<Told>) -> bool) {
+    let mut events = Events::with_capacity(16);
+    loop {
+        let mut told = Vec::new();
+        links.turn(|what| told.push(what));
+        links.flush(|what| told.push(what));
+        if done(told) {
+            return;
+        }
+        let wait = if links.has_ready() { 0 } else { 10 };
+        poll.poll(&mut events, Some(Duration::from_millis(wait)))
+            .unwrap();
+        for event in &events {
+            links.on_event(event.token().0 as u64, event);
+        }
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn messages_of_every_size_arrive_in_order_and_the_end_is_noticed() {
-    let (a, mut b) = pair(1, 1).await;
+    let (mut a, mut b) = pair(1, 1).await;
     let (alive_sender, alive) = watch::channel(());
     let accept = b
         .peers
         .clone()
         .accept(b.listener.take().unwrap(), alive.clone());
     let accept = tokio::spawn(while_alive(alive.clone(), accept));
-    let (queue, messages) = mpsc::channel(QUEUE_MAX);
-    let dial = tokio::spawn(a.peers.clone().dial(2, messages));
-    // What comes before there is a connection is dropped: repeat the first until it arrives.
-    let mut received = std::mem::replace(&mut b.inputs, inputs().unwrap().1);
-    loop {
-        queue.send(touch(1)).await.unwrap();
-        if let Ok(Some(Input::Peer { from: 1, message })) = received.try_recv() {
-            assert_eq!(message, touch(1));
-            break;
-        }
-        tokio::task::yield_now().await;
-    }
-    // 300,000 sessions are more than one Noise record holds.
-    for count in [0, 10, 300_000, 3] {
-        queue.send(touch(count)).await.unwrap();
-    }
-    let mut sizes = Vec::new();
-    while sizes.last() != Some(&3) {
-        let (input, back) = next(received).await;
-        received = back;
-        let Input::Peer {
-            from: 1,
-            message: PeerMessage::Touch(sessions),
-        } = input
-        else {
-            panic!("something else came");
-        };
-        sizes.push(sessions.len());
-    }
-    sizes.retain(|size| *size != 1);
-    assert_eq!(sizes, [0, 10, 300_000, 3]);
+    let (stop, stopped) = oneshot::channel();
+    let dial = tokio::spawn(a.peers.clone().dial(2, stopped));
+    let (from_a, _) = made(std::mem::replace(&mut a.inputs, inputs().unwrap().1)).await;
+    let (at_b, b_inputs) = made(std::mem::replace(&mut b.inputs, inputs().unwrap().1)).await;
+    assert_eq!((from_a.peer, from_a.direction), (2, Direction::Out));
+    assert_eq!((at_b.peer, at_b.direction), (1, Direction::In));
     assert!(b.peers.known.contains(1));
+    // Both ends in one place.
+    let mut poll = Poll::new().unwrap();
+    let mut links = Links::new(poll.registry().try_clone().unwrap());
+    let token = |number| Token(usize::try_from(number).unwrap());
+    links.add(from_a, token);
+    links.add(at_b, token);
+    // 300,000 sessions are more than one Noise record holds, and more than a socket takes at once.
+    let counts = [0, 10, 300_000, 3];
+    for count in counts {
+        assert!(links.send(2, &touch(count)));
+    }
+    assert!(links.send(7, &touch(1)), "no link, and nobody is told");
+    let mut messages = Vec::new();
+    turn(&mut poll, &mut links, |told| {
+        messages.extend(told);
+        messages.len() == counts.len()
+    });
+    let expected = counts.map(|count| Told::Message {
+        from: 1,
+        message: touch(count),
+    });
+    assert!(messages == expected, "not what was sent");
+    // What nobody takes is bounded: events are not looked at now.
+    let mut sent = 0;
+    while links.send(2, &touch(300_000)) {
+        sent += 1;
+        assert!(sent < 1000, "without end");
+    }
     // a's process ends: its listener refuses, too.
-    let mut a = a;
     a.listener = None;
-    drop(queue);
+    drop((stop, links));
     dial.await.unwrap();
-    let (input, _) = next(received).await;
+    let (input, _) = next(b_inputs).await;
     assert!(matches!(input, Input::PeerDied(1)), "a death beyond doubt");
     drop(alive_sender);
     accept.await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_does_not_seal_what_it_says_is_cut_off_and_its_end_is_told() {
+    let (mut a, mut b) = pair(1, 1).await;
+    let (_alive_sender, alive) = watch::channel(());
+    let accept = b
+        .peers
+        .clone()
+        .accept(b.listener.take().unwrap(), alive.clone());
+    tokio::spawn(while_alive(alive, accept));
+    let (_stop, stopped) = oneshot::channel();
+    tokio::spawn(a.peers.clone().dial(2, stopped));
+    let (mut from_a, _) = made(std::mem::replace(&mut a.inputs, inputs().unwrap().1)).await;
+    let (at_b, _) = made(std::mem::replace(&mut b.inputs, inputs().unwrap().1)).await;
+    from_a
+        .stream
+        .write(b"\0\x20nothing that was ever sealed by a")
+        .unwrap();
+    let mut poll = Poll::new().unwrap();
+    let mut links = Links::new(poll.registry().try_clone().unwrap());
+    let token = |number| Token(usize::try_from(number).unwrap());
+    links.add(from_a, token);
+    links.add(at_b, token);
+    // b drops the link, and so a learns that what it says is lost.
+    turn(&mut poll, &mut links, |told| {
+        told.contains(&Told::Unreachable(2))
+    });
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
