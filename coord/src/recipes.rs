@@ -8,8 +8,10 @@
 //! |---|---|
 //! | event channels: resumable, with a prefix that is truncated | [`channel`] |
 //! | transaction: several changes in one step, optimistic ones that read before they write | [`transaction`] |
+//! | read cache kept valid by watches | [`cache`] |
 //! | configuration that follows changes | [`config`] |
 //! | lease: held for a time, longer than any session lasts | [`lease`] |
+//! | two-phase and three-phase commit with a journal | [`commit`] |
 //! | consensus by proposal and decision, and a sequence of decisions | [`consensus`] |
 //! | lock, fair and without a herd | [`lock`] |
 //! | read/write lock | [`rwlock`] |
@@ -33,7 +35,9 @@
 //! - **Each wait ends by an event**: nothing here polls.
 
 pub mod barrier;
+pub mod cache;
 pub mod channel;
+pub mod commit;
 mod common;
 pub mod config;
 pub mod consensus;

@@ -160,6 +160,23 @@ async fn readers_begin_where_they_say_and_hear_of_what_is_wrong() {
     assert_eq!(read(&mut from, 3).await, ["b", "c", "0"]);
     assert_eq!(from.position(), Position { entry: 1, index: 1 });
 
+    // One that nobody waits for is there once or not at all, and others come after it.
+    for _ in 0..5 {
+        let dropped = publisher.publish("dropped");
+        tokio::time::timeout(Duration::ZERO, dropped)
+            .await
+            .unwrap_err();
+    }
+    publisher.publish("kept").await.unwrap();
+    let mut after = latest.next().await.unwrap();
+    let mut dropped = 0;
+    while text(&after) != "kept" {
+        assert_eq!(text(&after), "dropped");
+        dropped += 1;
+        after = latest.next().await.unwrap();
+    }
+    assert!(dropped <= 5, "{dropped} of 5");
+
     // The end is waited for.
     let waiting = tokio::spawn(async move { latest.next().await });
     publisher.publish("new").await.unwrap();

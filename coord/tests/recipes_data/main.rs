@@ -1,6 +1,8 @@
 //! The recipes that hold data, on three real servers of which some die.
 
+mod cache;
 mod channel;
+mod commit;
 #[path = "../common/mod.rs"]
 #[expect(dead_code, reason = "other tests use the rest of it")]
 mod common;

@@ -122,7 +122,7 @@ mod tests {
 
     #[test]
     fn batches_are_bounded_and_keep_order() {
-        let sizes = [1, 100_000, 28_070, 2, 500_000, 3].map(|size| Bytes::from(vec![0; size]));
+        let sizes = [1, 100_000, 31_071, 2, 500_000, 3].map(|size| Bytes::from(vec![0; size]));
         let batches = batches(sizes.to_vec());
         let sizes: Vec<Vec<usize>> = batches
             .iter()
@@ -130,7 +130,7 @@ mod tests {
             .collect();
         assert_eq!(
             sizes,
-            [vec![1, 100_000, 28_070], vec![2], vec![500_000], vec![3]]
+            [vec![1, 100_000, 31_071], vec![2], vec![500_000], vec![3]]
         );
         let many = super::batches(vec![Bytes::new(); 2049]);
         let lengths: Vec<usize> = many.iter().map(Vec::len).collect();

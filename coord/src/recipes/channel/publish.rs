@@ -19,6 +19,8 @@ pub struct Publisher {
     appends: u64,
     /// Where it appends.
     segment: u64,
+    /// An append was begun and not seen to its end.
+    interrupted: bool,
 }
 
 /// What became of an append.
@@ -44,6 +46,7 @@ impl Channel {
             id: Id::default(),
             appends: 0,
             segment: self.newest_segment().await?,
+            interrupted: false,
         };
         publisher.register().await?;
         Ok(publisher)
@@ -55,7 +58,7 @@ impl Publisher {
     ///
     /// # Errors
     /// [`ChannelError::TooLarge`], [`ChannelError::Client`]. After the latter the outcome is
-    /// unknown; also where this is dropped before it ends.
+    /// unknown; also where this is dropped before it ends. Either way it can publish again.
     pub async fn publish(&mut self, event: impl Into<Bytes>) -> Result<Position, ChannelError> {
         let positions = self.publish_all([event]).await?;
         Ok(*positions.last().expect("one event has one position"))
@@ -85,7 +88,15 @@ impl Publisher {
 
     async fn append(&mut self, events: Vec<Bytes>) -> Result<u64, ChannelError> {
         loop {
-            match self.try_append(&events).await? {
+            if self.interrupted {
+                // Whether that was done this would mistake for a repetition of its own.
+                self.channel.nodes.delete(&self.path()).await?;
+                self.register().await?;
+            }
+            self.interrupted = true;
+            let appended = self.try_append(&events).await?;
+            self.interrupted = false;
+            match appended {
                 Appended::At(entry) => return Ok(entry),
                 Appended::Void => self.next_segment().await?,
                 Appended::NoSegment => self.segment = self.channel.newest_segment().await?,
@@ -130,7 +141,6 @@ impl Publisher {
                     }
                     ErrorCode::NoNode if doubt => {
                         // Its session has expired, and nobody knows what became of the append.
-                        self.register().await?;
                         return Err(ClientError::SessionExpired.into());
                     }
                     ErrorCode::NoNode => return Ok(Appended::Unregistered),
@@ -216,7 +226,10 @@ impl Publisher {
         };
         match nodes.repeat(create).await {
             // Its own, of an attempt whose answer was lost.
-            Ok(_) | Err(ClientError::Zk(ErrorCode::NodeExists)) => Ok(()),
+            Ok(_) | Err(ClientError::Zk(ErrorCode::NodeExists)) => {
+                self.interrupted = false;
+                Ok(())
+            }
             Err(error) => Err(error.into()),
         }
     }
