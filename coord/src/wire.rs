@@ -28,7 +28,7 @@ mod types;
 mod words;
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 pub use error::{DecodeError, ErrorCode, FrameError};
 pub use frame::{
@@ -37,7 +37,7 @@ pub use frame::{
 };
 pub use jute::{Reader, Writer};
 pub use multi::{MultiOp, MultiResult, ReadOp, ReadResult};
-pub use path::{PathError, parent, validate_path};
+pub use path::{PATH_BYTES_MAX, PATH_NAMES_MAX, PathError, parent, validate_path};
 pub use request::{CreateOp, OpCode, Request, SetWatches};
 pub use response::Response;
 pub use session::{

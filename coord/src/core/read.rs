@@ -3,12 +3,14 @@
 use bytes::Bytes;
 
 use super::convert::valid;
+use super::words::short_name;
 use super::{CloseReason, ConnId, Core, Output};
 use crate::acl;
 use crate::watch::WatchKind;
 use crate::wire::{
-    AddWatchMode, ErrorCode, EventType, Id, REPLY_BYTES_MAX, ReadOp, ReadResult, Request, Response,
-    SetWatches, Stat, WatcherEvent, WatcherKind, encode_error, encode_event, encode_reply, perms,
+    AddWatchMode, ErrorCode, EventType, Id, REPLY_BYTES_MAX, REQUEST_BYTES_MAX, ReadOp, ReadResult,
+    Request, Response, SetWatches, Stat, WatcherEvent, WatcherKind, encode_error, encode_event,
+    encode_reply, perms,
 };
 
 impl Core {
@@ -18,6 +20,17 @@ impl Core {
             Ok(response) => encode_reply(xid, zxid, &response),
             Err(code) => encode_error(xid, zxid, code),
         };
+        if frame.len() > REQUEST_BYTES_MAX {
+            // ZooKeeper's clients take no more by default, and hang up without a word.
+            let (op, bytes) = (short_name(request.op()), frame.len());
+            tracing::warn!(
+                conn = conn.0,
+                op,
+                bytes,
+                "a reply longer than most clients accept"
+            );
+            self.counters.long_replies += 1;
+        }
         self.reply(conn, frame);
     }
 

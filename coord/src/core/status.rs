@@ -18,6 +18,7 @@ pub(super) struct Counters {
     pub(super) connections: u64,
     pub(super) auth_failed: u64,
     pub(super) sessions_expired: u64,
+    pub(super) long_replies: u64,
     pub(super) latency: Latency,
 }
 

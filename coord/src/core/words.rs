@@ -207,6 +207,7 @@ impl Core {
         line("auth_failed_count", &self.counters.auth_failed);
         line("connection_request_count", &self.counters.connections);
         line("stale_sessions_expired", &self.counters.sessions_expired);
+        line("long_replies", &self.counters.long_replies);
         line("term", &status.term);
         line("proposals_dropped", &status.proposals_dropped);
         lines.finish()

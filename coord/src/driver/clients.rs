@@ -29,6 +29,12 @@ use crate::wire::{FourLetterWord, REQUEST_BYTES_MAX};
 /// Frames of one client that wait for an answer at most; then nothing more is read from it.
 const OPEN_FRAMES_MAX: usize = 1024;
 
+/// Bytes of such frames at most, counted until all of them are answered.
+const OPEN_BYTES_MAX: usize = 8 * 1024 * 1024;
+
+/// ... and of all clients together: beyond it nothing is read from anybody.
+const OPEN_BYTES_ALL_MAX: usize = 128 * 1024 * 1024;
+
 /// Nothing is read from a client on the way to which there are more bytes than this.
 const OUTBOUND_BYTES_ENOUGH: usize = 1024 * 1024;
 
@@ -105,6 +111,8 @@ struct Client {
     outbound: Outgoing,
     /// Frames that were handed to the core and not answered.
     open_frames: usize,
+    /// Their bytes, and those of the answered ones among them. None when there are none.
+    open_bytes: usize,
     /// Something has come: until then it may also be a four-letter word.
     greeted: bool,
     /// The socket may have more to read.
@@ -123,7 +131,11 @@ struct Client {
 impl Client {
     /// Whether it may be given more to answer.
     fn has_room(&self) -> bool {
-        self.open_frames < OPEN_FRAMES_MAX && self.outbound.len() < OUTBOUND_BYTES_ENOUGH
+        self.may_send() && self.outbound.len() < OUTBOUND_BYTES_ENOUGH
+    }
+
+    fn may_send(&self) -> bool {
+        self.open_frames < OPEN_FRAMES_MAX && self.open_bytes < OPEN_BYTES_MAX
     }
 
     fn has_frame(&self) -> bool {
@@ -156,6 +168,8 @@ enum Read {
 pub(super) struct Clients {
     registry: Registry,
     conns: BTreeMap<ConnId, Client>,
+    /// Invariant: the sum of theirs.
+    open_bytes: usize,
     next: u64,
     /// Those from which something may be read or handed on, in turn.
     ready: VecDeque<ConnId>,
@@ -172,6 +186,7 @@ impl Clients {
         Self {
             registry,
             conns: BTreeMap::new(),
+            open_bytes: 0,
             next: 1,
             ready: VecDeque::new(),
             dirty: Vec::new(),
@@ -205,6 +220,7 @@ impl Clients {
             inbound: Vec::new(),
             outbound: Outgoing::default(),
             open_frames: 0,
+            open_bytes: 0,
             greeted: false,
             readable: false,
             ended: false,
@@ -235,13 +251,16 @@ impl Clients {
 
     /// Whether there is more for [`Clients::turn`] to do at once.
     pub(super) fn has_ready(&self) -> bool {
-        !self.ready.is_empty()
+        !self.ready.is_empty() && self.open_bytes < OPEN_BYTES_ALL_MAX
     }
 
     /// Reads from some clients, and hands the core what they sent.
     pub(super) fn turn(&mut self, core: &mut Core, clock: Clock, surroundings: &Environment) {
         let count = self.ready.len().min(READS_PER_TURN);
         for _ in 0..count {
+            if self.open_bytes >= OPEN_BYTES_ALL_MAX {
+                return;
+            }
             let Some(conn) = self.ready.pop_front() else {
                 return;
             };
@@ -276,6 +295,7 @@ impl Clients {
             // Only what is not whole is copied.
             let now = clock.now();
             let mut inbound = std::mem::take(&mut client.inbound);
+            let open_bytes = client.open_bytes;
             let fresh = &self.buffer[..count];
             let taken = if inbound.is_empty() {
                 let taken = hand_on(client, conn, fresh, core, now);
@@ -287,6 +307,7 @@ impl Clients {
                 inbound.drain(..*taken.as_ref().unwrap_or(&0));
                 taken
             };
+            self.open_bytes += client.open_bytes - open_bytes;
             match taken {
                 Ok(_) => {
                     if inbound.is_empty() {
@@ -322,6 +343,9 @@ impl Clients {
     pub(super) fn reply(&mut self, conn: ConnId, frame: &Bytes) {
         if let Some(client) = self.conns.get_mut(&conn) {
             client.open_frames = client.open_frames.saturating_sub(1);
+            if client.open_frames == 0 {
+                self.open_bytes -= std::mem::take(&mut client.open_bytes);
+            }
             self.send(conn, frame);
         }
     }
@@ -352,6 +376,7 @@ impl Clients {
             return;
         };
         client.closing = true;
+        self.open_bytes -= std::mem::take(&mut client.open_bytes);
         self.closing.push_back((now + LINGER, conn));
         if !client.dirty {
             client.dirty = true;
@@ -366,12 +391,11 @@ impl Clients {
     }
 
     fn drop_client(&mut self, core: &mut Core, now: Instant, conn: ConnId) {
-        if self
-            .conns
-            .remove(&conn)
-            .is_some_and(|client| !client.closing)
-        {
-            core.handle_disconnect(now, conn);
+        if let Some(client) = self.conns.remove(&conn) {
+            self.open_bytes -= client.open_bytes;
+            if !client.closing {
+                core.handle_disconnect(now, conn);
+            }
         }
     }
 
@@ -461,11 +485,12 @@ fn hand_on(
         }
     }
     let mut start = 0;
-    while client.open_frames < OPEN_FRAMES_MAX {
+    while client.may_send() {
         let Some(end) = next_frame(&bytes[start..]).map_err(Stop::Length)? else {
             break;
         };
         client.open_frames += 1;
+        client.open_bytes += end;
         core.handle_frame(now, conn, &bytes[start + 4..start + end]);
         start += end;
     }

@@ -2,6 +2,13 @@
 
 use thiserror::Error;
 
+/// Longest path, in bytes. ZooKeeper has no such bound besides the frame's.
+pub const PATH_BYTES_MAX: usize = 16 * 1024;
+
+/// Deepest znode: the names in its path. What looks upwards from a znode looks at as many others.
+/// ZooKeeper has no such bound.
+pub const PATH_NAMES_MAX: usize = 1024;
+
 /// Why a path is not valid. A server answers [`super::ErrorCode::BadArguments`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 #[non_exhaustive]
@@ -21,6 +28,12 @@ pub enum PathError {
     /// A control character, surrogate (so anything beyond U+FFFF), private or special character.
     #[error("character U+{0:04X} is not allowed in a path")]
     BadCharacter(u32),
+    /// It has more than [`PATH_BYTES_MAX`] bytes.
+    #[error("a path has at most {PATH_BYTES_MAX} bytes, not {0}")]
+    TooLong(usize),
+    /// It has more than [`PATH_NAMES_MAX`] names.
+    #[error("a path has at most {PATH_NAMES_MAX} names")]
+    TooDeep,
 }
 
 /// Checks a path. For a sequential create, check the path with the counter appended: `/a/` is
@@ -29,6 +42,9 @@ pub enum PathError {
 /// # Errors
 /// [`PathError`] at the first thing that is wrong.
 pub fn validate_path(path: &str) -> Result<(), PathError> {
+    if path.len() > PATH_BYTES_MAX {
+        return Err(PathError::TooLong(path.len()));
+    }
     let Some(names) = path.strip_prefix('/') else {
         return Err(PathError::NotAbsolute);
     };
@@ -38,7 +54,10 @@ pub fn validate_path(path: &str) -> Result<(), PathError> {
     if names.ends_with('/') {
         return Err(PathError::TrailingSlash);
     }
-    for name in names.split('/') {
+    for (depth, name) in names.split('/').enumerate() {
+        if depth == PATH_NAMES_MAX {
+            return Err(PathError::TooDeep);
+        }
         match name {
             "" => return Err(PathError::EmptyName),
             "." | ".." => return Err(PathError::RelativeName),

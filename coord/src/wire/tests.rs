@@ -71,7 +71,7 @@ fn create(op: CreateOp, flags: i32) -> Request {
 }
 
 /// One request of every kind.
-fn requests() -> Vec<Request> {
+pub(crate) fn requests() -> Vec<Request> {
     let path = || "/a/b".to_owned();
     vec![
         create(CreateOp::Create, 0),
@@ -697,18 +697,29 @@ fn paths_are_judged_as_zookeeper_does() {
     assert_eq!(parent("/a/b"), Some(("/a", "b")));
 }
 
+#[test]
+fn paths_are_bounded() {
+    assert_eq!(validate_path(&"/a".repeat(PATH_NAMES_MAX)), Ok(()));
+    let deep = "/a".repeat(PATH_NAMES_MAX + 1);
+    assert_eq!(validate_path(&deep), Err(PathError::TooDeep));
+    let long = format!("/{}", "a".repeat(PATH_BYTES_MAX - 1));
+    assert_eq!(validate_path(&long), Ok(()));
+    let too_long = PathError::TooLong(PATH_BYTES_MAX + 1);
+    assert_eq!(validate_path(&format!("{long}a")), Err(too_long));
+}
+
 /// splitmix64: enough to make bytes from a seed.
-struct Bytemill(u64);
+pub(crate) struct Bytemill(pub(crate) u64);
 
 impl Bytemill {
-    fn next(&mut self) -> u64 {
+    pub(crate) fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
         z ^ (z >> 31)
     }
-    fn below(&mut self, n: usize) -> usize {
+    pub(crate) fn below(&mut self, n: usize) -> usize {
         usize::try_from(self.next() % u64::try_from(n).unwrap()).unwrap()
     }
 }

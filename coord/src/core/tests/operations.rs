@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::core::Surroundings;
+use crate::wire::tests::{Bytemill, requests};
 use crate::wire::{FourLetterWord, Id, ReadOp, ReadResult};
 
 impl Bench {
@@ -767,4 +768,56 @@ fn sessions_are_bounded() {
     bench.hello(4, second.session_id, second.password, 0);
     let answer = ConnectResponse::decode(&bench.next(4)).unwrap();
     assert_eq!(answer.session_id, second.session_id, "it counts already");
+}
+
+/// Whatever clients send, nobody else is harmed, and each frame is answered or its connection closed.
+#[test]
+fn damaged_requests_harm_nobody() {
+    let mut bench = Bench::alone();
+    bench.core.config.extended_types = true;
+    bench.core.config.reconfig = true;
+    let frames: Vec<Bytes> = requests().iter().map(|r| encode_request(7, r)).collect();
+    let (mut answered, mut closed) = (0, 0);
+    for seed in 0..1500 {
+        let mut mill = Bytemill(seed);
+        let conn = seed + 1;
+        bench.connect(conn);
+        let mut sent = 0;
+        for _ in 0..4 {
+            let mut frame = frames[mill.below(frames.len())].to_vec();
+            for _ in 0..mill.below(3) {
+                // The length in front is the driver's, and the xid says nothing.
+                let at = 8 + mill.below(frame.len() - 8);
+                frame[at] = mill.next().to_le_bytes()[0];
+            }
+            if mill.below(8) == 0 {
+                frame.truncate(4 + mill.below(frame.len() - 3));
+            }
+            bench.frame(conn, &frame);
+            sent += 1;
+        }
+        bench.disk();
+        bench.core.state.tree.check_invariants();
+        let events = |frame: &Bytes| {
+            ReplyHeader::split(frame).is_ok_and(|(header, _)| header.xid == xid::NOTIFICATION)
+        };
+        let mut frames = bench.frames.remove(&ConnId(conn)).unwrap_or_default();
+        frames.retain(|frame| !events(frame));
+        answered += frames.len();
+        if std::mem::take(&mut bench.closed)
+            .iter()
+            .any(|(id, _)| *id == ConnId(conn))
+        {
+            closed += 1;
+        } else {
+            assert_eq!(frames.len(), sent, "seed {seed}");
+        }
+        bench.core.handle_disconnect(bench.now, ConnId(conn));
+    }
+    assert!(
+        answered > 3000 && closed > 100,
+        "{answered} answered, {closed} closed"
+    );
+    assert_eq!(bench.core.watches.len(), 0);
+    assert!(bench.core.outbox.is_empty() && bench.core.conns.is_empty());
 }
