@@ -7,8 +7,9 @@ use super::{CloseReason, Core, Event, Output};
 use crate::members::Members;
 use crate::quorum::{Conf, EntryKind};
 use crate::time::Instant;
+use crate::tree::CONFIG_PATH;
 use crate::txn::{Command, Op, Proposal};
-use crate::wire::ErrorCode;
+use crate::wire::{ErrorCode, perms};
 
 /// A server that is joining votes when it lacks so many entries at most. A busy leader is always
 /// some entries ahead of everybody.
@@ -33,7 +34,7 @@ impl Core {
     /// What the leader puts into the log for this proposal, and as what. `None`: nothing now; its
     /// origin repeats it.
     pub(super) fn admit(&mut self, mut proposal: Proposal) -> Option<(EntryKind, Proposal)> {
-        let Command::Write { op, .. } = &mut proposal.command else {
+        let Command::Write { op, who, .. } = &mut proposal.command else {
             let kind = match proposal.command {
                 Command::Promote { .. } => EntryKind::Membership,
                 _ => EntryKind::Normal,
@@ -47,7 +48,9 @@ impl Core {
         if self.settled_term != self.quorum.term() {
             return None;
         }
-        let Ok(next) = self.state.members.reconfigured(change, self.state.zxid + 1) else {
+        let config = self.state.tree.read(CONFIG_PATH, perms::WRITE, who);
+        let next = self.state.members.reconfigured(change, self.state.zxid + 1);
+        let (Ok(_), Ok(next)) = (config, next) else {
             // It is refused when it is applied, in its place among the other writes.
             return Some((EntryKind::Membership, proposal));
         };
