@@ -3,7 +3,8 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use serde::Serialize;
 
 /// Shows live TCP connections surviving the deaths of the servers that answer them
 ///
@@ -19,6 +20,7 @@ use clap::{Args, Parser, Subcommand};
     after_help = "Examples:\n  \
       unbroken-demo                                   a download, an exchange and an upload; three kills, one cable\n  \
       unbroken-demo --faults 20 --seed 7              longer, and the same faults each time\n  \
+      unbroken-demo --coordinator apache              the nodes agree by an Apache ZooKeeper ensemble\n  \
       unbroken-demo --keep                            stay up afterwards, and say how to talk to it\n  \
       unbroken-demo --server 'redis-server --port 6379' --port 6379 \\\n                \
                     --request 'PING\\r\\n' --response '+PONG\\r\\n'\n  \
@@ -40,6 +42,9 @@ pub(crate) struct DrillArgs {
     /// Replica hosts
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u8).range(3..=7))]
     pub(crate) replicas: u8,
+    /// Who keeps the nodes' agreement
+    #[arg(long, value_name = "WHICH", value_enum, default_value_t = Coordinator::Builtin)]
+    pub(crate) coordinator: Coordinator,
     /// Number that the moments of the faults follow from; a fresh one if not given
     #[arg(long, value_name = "NUMBER")]
     pub(crate) seed: Option<u64>,
@@ -73,6 +78,16 @@ pub(crate) struct DrillArgs {
     /// Say more while it runs, and let the nodes log more
     #[arg(long, short)]
     pub(crate) verbose: bool,
+}
+
+/// Who keeps the nodes' agreement.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Coordinator {
+    /// The nodes themselves
+    Builtin,
+    /// Three Apache ZooKeeper servers, on hosts of their own
+    Apache,
 }
 
 /// Bytes given on the command line.

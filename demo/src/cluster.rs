@@ -14,6 +14,7 @@ use anyhow::{Context as _, Result, bail};
 use unbroken::status::{Redundancy, Role, Status};
 use unbroken_tests::netns::{Host, Lab, Process};
 
+use crate::ensemble::Ensemble;
 use crate::pace::now_us;
 use crate::payload::fill;
 
@@ -97,6 +98,7 @@ pub(crate) struct Cluster {
     stop: Arc<AtomicBool>,
     watchers: Vec<JoinHandle<()>>,
     node_log: &'static str,
+    ensemble: Option<Ensemble>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -119,9 +121,11 @@ pub(crate) fn write_file(path: &Path, seed: u64, bytes: u64) -> Result<()> {
 }
 
 impl Cluster {
-    /// Writes the configuration of every replica into `dir` and begins to watch; nothing runs yet.
+    /// Writes the configuration of each of `hosts` into `dir` and begins to watch; no replica runs
+    /// yet. Without an ensemble, the nodes keep their agreement themselves.
     pub(crate) fn new(
-        lab: &Lab,
+        hosts: &[&Host],
+        ensemble: Option<Ensemble>,
         dir: &Path,
         program: &Path,
         services: Vec<Service>,
@@ -130,9 +134,8 @@ impl Cluster {
         let key = dir.join("group.key");
         fs::write(&key, unbroken::cli::keygen::generate()?)?;
         restrict(&key)?;
-        let hosts: Vec<&Host> = lab.hosts().filter(|host| host.name() != "c").collect();
         let mut replicas = Vec::new();
-        for host in &hosts {
+        for (index, host) in hosts.iter().enumerate() {
             let replica = Replica {
                 name: host.name().to_owned(),
                 host: (*host).clone(),
@@ -142,7 +145,13 @@ impl Cluster {
             fs::create_dir_all(&replica.dir)?;
             fs::write(
                 replica.dir.join("node.toml"),
-                configuration(host, &hosts, &key, &services),
+                configuration(
+                    host,
+                    hosts,
+                    &key,
+                    ensemble.as_ref().map(|ensemble| ensemble.external(index)),
+                    &services,
+                ),
             )?;
             replicas.push(replica);
         }
@@ -160,6 +169,7 @@ impl Cluster {
             stop: Arc::new(AtomicBool::new(false)),
             watchers: Vec::new(),
             node_log: if verbose { "debug" } else { "info" },
+            ensemble,
         };
         for (index, replica) in cluster.replicas.iter().enumerate() {
             let host = replica.host.clone();
@@ -258,7 +268,7 @@ impl Cluster {
                 }
             }
         }
-        None
+        self.ensemble.as_mut().and_then(Ensemble::fallen)
     }
 
     /// Forgets the processes of a replica that was killed on purpose. Not before: forgetting kills,
@@ -440,7 +450,13 @@ fn restrict(path: &Path) -> Result<()> {
 }
 
 /// A node's configuration file.
-fn configuration(host: &Host, hosts: &[&Host], key: &Path, services: &[Service]) -> String {
+fn configuration(
+    host: &Host,
+    hosts: &[&Host],
+    key: &Path,
+    external: Option<String>,
+    services: &[Service],
+) -> String {
     let table = |port: u16| {
         let entries: Vec<String> = hosts
             .iter()
@@ -449,13 +465,16 @@ fn configuration(host: &Host, hosts: &[&Host], key: &Path, services: &[Service])
         entries.join(", ")
     };
     let (name, address) = (host.name(), host.address());
+    let coord = match external {
+        None => format!("client = \"{address}:2181\"\npeers = {{ {} }}", table(2888)),
+        Some(external) => format!("external = \"{external}\""),
+    };
     let mut text = format!(
         "[node]\nname = \"{name}\"\ndata_dir = \"data\"\nkey_file = \"{}\"\n\n\
-         [coord]\nclient = \"{address}:2181\"\npeers = {{ {} }}\n\n\
+         [coord]\n{coord}\n\n\
          [group]\nmembers = {{ {} }}\n\n\
          [admin]\nlisten = \"{ADMIN}\"\n",
         key.display(),
-        table(2888),
         table(7400),
     );
     for service in services {

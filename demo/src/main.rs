@@ -9,6 +9,7 @@ mod args;
 mod client;
 mod cluster;
 mod drill;
+mod ensemble;
 mod pace;
 mod payload;
 mod picture;

@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 
 use serde::Serialize;
 
+use crate::args::Coordinator;
 use crate::drill::{Fault, Kind};
 use crate::pace::seconds;
 use crate::traffic::{Client, Outcome, Unit};
@@ -17,6 +18,7 @@ pub(crate) struct Report {
     /// `unbroken-demo --seed` with it does the same again.
     pub(crate) seed: u64,
     pub(crate) replicas: Vec<String>,
+    pub(crate) coordinator: Coordinator,
     pub(crate) seconds: f64,
     pub(crate) faults: Vec<FaultReport>,
     pub(crate) clients: Vec<ClientReport>,
@@ -120,9 +122,13 @@ impl Report {
     }
 
     fn write(&self, out: &mut String) -> std::fmt::Result {
+        let agreement = match self.coordinator {
+            Coordinator::Builtin => "",
+            Coordinator::Apache => " that agree by Apache ZooKeeper",
+        };
         writeln!(
             out,
-            "\n{} replicas, seed {}, {:.1} s\n",
+            "\n{} replicas{agreement}, seed {}, {:.1} s\n",
             self.replicas.len(),
             self.seed,
             self.seconds
@@ -220,6 +226,7 @@ mod tests {
             failure: None,
             seed: 42,
             replicas: vec!["r1".into(), "r2".into(), "r3".into()],
+            coordinator: Coordinator::Builtin,
             seconds: 41.26,
             faults: vec![FaultReport {
                 at_ms: 3_210,

@@ -11,11 +11,12 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use tokio::signal::unix::{SignalKind, signal};
-use unbroken_tests::netns::{Lab, LabOptions, userns};
+use unbroken_tests::netns::{Host, Lab, LabOptions, userns};
 
-use crate::args::DrillArgs;
+use crate::args::{Coordinator, DrillArgs};
 use crate::cluster::{Cluster, Server, Service, VIP, write_file};
 use crate::drill::{self, Drill, Interrupted};
+use crate::ensemble::{self, Ensemble};
 use crate::pace::{now_us, seconds};
 use crate::picture::{self, Panel};
 use crate::report::{self, Report};
@@ -43,9 +44,17 @@ pub(crate) fn run(args: &DrillArgs) -> Result<ExitCode> {
     // Dropped in the other order: the clients, the cluster's watchers, the hosts with all that runs on
     // them, the files.
     let mut scratch = Scratch::new()?;
+    let others = match args.coordinator {
+        Coordinator::Builtin => 0,
+        Coordinator::Apache => ensemble::SERVERS,
+    };
     let lab = Lab::new(LabOptions {
-        replicas: args.replicas,
+        replicas: args.replicas + others,
     })?;
+    let hosts: Vec<&Host> = (1..=args.replicas + others)
+        .map(|i| lab.host(&format!("r{i}")))
+        .collect();
+    let (hosts, others) = hosts.split_at(usize::from(args.replicas));
     let program = std::env::current_exe().context("finding this program")?;
     let services = services(args);
     let bytes = args.size * 1_000_000;
@@ -56,7 +65,21 @@ pub(crate) fn run(args: &DrillArgs) -> Result<ExitCode> {
     small_buffers(&lab);
     let logs = scratch.path().join("c");
     fs::create_dir(&logs)?;
-    let mut cluster = Cluster::new(&lab, scratch.path(), &program, services, args.verbose)?;
+    let ensemble = match args.coordinator {
+        Coordinator::Builtin => None,
+        Coordinator::Apache => {
+            screen.say("starting three Apache ZooKeeper servers");
+            Some(Ensemble::start(others, scratch.path())?)
+        }
+    };
+    let mut cluster = Cluster::new(
+        hosts,
+        ensemble,
+        scratch.path(),
+        &program,
+        services,
+        args.verbose,
+    )?;
     let behind = if args.server.is_some() {
         "your server"
     } else {
@@ -126,6 +149,7 @@ pub(crate) fn run(args: &DrillArgs) -> Result<ExitCode> {
         failure: outcome.as_ref().err().map(|error| format!("{error:#}")),
         seed,
         replicas: cluster.names(),
+        coordinator: args.coordinator,
         seconds: seconds(to_us - from_us),
         faults: report::faults(&faults, &clients, from_us),
         clients: report::clients(&clients, from_us),
@@ -284,16 +308,23 @@ fn how_to_talk(
     };
     let mut text =
         format!("\nThe cluster is up. The client host talks to it:\n  {talk}\nIts nodes:\n");
-    for host in lab.hosts().filter(|host| host.name() != "c") {
-        text += &format!("  {} {program} unbroken status\n", on(host.name()));
+    for replica in 1..=args.replicas {
+        text += &format!(
+            "  {} {program} unbroken status\n",
+            on(&format!("r{replica}"))
+        );
     }
+    let coordinator = match args.coordinator {
+        Coordinator::Builtin => 1,
+        Coordinator::Apache => args.replicas + 1,
+    };
     text += &format!(
         "The coordinator's namespace:\n  {} {program} unbroken zk --server {}:2181 ls /\n\
          Kill all that runs on the leader's host (it is not restarted):\n  \
          {inside}ip netns pids {}{} | xargs kill -9\n\
          Ctrl-C takes it all down.\n",
         on("r1"),
-        lab.host("r1").address(),
+        lab.host(&format!("r{coordinator}")).address(),
         lab.prefix(),
         leader.map_or("r1".to_owned(), |(name, _)| name),
     );

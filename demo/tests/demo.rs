@@ -100,6 +100,31 @@ fn three_clients_survive_a_kill_and_a_pulled_cable() {
     assert_eq!(leftovers(pid), Vec::<PathBuf>::new());
 }
 
+/// The nodes agree by an ensemble of Apache ZooKeeper, and the clients notice no difference.
+#[test]
+fn clients_survive_with_an_apache_zookeeper_ensemble() {
+    let _stage = stage();
+    let arguments = ["--coordinator", "apache", "--faults", "2", "--size", "30"];
+    let (pid, output) = run("apache", &[arguments.as_slice(), &["--json"]].concat());
+    assert!(output.status.success(), "{}", text(&output));
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(report["passed"], true);
+    assert_eq!(report["coordinator"], "apache");
+    let faults = report["faults"].as_array().unwrap();
+    let kinds: Vec<_> = faults
+        .iter()
+        .map(|fault| fault["kind"].as_str().unwrap())
+        .collect();
+    assert_eq!(kinds, ["kill", "kill", "cable"]);
+    for fault in faults {
+        assert_ne!(fault["victim"], fault["new_leader"]);
+        let after = &fault["new_view_after_ms"];
+        eprintln!("{} of the leader: new view after {after} ms", fault["kind"]);
+    }
+    assert_eq!(report["clients"].as_array().unwrap().len(), 3);
+    assert_eq!(leftovers(pid), Vec::<PathBuf>::new());
+}
+
 #[test]
 fn a_wrong_answer_fails_the_demonstration() {
     let _stage = stage();
