@@ -39,12 +39,9 @@ pub enum Kind {
     Ttl(i64),
 }
 
-/// The longest time that a znode may be given to live, in milliseconds: what fits beside the mark
-/// in the 64 bits of `ephemeralOwner`.
+/// The longest time that a znode may be given to live, in milliseconds: ZooKeeper's bound, who keeps
+/// it beside a mark in 64 bits.
 pub const TTL_MS_MAX: i64 = 0xff_ffff_ffff;
-
-/// The mark of a znode with a time to live, in its `ephemeralOwner`.
-const TTL_OWNER: i64 = 0xff_u64.cast_signed() << 56;
 
 /// One znode. Its path is its key in the [`Tree`].
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -120,10 +117,10 @@ impl Znode {
             cversion: self.created.wrapping_mul(2).wrapping_sub(children),
             aversion: self.aversion,
             ephemeral_owner: match self.kind {
-                Kind::Persistent => 0,
                 Kind::Ephemeral(session) => session.0,
-                Kind::Container => i64::MIN,
-                Kind::Ttl(ms) => TTL_OWNER | ms,
+                // ZooKeeper keeps the latter two as marks in this field, and tells clients 0:
+                // whatever is not 0 is ephemeral to them.
+                Kind::Persistent | Kind::Container | Kind::Ttl(_) => 0,
             },
             data_length: i32::try_from(self.data.as_ref().map_or(0, Bytes::len))
                 .unwrap_or(i32::MAX),

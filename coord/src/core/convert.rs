@@ -245,11 +245,9 @@ pub(super) fn respond(result: Result<Done, Refused>, shape: &Shape) -> Result<Re
 
 fn part_result(done: Done, shape: Option<CreateOp>) -> MultiResult {
     match (done, shape) {
-        (Done::Created(path, stat), Some(op)) if op.replies_stat() => MultiResult::Created2 {
-            op: op.op(),
-            path,
-            stat,
-        },
+        (Done::Created(path, stat), Some(op)) if op.replies_stat() => {
+            MultiResult::Created2 { path, stat }
+        }
         (Done::Created(path, _), _) => MultiResult::Created { path },
         (Done::Set(stat), _) => MultiResult::Set(stat),
         (Done::Deleted, _) => MultiResult::Deleted,

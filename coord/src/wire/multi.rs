@@ -183,10 +183,9 @@ pub enum MultiResult {
         /// The path it got.
         path: String,
     },
-    /// A create2, createContainer or createTTL.
+    /// A create2, createContainer or createTTL. As in ZooKeeper all three are answered as a
+    /// create2: its Java client passes over results of the two others.
     Created2 {
-        /// Which of the three.
-        op: OpCode,
         /// The path it got.
         path: String,
         /// Its metadata.
@@ -210,19 +209,13 @@ impl MultiResult {
             if header.done {
                 return Ok(results);
             }
-            let created2 = |op, r: &mut Reader<'_>| {
-                Ok(Self::Created2 {
-                    op,
-                    path: r.string()?,
-                    stat: Stat::decode(r)?,
-                })
-            };
             results.push(match OpCode::from_code(header.kind) {
                 None if header.kind == TYPE_NONE => Self::Error(ErrorCode::from_code(r.int()?)),
                 Some(OpCode::Create) => Self::Created { path: r.string()? },
-                Some(op @ (OpCode::Create2 | OpCode::CreateContainer | OpCode::CreateTtl)) => {
-                    created2(op, r)?
-                }
+                Some(OpCode::Create2) => Self::Created2 {
+                    path: r.string()?,
+                    stat: Stat::decode(r)?,
+                },
                 Some(OpCode::Delete) => Self::Deleted,
                 Some(OpCode::SetData) => Self::Set(Stat::decode(r)?),
                 Some(OpCode::Check) => Self::Checked,
@@ -238,8 +231,8 @@ impl MultiResult {
                     MultiHeader::encode(w, OpCode::Create.code(), false, 0);
                     w.string(path);
                 }
-                Self::Created2 { op, path, stat } => {
-                    MultiHeader::encode(w, op.code(), false, 0);
+                Self::Created2 { path, stat } => {
+                    MultiHeader::encode(w, OpCode::Create2.code(), false, 0);
                     w.string(path);
                     stat.encode(w);
                 }

@@ -312,12 +312,6 @@ fn responses() -> Vec<(OpCode, Response)> {
             Response::Multi(vec![
                 MultiResult::Created { path: path() },
                 MultiResult::Created2 {
-                    op: OpCode::Create2,
-                    path: path(),
-                    stat: STAT,
-                },
-                MultiResult::Created2 {
-                    op: OpCode::CreateContainer,
                     path: path(),
                     stat: STAT,
                 },

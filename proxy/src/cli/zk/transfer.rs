@@ -7,7 +7,8 @@
 //! ```
 //!
 //! `path` is relative to the root; `data` absent is null; `acl` absent is open to everybody; `kind` is
-//! `container`, or absent. What a session owns, metadata and the counters of sequential names stay behind.
+//! `container`, or absent; an export never says it, for nobody is told which znodes are. What a session owns,
+//! metadata and the counters of sequential names stay behind.
 
 use std::io::{BufRead, Write};
 
@@ -31,9 +32,6 @@ const CHUNK: usize = 1024;
 /// One transaction of an import holds so many znodes, and about so many bytes, at most.
 const BATCH_ZNODES: usize = 256;
 const BATCH_BYTES: usize = 256 * 1024;
-
-/// `ephemeralOwner` of containers, and the mark in the highest byte of those with a time to live.
-const CONTAINER_OWNER: i64 = i64::MIN;
 
 /// What an import does about a znode that is there already.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -114,16 +112,11 @@ pub(super) async fn export(
             if root == "/" && (path == "/zookeeper" || path.starts_with("/zookeeper/")) {
                 continue;
             }
-            match stat.ephemeral_owner {
-                0 | CONTAINER_OWNER => {}
-                owner if owner < 0 => {}
-                _ => {
-                    ephemeral += 1;
-                    continue;
-                }
+            if stat.ephemeral_owner != 0 {
+                ephemeral += 1;
+                continue;
             }
-            let kind = (stat.ephemeral_owner == CONTAINER_OWNER).then_some(Kind::Container);
-            lines.push(line(relative(root, path), data, kind, acl));
+            lines.push(line(relative(root, path), data, acl));
         }
         progress.advance(chunk.len());
     }
@@ -156,10 +149,9 @@ async fn read(client: Client, path: String) -> Result<Option<Content>, Failure> 
     }
 }
 
-fn line(path: &str, data: Option<Bytes>, kind: Option<Kind>, acl: Vec<Acl>) -> Line {
+fn line(path: &str, data: Option<Bytes>, acl: Vec<Acl>) -> Line {
     let mut line = Line {
         path: path.to_owned(),
-        kind,
         ..Line::default()
     };
     match data {
