@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, anyhow, bail};
+use anyhow::{Result, anyhow, bail};
 use serde::Serialize;
 use unbroken_tests::netns::Lab;
 
@@ -140,7 +140,7 @@ impl Drill<'_> {
     }
 
     fn strike(&mut self, kind: Kind) -> Result<()> {
-        let (victim, old_view) = self.cluster.leader().context("nobody leads")?;
+        let (victim, old_view) = self.leader()?;
         let at_us = now_us();
         match kind {
             Kind::Kill => {
@@ -196,6 +196,20 @@ impl Drill<'_> {
             whole_us,
         });
         Ok(())
+    }
+
+    /// The leader and its view. A busy machine may keep a node's page from answering for a while.
+    fn leader(&mut self) -> Result<(String, u64)> {
+        let from_us = now_us();
+        loop {
+            if let Some(leader) = self.cluster.leader() {
+                return Ok(leader);
+            }
+            if now_us() > from_us + VIEW_WAIT_US {
+                bail!("nobody leads for {} s", VIEW_WAIT_US / 1_000_000);
+            }
+            self.tick()?;
+        }
     }
 
     fn until_whole(&mut self, from_us: u64) -> Result<()> {

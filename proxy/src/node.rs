@@ -35,8 +35,9 @@ const STOP_MAX: Duration = Duration::from_secs(5);
 /// compare-and-set, and a session's expiry removes nobody.
 const SESSION: Duration = Duration::from_millis(400);
 /// After how long a silence another server of an external ensemble is tried, which may grant longer
-/// sessions only: a view change waits for an answer.
-const SILENCE: Duration = Duration::from_millis(200);
+/// sessions only: a view change waits for an answer. Above what a write takes on a busy disk, for
+/// ZooKeeper answers a session's pings in their turn, after the writes before them.
+const SILENCE: Duration = Duration::from_millis(500);
 
 /// Runs a node until `shutdown` turns true.
 ///

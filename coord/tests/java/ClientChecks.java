@@ -177,6 +177,7 @@ final class ClientChecks {
         children.next(EventType.NodeChildrenChanged, path);
         other.delete(path + "/child", -1);
 
+        context.sync();
         client.getData(path, data, null);
         client.getChildren(path, children);
         other.delete(path, -1);
@@ -340,6 +341,7 @@ final class ClientChecks {
         Harness.same(ZooDefs.Perms.ALL, acl.get(0).getPerms(), "the permissions");
         Harness.require(acl.get(0).getId().getId().startsWith("ann:"), "the id: " + acl.get(0).getId());
 
+        context.sync();
         Harness.refused(Code.NOAUTH, () -> other.getData(path, false, null));
         Harness.refused(Code.NOAUTH, () -> other.setData(path, null, -1));
         Harness.refused(Code.NOAUTH, () -> other.getChildren(path, false));
@@ -462,6 +464,7 @@ final class ClientChecks {
         ZooKeeper outer = context.client();
         ZooKeeper inner = context.connect(context.hosts + context.root, Harness.SESSION_MS, new Harness.Events());
         Harness.same("/a", inner.create("/a", Harness.bytes("1"), OPEN, CreateMode.PERSISTENT), "the path");
+        context.sync();
         Harness.same("1", Harness.text(outer.getData(context.root + "/a", false, null)), "the data");
         Harness.same(Collections.singletonList("a"), inner.getChildren("/", false), "the children");
         Harness.Events events = new Harness.Events();

@@ -150,7 +150,7 @@ final class Harness {
 
     /**
      * Asks whoever started the program to do something to a server ({@code kill HOST:PORT}, {@code start
-     * HOST:PORT}): a line of output, answered by a line {@code done} of input.
+     * HOST:PORT}, {@code replace HOST:PORT} by one with an empty disk): a line of output, answered by a line {@code done} of input.
      */
     static void control(String what) throws IOException {
         say("control " + what);
@@ -168,6 +168,7 @@ final class Harness {
         final String hosts;
         final String root;
         private final Deque<AutoCloseable> open = new ArrayDeque<>();
+        private final List<Callable<ZooKeeper>> clients = new ArrayList<>();
 
         private Context(String hosts, String root) {
             this.hosts = hosts;
@@ -195,6 +196,7 @@ final class Harness {
                 .build());
             curator.start();
             curator.blockUntilConnected();
+            clients.add(() -> curator.getZookeeperClient().getZooKeeper());
             return curator;
         }
 
@@ -217,7 +219,17 @@ final class Harness {
         ZooKeeper connect(String hosts, int sessionMs, Events events) throws Exception {
             ZooKeeper client = keep(new ZooKeeper(hosts, sessionMs, events));
             events.state(Watcher.Event.KeeperState.SyncConnected);
+            clients.add(() -> client);
             return client;
+        }
+
+        /** Every client's next read shows what was written up to now: a server may lag behind another. */
+        void sync() throws Exception {
+            for (Callable<ZooKeeper> client : clients) {
+                CountDownLatch synced = new CountDownLatch(1);
+                client.call().sync("/", (code, path, with) -> synced.countDown(), null);
+                require(synced.await(EVENT_MAX_MS, TimeUnit.MILLISECONDS), "no answer to sync");
+            }
         }
 
         @Override
