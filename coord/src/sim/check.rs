@@ -515,7 +515,6 @@ fn expected(request: &Request, result: &Result<Answer, ErrorCode>) -> Result<Res
             let result = |(part, answer): (&MultiOp, &Answer)| match (part, answer) {
                 (MultiOp::Create { op, .. }, Answer::Created(path, stat)) if op.replies_stat() => {
                     MultiResult::Created2 {
-                        op: op.op(),
                         path: path.clone(),
                         stat: *stat,
                     }

@@ -271,7 +271,6 @@ impl Model {
                 above.stat.pzxid = at;
                 let owner = match new.kind {
                     Kind::Ephemeral(session) => session.0,
-                    Kind::Container => i64::MIN,
                     _ => 0,
                 };
                 let data = new.data.as_ref().map(|data| data.to_vec());

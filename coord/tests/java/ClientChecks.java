@@ -442,6 +442,7 @@ final class ClientChecks {
         Harness.require(found.stream().anyMatch(who -> who.startsWith("ip 127.")), "no address among " + found);
     }
 
+    /** Apache ZooKeeper does not promise it, and fails here now and then (ZOOKEEPER-1675). */
     private void syncThenRead(Harness.Context context) throws Exception {
         ZooKeeper writer = context.client();
         ZooKeeper reader = context.client();

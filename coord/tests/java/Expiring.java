@@ -20,8 +20,8 @@ final class Expiring {
         String sequential = curator.create().withTtl(50)
             .withMode(CreateMode.PERSISTENT_SEQUENTIAL_WITH_TTL).forPath(ROOT + "/sequential-");
         Harness.require(sequential.matches(ROOT + "/sequential-\\d{10}"), sequential);
-        // A TTL node with a child stays.
-        curator.create().withTtl(50)
+        // A TTL node with a child stays; it is given the child well within its time.
+        curator.create().withTtl(3_000)
             .withMode(CreateMode.PERSISTENT_WITH_TTL).forPath(ROOT + "/parent");
         curator.create().forPath(ROOT + "/parent/child");
 
