@@ -56,7 +56,7 @@ use std::ops::Deref;
 
 use bytes::Bytes;
 use tokio::runtime::Handle;
-use tracing::warn;
+use tracing::{debug, warn};
 
 use super::common::{Cleanup, Guid, Place, code, created, repeat, unknown};
 use super::line::Sequence;
@@ -200,6 +200,7 @@ impl Queue {
             match client.multi(ops.clone()).await {
                 Ok(_) => return Ok(()),
                 Err(error) if unknown(error) => {
+                    debug!(%mark, %error, "put in or not?");
                     repeat(|| client.sync(self.marks.dir())).await?;
                     if repeat(|| client.exists(&mark_path)).await?.is_some() {
                         return Ok(());
@@ -364,6 +365,7 @@ impl Queue {
                     break Some(created(&self.taken, result)?.stat.czxid);
                 }
                 Err(error) if unknown(error) => {
+                    debug!(%name, %error, "taken or not?");
                     // Either it was done, and the claim is ours; or not, and the loop goes on.
                     if let Some((_, stat)) = self.claim(&name, &guid).await? {
                         break Some(stat.czxid);
