@@ -385,35 +385,35 @@ async fn every_item_once_whatever_dies() {
         consumers.spawn(async move {
             let mut empty = empty;
             loop {
-                // Two take, three reserve; nobody waits once all has been put in and taken.
+                // Two take, three reserve. Nobody waits once all has been put in and taken; who has
+                // an item by then goes on with it.
                 let taken = async {
                     if consumer < 2 {
-                        let item = queue.take().await?;
-                        return Ok((item, true));
+                        return Ok((queue.take().await?, None));
                     }
                     let reserved = queue.reserve().await?;
-                    let item = reserved.item().clone();
-                    match reserved.done().await {
-                        Ok(_) => Ok((item, true)),
-                        Err(_) => Ok((item, false)),
-                    }
+                    Ok((reserved.item().clone(), Some(reserved)))
                 };
                 let taken: Result<_, RecipeError> = tokio::select! {
+                    biased;
                     taken = taken => taken,
                     _ = empty.wait_for(|empty| *empty) => return,
                 };
-                match taken {
-                    Ok((item, true)) => {
-                        got.send(String::from_utf8(item.value.to_vec()).unwrap())
-                            .unwrap();
-                    }
-                    // Not done, or done and nobody knows: it may come again, or be lost to us.
-                    Ok((item, false)) => {
-                        lost.send(String::from_utf8(item.value.to_vec()).unwrap())
-                            .unwrap();
-                    }
-                    // Whatever it was about to take may be lost: a taker's risk.
-                    Err(_) => drop(lost.send(String::new())),
+                // Whatever it was about to take may be lost: a taker's risk.
+                let Ok((item, reserved)) = taken else {
+                    lost.send(String::new()).unwrap();
+                    continue;
+                };
+                let value = String::from_utf8(item.value.to_vec()).unwrap();
+                let done = match reserved {
+                    None => true,
+                    Some(reserved) => reserved.done().await.is_ok(),
+                };
+                if done {
+                    got.send((value, item.name)).unwrap();
+                } else {
+                    // Not done, or done and nobody knows: it may come again.
+                    lost.send(value).unwrap();
                 }
             }
         });
