@@ -34,6 +34,7 @@ use serde::{Deserialize, Serialize};
 pub use self::client::Caller;
 use self::client::Conn;
 pub use self::config::{Config, ConfigError};
+pub(crate) use self::members::replay;
 pub use self::status::Status;
 pub use self::words::Surroundings;
 use crate::members::Members;
@@ -270,11 +271,7 @@ impl Core {
         now: Instant,
     ) -> Result<Self, snapshot::SnapshotError> {
         config.validate().expect("the configuration was validated");
-        let mut state = match &recovered.snapshot {
-            Some(image) => snapshot::decode(&image.data)?,
-            None => members::founded(&config.servers),
-        };
-        state.zxid = recovered.snapshot.as_ref().map_or(0, |image| image.index);
+        let state = members::recovered(&config.servers, &recovered)?;
         let mut rng = Rng::new(seed);
         let run = Run {
             server: config.id,
@@ -605,15 +602,8 @@ impl Core {
     }
 
     fn image(&self) -> SnapshotImage {
-        SnapshotImage {
-            index: self.state.zxid,
-            term: self
-                .quorum
-                .term_at(self.state.zxid)
-                .expect("what was applied last is held"),
-            conf: members::conf(&self.state.members),
-            data: snapshot::encode(&self.state),
-        }
+        let term = self.quorum.term_at(self.state.zxid);
+        SnapshotImage::of(&self.state, term.expect("what was applied last is held"))
     }
 
     fn on_outcome(&mut self, outcome: Outcome, command: &crate::txn::Command, ours: bool) {

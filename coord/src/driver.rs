@@ -10,6 +10,7 @@ mod engine;
 mod environment;
 mod links;
 mod peers;
+mod recovery;
 mod roster;
 pub(crate) mod storage;
 mod stream;
@@ -41,6 +42,7 @@ use crate::members;
 use crate::snapshot::SnapshotError;
 
 pub use self::disk::DiskError;
+pub use self::recovery::{RecoverError, Survivor, operator_credentials, recover};
 pub use crate::core::Status;
 pub use crate::quorum::Role;
 
@@ -312,6 +314,7 @@ fn core_config(config: &ServerConfig, id: u64, founders: &BTreeMap<u64, String>)
         snapshot_every: config.snapshot_every,
         extended_types: config.extended_types,
         super_digest: config.super_digest.clone(),
+        operator_digest: Some(recovery::operator_digest(&config.key)),
         read_only: config.read_only,
         ..Config::new(id, founders.clone())
     }

@@ -491,6 +491,70 @@ impl Members {
     }
 }
 
+/// A server as a client reads of it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Listed {
+    /// What `ZooKeeper`'s tools call it.
+    pub number: u64,
+    /// Its name; its number where it has none.
+    pub name: String,
+    /// `host:port` for the other servers.
+    pub peer: String,
+    /// `host:port` for clients; empty if that is not told.
+    pub client: String,
+    /// `participant` or `observer`.
+    pub role: String,
+    /// Whether it becomes a participant when it has caught up.
+    pub joining: bool,
+}
+
+/// Reads what stands in `/zookeeper/config`, ours or that of Apache `ZooKeeper`: the version, and
+/// the servers. Lines that say neither are passed over.
+#[must_use]
+pub fn listed(text: &str) -> (u64, Vec<Listed>) {
+    let mut version = 0;
+    let mut servers: Vec<Listed> = Vec::new();
+    for line in text.lines() {
+        let Some((key, value)) = line.split_once('=') else {
+            continue;
+        };
+        if key == "version" {
+            version = u64::from_str_radix(value, 16).unwrap_or(0);
+        }
+        let Some((kind, number)) = key.split_once('.') else {
+            continue;
+        };
+        let Ok(number) = number.parse::<u64>() else {
+            continue;
+        };
+        let known = servers.iter_mut().find(|server| server.number == number);
+        match (kind, known) {
+            ("server", _) => {
+                let Ok(server) = Joining::parse(line) else {
+                    continue;
+                };
+                let role = if server.votes {
+                    "participant"
+                } else {
+                    "observer"
+                };
+                servers.push(Listed {
+                    number,
+                    name: number.to_string(),
+                    peer: server.peer,
+                    client: server.client,
+                    role: role.to_owned(),
+                    joining: false,
+                });
+            }
+            ("name", Some(server)) => server.name = value.to_owned(),
+            ("joining", Some(server)) => server.joining = value == "true",
+            _ => {}
+        }
+    }
+    (version, servers)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -556,6 +620,12 @@ mod tests {
              server.2=10.0.0.2:2888:2888:participant;10.0.0.2:2181\n\
              server.3=10.0.0.3:2888:2888:participant;10.0.0.3:2181\n\
              name.1=a\nname.2=b\nname.3=c\nversion=3"
+        );
+        let (version, servers) = listed(&members.render());
+        assert_eq!((version, servers.len()), (3, 3));
+        assert_eq!(
+            (&*servers[2].name, &*servers[2].client),
+            ("c", "10.0.0.3:2181")
         );
         let next = members.reconfigured(&change("server.100=h:1:2:observer;0.0.0.0:5", ""), 27);
         let text = next.unwrap().render();

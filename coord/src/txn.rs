@@ -333,6 +333,17 @@ impl State {
         (outcome, changes)
     }
 
+    /// Only the server `id` is left, from `zxid` on. False if it is no member.
+    pub(crate) fn survive(&mut self, id: u64, zxid: u64) -> bool {
+        self.skip(zxid);
+        let survives = self.members.survive(id, zxid);
+        if survives {
+            let stamp = Stamp { zxid, time_ms: 0 };
+            self.show_members(stamp, &mut Vec::new());
+        }
+        survives
+    }
+
     /// Passes over an index that holds no entry of ours (a leader's first entry is empty).
     ///
     /// # Panics

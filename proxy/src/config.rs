@@ -137,8 +137,12 @@ pub struct EmbeddedCoord {
     pub super_digest: Option<String>,
     /// Whether znodes with a time to live may be created, as ZooKeeper's `extendedTypesEnabled`.
     pub extended_types: bool,
-    /// Whether clients may change who the servers are, as ZooKeeper's `reconfigEnabled`.
+    /// Whether clients may change who the servers are, as ZooKeeper's `reconfigEnabled`. They must
+    /// have the right to write `/zookeeper/config`, which nobody but the super user has at first.
     pub reconfig: bool,
+    /// Whether this server, as long as its data directory is empty, waits to be taken in by the
+    /// others and never begins an ensemble of its own.
+    pub join: bool,
     /// Whether a server without a quorum serves clients that asked for it read-only.
     pub read_only: bool,
 }
@@ -151,6 +155,7 @@ impl EmbeddedCoord {
             super_digest: self.super_digest.clone(),
             extended_types: self.extended_types,
             reconfig: self.reconfig,
+            join: self.join,
             read_only: self.read_only,
             ..ServerConfig::new(name, self.client, peers, data_dir, *key.bytes())
         }

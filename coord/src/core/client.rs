@@ -475,9 +475,14 @@ impl Core {
             "digest" => auth
                 .filter(|auth| !auth.is_empty())
                 .and_then(|auth| acl::digest_identity(&auth))
-                .map(|id| match &self.config.super_digest {
-                    Some(digest) if *digest == id.id => vec![acl::super_user(), id],
-                    _ => vec![id],
+                .map(|id| {
+                    let config = &self.config;
+                    let mut rulers = config.super_digest.iter().chain(&config.operator_digest);
+                    if rulers.any(|digest| *digest == id.id) {
+                        vec![acl::super_user(), id]
+                    } else {
+                        vec![id]
+                    }
                 }),
             // The address is known already.
             "ip" => Some(vec![]),

@@ -56,6 +56,8 @@ pub struct Config {
     /// Who may do everything: `super:` and the digest of its credentials, as in an access list. None:
     /// nobody.
     pub super_digest: Option<String>,
+    /// The same for the operator, whose credentials come from the cluster's key.
+    pub operator_digest: Option<String>,
     /// Whether clients may change who the servers are. (ZooKeeper's `reconfigEnabled`.)
     pub reconfig: bool,
     /// Whether this server, when it knows no leader, serves clients that asked for it read-only.
@@ -88,6 +90,7 @@ impl Config {
             ttl_check: Duration::from_secs(1),
             extended_types: false,
             super_digest: None,
+            operator_digest: None,
             reconfig: true,
             read_only: true,
         }

@@ -5,10 +5,11 @@ use std::time::Duration;
 
 use super::{CloseReason, Core, Event, Output};
 use crate::members::Members;
-use crate::quorum::{Conf, EntryKind};
+use crate::quorum::{Conf, EntryKind, Recovered, SnapshotImage};
+use crate::snapshot::{self, SnapshotError};
 use crate::time::Instant;
 use crate::tree::CONFIG_PATH;
-use crate::txn::{Command, Op, Proposal};
+use crate::txn::{Command, Entry, Op, Proposal, State};
 use crate::wire::{ErrorCode, perms};
 
 /// A server that is joining votes when it lacks so many entries at most. A busy leader is always
@@ -27,6 +28,18 @@ pub(super) fn conf(members: &Members) -> Conf {
     Conf {
         voters: members.voters().collect(),
         learners: members.learners().collect(),
+    }
+}
+
+impl SnapshotImage {
+    /// The state as it is now, after an entry of this term.
+    pub(crate) fn of(state: &State, term: u64) -> Self {
+        Self {
+            index: state.zxid,
+            term,
+            conf: conf(&state.members),
+            data: snapshot::encode(state),
+        }
     }
 }
 
@@ -171,10 +184,36 @@ impl Core {
     }
 }
 
-/// The state before the first entry of the log.
-pub(super) fn founded(servers: &BTreeMap<u64, String>) -> crate::txn::State {
-    crate::txn::State {
-        members: Members::founded(servers),
-        ..Default::default()
+/// The state of a server that starts: that of its snapshot, or the one before the first entry.
+pub(super) fn recovered(
+    founders: &BTreeMap<u64, String>,
+    recovered: &Recovered,
+) -> Result<State, SnapshotError> {
+    let Some(image) = &recovered.snapshot else {
+        return Ok(State {
+            members: Members::founded(founders),
+            ..Default::default()
+        });
+    };
+    let mut state = snapshot::decode(&image.data)?;
+    state.zxid = image.index;
+    Ok(state)
+}
+
+/// The state after everything that a server's disk holds, committed or not.
+pub(crate) fn replay(
+    founders: &BTreeMap<u64, String>,
+    disk: &Recovered,
+) -> Result<State, SnapshotError> {
+    let mut state = recovered(founders, disk)?;
+    for logged in &disk.entries {
+        if logged.data.is_empty() {
+            state.skip(logged.index);
+        } else {
+            let entry: Entry = postcard::from_bytes(&logged.data)
+                .expect("the log's checksums held, and we wrote it");
+            state.apply(logged.index, &entry);
+        }
     }
+    Ok(state)
 }

@@ -228,6 +228,11 @@ pub(crate) fn recover(
 }
 
 impl Opened {
+    /// For who changes what is there and starts no threads. The file is the lock.
+    pub(super) fn into_parts(self) -> (Arc<dyn Storage>, Wal, File, Recovered) {
+        (self.storage, self.wal, self.lock, self.recovered)
+    }
+
     /// Starts the threads. They tell `engine` what is durable.
     pub(super) fn start(self, engine: &InputSender) -> io::Result<Disk> {
         let Self {

@@ -1,11 +1,14 @@
 //! `unbroken coord`: a coordinator server alone.
 
+mod member;
+mod recover;
+
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::Context as _;
-use clap::Args;
+use clap::{Args, Subcommand};
 use tracing::{info, warn};
 use unbroken_coord::driver;
 
@@ -20,15 +23,46 @@ use crate::status::{Board, CoordinatorStatus};
 /// Speaks the ZooKeeper client protocol. Reads [node], [coord] and [admin] of the file; [group] and
 /// [[service]] may be there and are not looked at. SIGTERM or SIGINT stops it.
 #[derive(Debug, Args)]
-#[command(after_help = "Example:\n  unbroken coord -c /etc/unbroken/coord.toml")]
+#[command(
+    args_conflicts_with_subcommands = true,
+    subcommand_negates_reqs = true,
+    after_help = "Examples:\n  \
+        unbroken coord -c /etc/unbroken/coord.toml\n  \
+        unbroken coord member list\n  \
+        unbroken coord member add -c /etc/unbroken/coord.toml c4 --peer 10.98.0.14:2888"
+)]
 pub struct CoordArgs {
     /// Configuration of this server
-    #[arg(short, long, value_name = "FILE")]
-    config: PathBuf,
+    #[arg(short, long, value_name = "FILE", required = true)]
+    config: Option<PathBuf>,
+    #[command(subcommand)]
+    command: Option<CoordCommand>,
+}
+
+#[derive(Debug, Subcommand)]
+enum CoordCommand {
+    Member(member::MemberArgs),
+    Recover(recover::RecoverArgs),
+}
+
+impl CoordArgs {
+    /// Whether this is a server and no command that ends by itself.
+    pub(super) fn serves(&self) -> bool {
+        self.command.is_none()
+    }
 }
 
 pub(super) fn run(args: &CoordArgs) -> anyhow::Result<ExitCode> {
-    let config = CoordinatorConfig::load(&args.config)?;
+    match &args.command {
+        Some(CoordCommand::Member(args)) => return member::run(args),
+        Some(CoordCommand::Recover(args)) => return recover::run(args),
+        None => {}
+    }
+    let file = args
+        .config
+        .as_ref()
+        .expect("required where there is no command");
+    let config = CoordinatorConfig::load(file)?;
     for warning in &config.warnings {
         warn!("{warning}");
     }

@@ -71,7 +71,11 @@ pub(crate) fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
             };
         }
     };
-    let service = matches!(cli.command, Command::Node(_) | Command::Coord(_));
+    let service = match &cli.command {
+        Command::Node(_) => true,
+        Command::Coord(args) => args.serves(),
+        _ => false,
+    };
     if let Err(error) = logging::init(&cli.logging, service) {
         eprintln!("unbroken: error: {error:#}");
         return ExitCode::from(EXIT_USAGE);

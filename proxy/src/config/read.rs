@@ -190,12 +190,13 @@ fn mode_of(path: &Path) -> Option<u32> {
 }
 
 /// What is said of a coordinator server in this node, and of no other.
-const EMBEDDED_KEYS: [&str; 6] = [
+const EMBEDDED_KEYS: [&str; 7] = [
     "client",
     "peers",
     "super_digest",
     "extended_types",
     "reconfig",
+    "join",
     "read_only",
 ];
 
@@ -248,7 +249,8 @@ fn coord_section(root: &Section<'_, '_>, node: Option<&NodeSection>) -> Option<C
         found.map_or(default, |found| found.value)
     };
     let extended_types = switch("extended_types", false);
-    let reconfig = switch("reconfig", false);
+    let reconfig = switch("reconfig", true);
+    let join = switch("join", false);
     let read_only = switch("read_only", true);
     let _ = section.get("external");
     section.finish();
@@ -269,6 +271,7 @@ fn coord_section(root: &Section<'_, '_>, node: Option<&NodeSection>) -> Option<C
         super_digest: super_digest.map(|found| found.value),
         extended_types,
         reconfig,
+        join,
         read_only,
     });
     Some(CoordSection {
