@@ -252,6 +252,8 @@ pub struct Core {
     /// This server was removed, and stops then.
     leaves_at: Option<Instant>,
     outputs: VecDeque<Output>,
+    /// Bytes of the replies in `outputs`.
+    unsent_bytes: usize,
     counters: status::Counters,
 }
 
@@ -330,6 +332,7 @@ impl Core {
             next_announcement: now,
             leaves_at: None,
             outputs: VecDeque::new(),
+            unsent_bytes: 0,
             counters: status::Counters::default(),
             config,
         };
@@ -385,7 +388,9 @@ impl Core {
             .front()
             .is_some_and(|(first, _)| *first <= token)
         {
-            self.writes.pop_front();
+            if let Some((_, asked)) = self.writes.pop_front() {
+                self.counters.durable.add(now.since(asked));
+            }
         }
         self.quorum.persisted(token);
     }
@@ -472,6 +477,9 @@ impl Core {
     pub fn poll_output(&mut self) -> Option<Output> {
         loop {
             if let Some(output) = self.outputs.pop_front() {
+                if let Output::Reply { frame, .. } = &output {
+                    self.unsent_bytes -= frame.len();
+                }
                 return Some(output);
             }
             if let Some(wanted) = self.quorum.poll() {
@@ -491,6 +499,13 @@ impl Core {
     #[must_use]
     pub fn id(&self) -> u64 {
         self.config.id
+    }
+
+    /// Bytes of replies that wait in [`Core::poll_output`]. Answers to what is read may be much longer
+    /// than the questions: a driver hands in no more when there are enough.
+    #[must_use]
+    pub fn unsent_bytes(&self) -> usize {
+        self.unsent_bytes
     }
 
     /// The replicated state, for tests and status.

@@ -23,7 +23,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use thiserror::Error;
@@ -39,6 +39,7 @@ use self::peers::{Beginning, Peers};
 use self::roster::Roster;
 use crate::core::{Config, ConfigError, Core};
 use crate::members;
+use crate::metrics::Metrics;
 use crate::snapshot::SnapshotError;
 
 pub use self::disk::DiskError;
@@ -204,6 +205,7 @@ pub struct Server {
     engine: InputSender,
     roster: Arc<Roster>,
     status: watch::Receiver<Status>,
+    metrics: Arc<Mutex<Metrics>>,
     failed: watch::Receiver<Option<Arc<ServerError>>>,
     client_address: SocketAddr,
     /// A server with an empty disk first asks the others.
@@ -250,6 +252,7 @@ pub async fn start(config: ServerConfig) -> Result<Server, StartError> {
     tokio::spawn(while_alive(alive.clone(), accept));
     let accept = peers.clone().accept(peer_listener, alive.clone());
     tokio::spawn(while_alive(alive.clone(), accept));
+    let metrics = Arc::new(Mutex::new(Metrics::default()));
     let (status_sender, status) = watch::channel(Status::starting(&config.name));
     let (failed_sender, failed) = watch::channel(None);
     let join = config.join;
@@ -269,6 +272,7 @@ pub async fn start(config: ServerConfig) -> Result<Server, StartError> {
         roster: roster.clone(),
         alive: (alive_sender, alive),
         status: status_sender,
+        metrics: metrics.clone(),
         failed: failed_sender,
     };
     let beginning = if claimed.identity().is_none() {
@@ -294,6 +298,7 @@ pub async fn start(config: ServerConfig) -> Result<Server, StartError> {
         engine,
         roster,
         status,
+        metrics,
         failed,
         client_address,
         beginning,
@@ -339,6 +344,7 @@ struct Launch {
     roster: Arc<Roster>,
     alive: (watch::Sender<()>, Alive),
     status: watch::Sender<Status>,
+    metrics: Arc<Mutex<Metrics>>,
     failed: watch::Sender<Option<Arc<ServerError>>>,
 }
 
@@ -393,6 +399,7 @@ impl Launch {
             removed: false,
             _alive: alive_sender,
             status: self.status,
+            metrics: self.metrics,
         };
         let failed = self.failed;
         let run = move || {
@@ -411,6 +418,18 @@ impl Server {
     #[must_use]
     pub fn status(&self) -> Status {
         self.status.borrow().clone()
+    }
+
+    /// What it has counted and timed, at most some 200 ms old.
+    ///
+    /// # Panics
+    /// If the engine's thread has panicked while it wrote them down.
+    #[must_use]
+    pub fn metrics(&self) -> Metrics {
+        let metrics = self.metrics.lock();
+        metrics
+            .expect("no thread panics while it holds this")
+            .clone()
     }
 
     /// Its state whenever it changes.

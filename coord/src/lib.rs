@@ -79,6 +79,7 @@ pub mod driver;
 #[cfg(any(test, feature = "faults"))]
 pub mod faults;
 pub mod members;
+pub mod metrics;
 pub mod quorum;
 pub mod recipes;
 mod rng;

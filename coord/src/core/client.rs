@@ -24,6 +24,10 @@ use crate::wire::{
 /// (A driver stops reading from it well before.)
 const REQUESTS_PER_CONNECTION_MAX: usize = 4096;
 
+/// Replies that wait to be taken by the driver, in bytes: a client whose reads, all answered together
+/// after a write, exceed this is cut off.
+const UNSENT_BYTES_MAX: usize = 64 * 1024 * 1024;
+
 /// Frames of one connection that come before its session is open at most.
 const EARLY_FRAMES_MAX: usize = 64;
 
@@ -416,6 +420,11 @@ impl Core {
         if let Some(state) = self.conns.get_mut(&conn) {
             state.talk.last_xid = xid;
             state.talk.last_op = OpCode::from_code(op).map_or("NA", short_name);
+            *self
+                .counters
+                .requests
+                .entry(state.talk.last_op)
+                .or_default() += 1;
         }
         let request = match Request::decode(op, body) {
             Ok(request) => request,
@@ -591,8 +600,12 @@ impl Core {
                 Some(Pending::Write { .. } | Pending::Sync { .. }) | None => break,
             }
             let pending = state.queue.pop_front().expect("just seen");
-            self.count_answer(conn);
+            let took = self.count_answer(conn);
+            self.counters.read.add(took);
             match pending {
+                Pending::Read { .. } if self.unsent_bytes > UNSENT_BYTES_MAX => {
+                    self.close(conn, CloseReason::TooMuch);
+                }
                 Pending::Read { xid, request } => self.answer_read(conn, xid, &request),
                 Pending::Refuse { xid, code, close } => {
                     self.reply(conn, encode_error(xid, applied.cast_signed(), code));
@@ -691,7 +704,8 @@ impl Core {
             panic!("write {number} came back and was never sent");
         };
         self.outbox.remove(&out);
-        self.count_answer(conn);
+        let took = self.count_answer(conn);
+        self.counters.write.add(took);
         let zxid = self.state.zxid.cast_signed();
         let closed = matches!(result, Ok(Done::Closed));
         let frame = match respond(result, &shape) {
@@ -706,15 +720,17 @@ impl Core {
         }
     }
 
-    /// The first of the queue is answered now.
-    fn count_answer(&mut self, conn: ConnId) {
+    /// The first of the queue is answered now. How long that took.
+    fn count_answer(&mut self, conn: ConnId) -> Duration {
+        let mut took = Duration::ZERO;
         if let Some(state) = self.conns.get_mut(&conn)
             && let Some(arrived) = state.arrived.pop_front()
         {
-            let took = self.now.since(arrived);
+            took = self.now.since(arrived);
             state.talk.latency.add(took);
             self.counters.latency.add(took);
         }
+        took
     }
 
     /// `crst`: counts anew what is counted for each connection.
@@ -736,6 +752,7 @@ impl Core {
             state.talk.last_zxid = self.state.zxid;
             state.talk.last_reply = self.now;
             self.counters.frames_sent += 1;
+            self.unsent_bytes += frame.len();
             self.outputs.push_back(Output::Reply { conn, frame });
         }
     }

@@ -1,10 +1,12 @@
 //! What the core tells of itself.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use serde::Serialize;
 
 use super::Core;
+use crate::metrics::{Histogram, Metrics};
 use crate::quorum::Role;
 use crate::time::as_micros;
 
@@ -20,6 +22,11 @@ pub(super) struct Counters {
     pub(super) sessions_expired: u64,
     pub(super) long_replies: u64,
     pub(super) latency: Latency,
+    /// Until a write was applied, until another request was answered, until a write was durable.
+    pub(super) write: Histogram,
+    pub(super) read: Histogram,
+    pub(super) durable: Histogram,
+    pub(super) requests: BTreeMap<&'static str, u64>,
 }
 
 impl Counters {
@@ -133,6 +140,34 @@ impl Status {
 }
 
 impl Core {
+    /// What was counted here; the driver adds its own.
+    #[must_use]
+    pub fn metrics(&self) -> Metrics {
+        let Counters {
+            bytes_received,
+            connections,
+            auth_failed,
+            sessions_expired,
+            write,
+            read,
+            durable,
+            requests,
+            ..
+        } = &self.counters;
+        Metrics {
+            durable: durable.clone(),
+            write: write.clone(),
+            read: read.clone(),
+            requests: requests.clone(),
+            bytes_received: *bytes_received,
+            connections_opened: *connections,
+            auth_failed: *auth_failed,
+            sessions_expired: *sessions_expired,
+            writes_not_durable: self.writes.len() as u64,
+            ..Metrics::default()
+        }
+    }
+
     /// This server's state now.
     #[must_use]
     pub fn status(&self) -> Status {

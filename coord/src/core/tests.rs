@@ -7,6 +7,7 @@ use bytes::Bytes;
 
 use super::{Caller, CloseReason, Config, ConnId, Core, Output};
 use crate::core::PeerMessage;
+use crate::members::Members;
 use crate::quorum::{RaftMessage, RaftMessageKind, Recovered, Role};
 use crate::session::Run;
 use crate::time::Instant;
@@ -443,6 +444,8 @@ fn a_silent_session_ends_and_a_loud_one_does_not() {
 /// otherwise that it is there as long as `talks`. How long after its creation the session ended.
 fn lifetime_elsewhere(touches: &[(u64, u32)], talks: bool) -> u64 {
     let mut bench = Bench::alone();
+    let servers = (1..=2).map(|id| (id, format!("s{id}"))).collect();
+    bench.core.state.members = Members::founded(&servers);
     let session = Proposal {
         origin: Run {
             server: 2,

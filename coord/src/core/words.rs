@@ -1,6 +1,7 @@
 //! Answers to four-letter words, in the form that ZooKeeper's tools read.
 
 use std::fmt::{self, Write as _};
+use std::time::Duration;
 
 use super::status::Latency;
 use super::{ConnId, Core};
@@ -208,6 +209,16 @@ impl Core {
         line("connection_request_count", &self.counters.connections);
         line("stale_sessions_expired", &self.counters.sessions_expired);
         line("long_replies", &self.counters.long_replies);
+        let writes = &self.counters.write;
+        line("avg_updatelatency", &milliseconds(writes.average()));
+        line("max_updatelatency", &milliseconds(writes.max()));
+        line("cnt_updatelatency", &writes.count());
+        line("sum_updatelatency", &milliseconds(writes.sum()));
+        let reads = &self.counters.read;
+        line("avg_readlatency", &milliseconds(reads.average()));
+        line("max_readlatency", &milliseconds(reads.max()));
+        line("cnt_readlatency", &reads.count());
+        line("sum_readlatency", &milliseconds(reads.sum()));
         line("term", &status.term);
         line("proposals_dropped", &status.proposals_dropped);
         lines.finish()
@@ -306,6 +317,10 @@ impl Core {
         }
         lines.finish()
     }
+}
+
+fn milliseconds(duration: Duration) -> String {
+    format!("{:.3}", duration.as_secs_f64() * 1000.0)
 }
 
 /// An operation as `cons` prints it.

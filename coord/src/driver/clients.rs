@@ -23,6 +23,7 @@ use super::engine::{Clock, Input, InputSender};
 use super::environment::Environment;
 use super::stream::{Outgoing, Spare, Stream};
 use crate::core::{Caller, ConnId, Core};
+use crate::metrics::Metrics;
 use crate::time::Instant;
 use crate::wire::{FourLetterWord, REQUEST_BYTES_MAX};
 
@@ -38,9 +39,10 @@ const OPEN_BYTES_ALL_MAX: usize = 128 * 1024 * 1024;
 /// Nothing is read from a client on the way to which there are more bytes than this.
 const OUTBOUND_BYTES_ENOUGH: usize = 1024 * 1024;
 
-/// Bytes on their way to one client at most; one that reads more slowly is cut off. Answers stop
-/// long before; this is for events.
-const OUTBOUND_BYTES_MAX: usize = 64 * 1024 * 1024;
+/// Bytes on their way to one client at most that is still told events, and to all clients together;
+/// who reads more slowly is cut off. Answers stop long before.
+const OUTBOUND_BYTES_MAX: usize = 16 * 1024 * 1024;
+const OUTBOUND_TOTAL_MAX: usize = 512 * 1024 * 1024;
 
 /// Client connections at most; more are refused by closing them.
 const CONNECTIONS_MAX: usize = 20_000;
@@ -179,6 +181,8 @@ pub(super) struct Clients {
     closing: VecDeque<(Instant, ConnId)>,
     spare: Spare,
     buffer: Vec<u8>,
+    events_sent: u64,
+    cut: u64,
 }
 
 impl Clients {
@@ -193,6 +197,8 @@ impl Clients {
             closing: VecDeque::new(),
             spare: Spare::default(),
             buffer: vec![0; READ_BYTES],
+            events_sent: 0,
+            cut: 0,
         }
     }
 
@@ -258,7 +264,9 @@ impl Clients {
     pub(super) fn turn(&mut self, core: &mut Core, clock: Clock, surroundings: &Environment) {
         let count = self.ready.len().min(READS_PER_TURN);
         for _ in 0..count {
-            if self.open_bytes >= OPEN_BYTES_ALL_MAX {
+            if self.open_bytes >= OPEN_BYTES_ALL_MAX || core.unsent_bytes() >= OUTBOUND_BYTES_ENOUGH
+            {
+                // Those who ask for much are served first, and then the others.
                 return;
             }
             let Some(conn) = self.ready.pop_front() else {
@@ -353,6 +361,7 @@ impl Clients {
     /// Sends a client an event. False if it has to be cut off, because it does not read.
     #[must_use]
     pub(super) fn notify(&mut self, conn: ConnId, frame: &Bytes) -> bool {
+        self.events_sent += 1;
         self.send(conn, frame);
         self.conns
             .get(&conn)
@@ -387,7 +396,37 @@ impl Clients {
     /// Drops a connection as it is.
     pub(super) fn cut(&mut self, core: &mut Core, now: Instant, conn: ConnId) {
         tracing::warn!(conn = conn.0, "client does not read: connection closed");
+        self.cut += 1;
         self.drop_client(core, now, conn);
+    }
+
+    /// Cuts off those to whom most is on its way, if it is too much for all together. To be called now
+    /// and then.
+    pub(super) fn relieve(&mut self, core: &mut Core, now: Instant) {
+        let outbound = self.conns.iter();
+        let mut outbound: Vec<_> = outbound
+            .map(|(conn, client)| (client.outbound.len(), *conn))
+            .filter(|(bytes, _)| *bytes > 0)
+            .collect();
+        let mut total: usize = outbound.iter().map(|(bytes, _)| bytes).sum();
+        outbound.sort_unstable();
+        while total > OUTBOUND_TOTAL_MAX
+            && let Some((bytes, conn)) = outbound.pop()
+        {
+            total -= bytes;
+            self.cut(core, now, conn);
+        }
+    }
+
+    /// Adds what is known here.
+    pub(super) fn measure(&self, metrics: &mut Metrics) {
+        metrics.events_sent = self.events_sent;
+        metrics.slow_clients_cut = self.cut;
+        let outbound = self
+            .conns
+            .values()
+            .map(|client| client.outbound.len() as u64);
+        metrics.outbound_bytes = outbound.sum();
     }
 
     fn drop_client(&mut self, core: &mut Core, now: Instant, conn: ConnId) {
@@ -485,7 +524,7 @@ fn hand_on(
         }
     }
     let mut start = 0;
-    while client.may_send() {
+    while client.may_send() && core.unsent_bytes() < OUTBOUND_BYTES_ENOUGH {
         let Some(end) = next_frame(&bytes[start..]).map_err(Stop::Length)? else {
             break;
         };

@@ -21,9 +21,10 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use super::engine::{Input, InputSender};
+use super::engine::{Clock, Input, InputSender};
 use super::storage::{Directory, Storage, TEMPORARY, write_atomically};
 use super::wal::{FRAME_BYTES_MAX, Record, SEGMENT_BYTES, Wal};
+use crate::metrics::Histogram;
 use crate::quorum::{Recovered, SnapshotImage, Write};
 
 /// What is wrong with the data directory.
@@ -90,6 +91,8 @@ pub(super) struct Disk {
     jobs: Option<Sender<Job>>,
     snapshots: Option<Sender<SnapshotImage>>,
     threads: Vec<JoinHandle<()>>,
+    /// How long syncs of the log took.
+    syncs: Arc<Mutex<Histogram>>,
     /// Unlocks when it is dropped, last.
     _lock: File,
 }
@@ -246,9 +249,10 @@ impl Opened {
         let spawn = |name: &str, run: Box<dyn FnOnce() + Send>| {
             std::thread::Builder::new().name(name.into()).spawn(run)
         };
-        let (to_engine, to_log) = (engine.clone(), storage.clone());
+        let syncs = Arc::new(Mutex::new(Histogram::default()));
+        let (to_engine, to_log, to_syncs) = (engine.clone(), storage.clone(), syncs.clone());
         let writer = move || {
-            if let Err(error) = write_log(wal, &*to_log, &job_queue, &to_engine) {
+            if let Err(error) = write_log(wal, &*to_log, &job_queue, &to_engine, &to_syncs) {
                 to_engine.send_blocking(Input::DiskFailed(error));
             }
         };
@@ -266,6 +270,7 @@ impl Opened {
             jobs: Some(jobs),
             snapshots: Some(snapshots),
             threads,
+            syncs,
             _lock: lock,
         })
     }
@@ -278,6 +283,12 @@ impl Disk {
             // A thread that has failed has said so.
             let _ = jobs.send(Job::Write { token, write });
         }
+    }
+
+    /// How long syncs of the log took.
+    pub(super) fn syncs(&self) -> Histogram {
+        let syncs = self.syncs.lock();
+        syncs.expect("no thread panics while it holds this").clone()
     }
 
     /// Saves a snapshot; [`Input::Saved`] follows.
@@ -340,7 +351,9 @@ fn write_log(
     storage: &dyn Storage,
     jobs: &Receiver<Job>,
     engine: &InputSender,
+    syncs: &Mutex<Histogram>,
 ) -> io::Result<()> {
+    let clock = Clock::start();
     while let Ok(first) = jobs.recv() {
         // Everything that has come meanwhile shares one frame.
         let mut next = Some(first);
@@ -359,9 +372,15 @@ fn write_log(
             }
         }
         if let Some(token) = durable {
+            let begin = clock.now();
             group.commit(&mut wal)?;
+            let took = clock.now().since(begin);
             engine.send_blocking(Input::Persisted(token));
             wal.write_mark()?;
+            let syncs = syncs.lock();
+            syncs
+                .expect("no thread panics while it holds this")
+                .add(took);
         }
     }
     wal.sync_mark()

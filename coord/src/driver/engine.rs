@@ -2,9 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering, fence};
 use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, TrySendError, sync_channel};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
 use mio::{Events, Poll, Token, Waker};
@@ -17,6 +17,7 @@ use super::links::{Links, Made, Told};
 use super::roster::Roster;
 use super::{ServerError, Status};
 use crate::core::{ConnId, Core, Event, Output};
+use crate::metrics::Metrics;
 use crate::time::Instant;
 
 /// Inputs waiting for the core at most; who has more waits for room.
@@ -33,6 +34,9 @@ const LATE_MAX: Duration = Duration::from_millis(10);
 
 /// How old a [`Status`] may be.
 const STATUS_EVERY: Duration = Duration::from_millis(20);
+
+/// How old [`Metrics`] may be.
+const METRICS_EVERY: Duration = Duration::from_millis(200);
 
 /// Something for the core, from another thread.
 pub(super) enum Input {
@@ -222,6 +226,7 @@ pub(super) struct Engine {
     pub(super) _alive: watch::Sender<()>,
     /// Dropped last: who waits for the end then knows that the disk has been closed.
     pub(super) status: watch::Sender<Status>,
+    pub(super) metrics: Arc<Mutex<Metrics>>,
 }
 
 /// Ends with the engine.
@@ -260,6 +265,7 @@ impl Engine {
     pub(super) fn run(mut self) -> Result<(), ServerError> {
         let mut events = Events::with_capacity(EVENTS_MAX);
         let mut next_status = self.clock.now();
+        let mut next_metrics = self.clock.now();
         self.core.set_wall_clock(self.clock.now(), Clock::wall_ms());
         loop {
             let Ok(first) = self.wait(&mut events, next_status) else {
@@ -317,7 +323,22 @@ impl Engine {
                     new
                 });
             }
+            if self.clock.now() >= next_metrics {
+                next_metrics = self.clock.now() + METRICS_EVERY;
+                self.measure();
+                self.clients.relieve(&mut self.core, self.clock.now());
+            }
         }
+    }
+
+    /// Puts down what was counted.
+    fn measure(&self) {
+        let mut metrics = self.core.metrics();
+        metrics.sync = self.disk.syncs();
+        metrics.peer_backlog_bytes = self.links.backlog();
+        self.clients.measure(&mut metrics);
+        let shared = self.metrics.lock();
+        *shared.expect("no thread panics while it holds this") = metrics;
     }
 
     /// Sleeps until there is something to do, and no longer than the core wants. If another thread

@@ -52,7 +52,7 @@ pub(super) struct Made {
     pub(super) stream: Stream,
     pub(super) noise: TransportState,
     /// Dropped when the link ends.
-    pub(super) ended: oneshot::Sender<()>,
+    pub(super) _ended: oneshot::Sender<()>,
 }
 
 /// Why a link ended.
@@ -84,6 +84,10 @@ struct Link {
 
 /// Something that links had to tell.
 #[derive(Debug, PartialEq, Eq)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "it is handed on at once, and nearly always the large one"
+)]
 pub(super) enum Told {
     /// A peer has said this.
     Message { from: u64, message: PeerMessage },
@@ -176,6 +180,14 @@ impl Links {
         let length = u32::try_from(length).expect("a message is far below 4 GiB");
         link.plain[start..start + 4].copy_from_slice(&length.to_le_bytes());
         true
+    }
+
+    /// Bytes that wait for peers to take them.
+    pub(super) fn backlog(&self) -> u64 {
+        let links = self.links.values();
+        let waiting = links.filter(|link| link.has_more());
+        let bytes = waiting.map(|link| link.plain.len() - link.start + link.sealed.len());
+        bytes.sum::<usize>() as u64
     }
 
     /// Reads what peers say, a bounded part of it.

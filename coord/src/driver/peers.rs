@@ -343,7 +343,7 @@ impl Peers {
             direction,
             stream,
             noise,
-            ended,
+            _ended: ended,
         };
         if self.engine.send(Input::Link(Box::new(made))).await {
             // The sender is dropped, and nothing sent.

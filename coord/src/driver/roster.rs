@@ -219,11 +219,6 @@ impl Roster {
         self.peer(id)
             .map_or_else(|| format!("server {id}"), |(name, _)| name)
     }
-
-    /// Whether the log says that this id was a server's and is not any more.
-    pub(super) fn was_removed(&self, id: u64) -> bool {
-        self.read().members.was_removed(id)
-    }
 }
 
 #[cfg(test)]
