@@ -414,7 +414,7 @@ impl Believers {
     /// Who has just got something must be alone with it, as `fits` judges: given what the others
     /// hold that believe it at one moment, and what it holds itself.
     fn enter(&self, hold: &Arc<Hold>, kind: usize, fits: impl Fn(&[usize], usize) -> bool) {
-        let mut believers = self.0.lock().unwrap();
+        let mut believers = self.0.lock().expect("nobody panics with it");
         believers.retain(|(other, _)| Arc::strong_count(other) > 1 || other.is_held());
         let others: Vec<usize> = believers
             .iter()
@@ -429,7 +429,7 @@ impl Believers {
     }
 
     fn leave(&self, hold: &Arc<Hold>) {
-        let mut believers = self.0.lock().unwrap();
+        let mut believers = self.0.lock().expect("nobody panics with it");
         believers.retain(|(other, _)| !Arc::ptr_eq(other, hold));
     }
 }

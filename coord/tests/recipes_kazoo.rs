@@ -39,8 +39,8 @@ impl Kazoo {
             .spawn()
             .expect("python3 is needed for this test");
         let mut kazoo = Self {
-            input: process.stdin.take().unwrap(),
-            output: BufReader::new(process.stdout.take().unwrap()).lines(),
+            input: process.stdin.take().expect("it is piped"),
+            output: BufReader::new(process.stdout.take().expect("it is piped")).lines(),
             _process: process,
         };
         assert_eq!(kazoo.answer().await, "ready");
@@ -49,12 +49,14 @@ impl Kazoo {
 
     async fn tell(&mut self, line: &str) {
         let line = format!("{line}\n");
-        self.input.write_all(line.as_bytes()).await.unwrap();
+        let told = self.input.write_all(line.as_bytes()).await;
+        told.expect("kazoo (pip install kazoo) listens");
     }
 
     async fn answer(&mut self) -> String {
         let line = soon("kazoo answers", self.output.next_line()).await;
-        line.unwrap().expect("kazoo (pip install kazoo) goes on")
+        let line = line.expect("its output is text");
+        line.expect("kazoo (pip install kazoo) goes on")
     }
 
     async fn ask(&mut self, line: &str) -> String {

@@ -138,7 +138,9 @@ fn leaving<'a>(children: &[String], me: &str, members: &'a [String]) -> Leaving<
     match (others.next(), lowest) {
         (None, _) => Leaving::Done,
         // The others wait for us: wait for the last of them, then for the one before it.
-        (Some(only), Some(lowest)) if lowest == me => Leaving::Watch(others.last().unwrap_or(only)),
+        (Some(only), Some(lowest)) if lowest == me => {
+            Leaving::Watch(others.next_back().unwrap_or(only))
+        }
         (Some(first), _) if !present.contains(me) => Leaving::Watch(first),
         (Some(_), _) => Leaving::Delete,
     }

@@ -87,7 +87,7 @@ impl Shared {
         }
         match self.session.look() {
             Certainty::Over(reason) => Err(self.lose(reason)),
-            Certainty::Alive { connected, .. } => {
+            Certainty::Alive { connected } => {
                 self.connected(connected);
                 Ok(())
             }
@@ -310,7 +310,7 @@ async fn monitor(place: Place, shared: Arc<Shared>, nodes: Vec<(String, i64)>) {
                 shared.lose(reason);
                 return;
             }
-            Certainty::Alive { connected, .. } => shared.connected(connected),
+            Certainty::Alive { connected } => shared.connected(connected),
         }
         tokio::select! {
             () = session.changed() => {}

@@ -1,7 +1,6 @@
 //! How certain it is that a session lives, by the local clock.
 
 use tokio::sync::watch;
-use tokio::time::Instant;
 
 use super::LostReason;
 use crate::client::{Client, ClientError, Lease, SessionState, Standing};
@@ -9,12 +8,10 @@ use crate::client::{Client, ClientError, Lease, SessionState, Standing};
 /// What is known here about a session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Certainty {
-    /// It lives, at least until then.
+    /// It lives, by the local clock.
     Alive {
         /// Whether a server holds it at the moment.
         connected: bool,
-        /// No server lets it expire before this instant.
-        until: Instant,
     },
     /// It is over, or may be.
     Over(LostReason),
@@ -43,9 +40,8 @@ impl SessionView {
     pub(crate) fn look(&self) -> Certainty {
         let state = *self.state.borrow();
         match self.lease.standing() {
-            Standing::Certain { until } => Certainty::Alive {
+            Standing::Certain { .. } => Certainty::Alive {
                 connected: matches!(state, SessionState::Connected { .. }),
-                until,
             },
             Standing::Uncertain => Certainty::Over(LostReason::Deadline),
             Standing::Gone => Certainty::Over(match state {

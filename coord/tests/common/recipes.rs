@@ -24,12 +24,15 @@ pub(crate) async fn children(client: &Client, path: &str, count: usize) -> Vec<S
         loop {
             match client.children_and_watch(path).await {
                 Ok((children, ..)) if children.len() == count => return children,
-                Ok((.., changed)) => drop(changed.await.unwrap()),
+                Ok((.., changed)) => drop(changed.await.expect("the session lives")),
                 Err(_) if count == 0 => return Vec::new(),
                 Err(_) => {
-                    let (stat, created) = client.exists_and_watch(path).await.unwrap();
+                    let (stat, created) = client
+                        .exists_and_watch(path)
+                        .await
+                        .expect("the session lives");
                     if stat.is_none() {
-                        created.await.unwrap();
+                        created.await.expect("the session lives");
                     }
                 }
             }
@@ -44,7 +47,7 @@ pub(crate) async fn gated(cluster: &Cluster, server: &str, timeout_ms: u64) -> (
     let options = ConnectOptions::new([gate.host()])
         .session_timeout(Duration::from_millis(timeout_ms))
         .request_timeout(Some(SOON));
-    (Client::connect(options).await.unwrap(), gate)
+    (Client::connect(options).await.expect("a session"), gate)
 }
 
 /// Shuts a client's gate until its session has expired, as `judge` sees it.
@@ -53,12 +56,17 @@ pub(crate) async fn until_expired(judge: &Client, client: &Client, gate: &Gate, 
     let marked = client.create(&path, "", CreateMode::Ephemeral, Acl::open());
     let marked = marked.await.is_ok();
     gate.shut();
-    while marked {
-        match judge.exists_and_watch(&path).await {
-            Ok((Some(_), gone)) => drop(soon("the session expires", gone).await),
-            Ok((None, _)) => break,
-            Err(_) => {}
+    let gone = async {
+        loop {
+            match judge.exists_and_watch(&path).await {
+                Ok((Some(_), gone)) => drop(gone.await),
+                Ok((None, _)) => return,
+                Err(_) => {}
+            }
         }
+    };
+    if marked {
+        soon("the session expires", gone).await;
     }
     gate.open();
 }
@@ -80,7 +88,7 @@ pub(crate) fn seed() -> u64 {
     let seed = std::env::var("SEED")
         .ok()
         .and_then(|text| text.parse().ok());
-    let seed = seed.unwrap_or_else(|| u64::from(std::process::id()) * 0x9e37_79b9 | 1);
+    let seed = seed.unwrap_or_else(|| (u64::from(std::process::id()) * 0x9e37_79b9) | 1);
     println!("SEED={seed}");
     seed
 }
