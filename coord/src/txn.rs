@@ -413,8 +413,10 @@ impl State {
                 who,
             )?)),
             Op::Reconfig(change) => {
+                // ZooKeeper's order: who may not do it still hears that it could not be done.
+                let next = self.members.reconfigured(change, stamp.zxid)?;
                 self.tree.read(CONFIG_PATH, perms::WRITE, who)?;
-                self.members = self.members.reconfigured(change, stamp.zxid)?;
+                self.members = next;
                 Ok(self.show_members(stamp, changes))
             }
             Op::Close => {
