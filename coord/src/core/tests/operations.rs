@@ -822,3 +822,24 @@ fn damaged_requests_harm_nobody() {
     assert_eq!(bench.core.watches.len(), 0);
     assert!(bench.core.outbox.is_empty() && bench.core.conns.is_empty());
 }
+
+#[test]
+fn reconfig_judges_the_change_before_the_right_to_make_it() {
+    let reconfig = |config_version| Request::Reconfig {
+        joining: Some("server.9=127.0.0.1:1:2:observer;127.0.0.1:3".into()),
+        leaving: None,
+        new_members: None,
+        config_version,
+    };
+    let mut bench = Bench::alone();
+    bench.connect(1);
+    bench.core.config.reconfig = false;
+    assert_eq!(
+        bench.ask(1, &reconfig(-1)),
+        Err(ErrorCode::ReconfigDisabled)
+    );
+    bench.core.config.reconfig = true;
+    assert_eq!(bench.ask(1, &reconfig(7)), Err(ErrorCode::BadVersion));
+    bench.connect(2);
+    assert_eq!(bench.ask(2, &reconfig(-1)), Err(ErrorCode::NoAuth));
+}
