@@ -397,17 +397,14 @@ impl Place {
         let marker = join(&join(above, MARKERS), &unique());
         match self.nodes.multi_once(&marker, &step.ops).await {
             Ok(_) => Ok(true),
-            Err(ClientError::Multi { code, .. })
-                if matches!(
-                    code,
+            Err(ClientError::Multi {
+                code:
                     ErrorCode::BadVersion
-                        | ErrorCode::NodeExists
-                        | ErrorCode::NoNode
-                        | ErrorCode::NotEmpty
-                ) =>
-            {
-                Ok(false)
-            }
+                    | ErrorCode::NodeExists
+                    | ErrorCode::NoNode
+                    | ErrorCode::NotEmpty,
+                ..
+            }) => Ok(false),
             Err(error) => Err(error),
         }
     }
