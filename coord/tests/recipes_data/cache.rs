@@ -77,7 +77,9 @@ async fn caught_up(client: &Client, held: &mut BTreeMap<String, Node>, events: &
     }
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+// With one thread the task that was woken last is the next to run: who has an answer looks at the
+// cache before the cache's own task has seen what came before that answer.
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn it_is_never_older_than_what_the_session_has_read() {
     let mut cluster = Cluster::start(|_| {}).await;
     let clients = clients(&cluster).await;

@@ -12,6 +12,7 @@ use unbroken_coord::wire::{Acl, EventType};
 
 use crate::common::Cluster;
 use crate::gate::Gate;
+use crate::lossy::Lossy;
 use crate::{Dice, clients, harass};
 
 const EACH: usize = 60;
@@ -135,6 +136,41 @@ async fn everyone_reads_the_same_once_and_in_order() {
     assert_eq!(read(&mut rest, expected.len()).await, expected);
     let segments = clients[0].children("/app/events/log").await.unwrap();
     assert!(segments.len() <= 2, "{segments:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_event_whose_confirmation_is_lost_is_there_once() {
+    let cluster = Cluster::start(|_| {}).await;
+    let client = cluster.client("a", 8000).await;
+    let mut tasks = Vec::new();
+    for (server, seed) in [("a", 3), ("b", 4)] {
+        let (client, way) = Lossy::client(&cluster, server, seed).await;
+        tasks.push(tokio::spawn(async move {
+            let channel = open(&client, "/ch").await;
+            let mut publisher = channel.publisher().await.unwrap();
+            let mut sent = Vec::new();
+            for i in 0..25 {
+                let event = format!("{seed}.{i}");
+                let position = publisher.publish(event.clone()).await.unwrap();
+                sent.push((position, event));
+            }
+            drop(way);
+            sent
+        }));
+    }
+    let mut sent = BTreeMap::new();
+    for task in tasks {
+        sent.extend(task.await.unwrap());
+    }
+    let channel = open(&client, "/ch").await;
+    let end = channel.end().await.unwrap();
+    let mut reader = channel.subscribe(Start::Earliest).await.unwrap();
+    let mut read = BTreeMap::new();
+    while read.len() < sent.len() || reader.position().entry + 1 < end.entry {
+        let event = reader.next().await.unwrap();
+        read.insert(event.position, text(&event));
+    }
+    assert_eq!(read, sent);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -3,8 +3,11 @@
 use std::collections::BTreeMap;
 
 use unbroken_coord::recipes::config::{Config, ConfigError, ConfigMap, Following, Json};
+use unbroken_coord::recipes::transaction::Transaction;
+use unbroken_coord::wire::{Acl, CreateMode};
 
 use crate::common::Cluster;
+use crate::lossy::Lossy;
 use crate::{clients, create, harass};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -43,6 +46,30 @@ async fn every_update_counts_once_and_followers_see_them_in_order() {
     }
     seen.await.unwrap();
     assert_eq!(follower.first().await.unwrap().value, Json(3 * EACH));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_update_whose_answer_is_lost_counts_once() {
+    const EACH: u64 = 25;
+    let cluster = Cluster::start(|_| {}).await;
+    let client = cluster.client("a", 8000).await;
+    let mut tasks = Vec::new();
+    for (server, seed) in [("a", 1), ("b", 2)] {
+        let (client, way) = Lossy::client(&cluster, server, seed).await;
+        tasks.push(tokio::spawn(async move {
+            let count = Config::<Json<u64>>::follow(&client, "/count");
+            for _ in 0..EACH {
+                let next = |old: Option<&Json<u64>>| Some(Json(old.map_or(1, |old| old.0 + 1)));
+                count.update(next).await.unwrap();
+            }
+            drop(way);
+        }));
+    }
+    for task in tasks {
+        task.await.unwrap();
+    }
+    let (count, _) = client.sync_and_get("/count").await.unwrap();
+    assert_eq!(count, (2 * EACH).to_string());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -87,6 +114,50 @@ async fn bad_values_are_reported_and_not_adopted() {
         .wait_for(|known| ended(&known.following))
         .await
         .unwrap();
+}
+
+/// Steps that follow each other as quickly as they can, while a map is read in four.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn half_a_step_is_never_seen() {
+    let cluster = Cluster::start(|_| {}).await;
+    let (writer, reader) = (
+        cluster.client("a", 8000).await,
+        cluster.client("a", 8000).await,
+    );
+    create(&writer, "/map", "").await;
+    create(&writer, "/map/left", "0").await;
+    let map = ConfigMap::<BTreeMap<String, String>>::follow(&reader, "/map");
+    let mut changes = map.changes();
+    let seen = tokio::spawn(async move {
+        let mut count = 0;
+        while count < 300 {
+            changes.changed().await.unwrap();
+            let Some(version) = changes.borrow_and_update().version.clone() else {
+                continue;
+            };
+            count = version.value["left"].parse().unwrap();
+            let odd = version.value.get("odd").map(String::as_str);
+            let expected = (count % 2 == 1).then_some(version.value["left"].as_str());
+            assert_eq!(odd, expected, "{:?}", version.value);
+        }
+    });
+    for count in 1..=300 {
+        let mut step = Transaction::new();
+        step.set("/map", "", -1);
+        step.set("/map/left", count.to_string(), -1);
+        if count % 2 == 1 {
+            step.create(
+                "/map/odd",
+                count.to_string(),
+                CreateMode::Persistent,
+                Acl::open(),
+            );
+        } else {
+            step.delete("/map/odd", -1);
+        }
+        step.commit(&writer).await.unwrap();
+    }
+    seen.await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -11,6 +11,7 @@ mod consensus;
 #[path = "../common/gate.rs"]
 mod gate;
 mod lease;
+mod lossy;
 mod transaction;
 
 use common::Cluster;
