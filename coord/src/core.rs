@@ -39,8 +39,8 @@ pub use self::status::Status;
 pub use self::words::Surroundings;
 use crate::members::Members;
 use crate::quorum::{
-    Consensus, EntryKind, LogEntry, QuorumConfig, QuorumOutput, RaftMessage, RaftQuorum, Recovered,
-    Role, SnapshotImage, Write, ticks,
+    Consensus, EntryKind, LogEntry, QuorumConfig, QuorumOutput, RaftMessage, RaftMessageKind,
+    RaftQuorum, Recovered, Role, SnapshotImage, Write, ticks,
 };
 use crate::rng::Rng;
 use crate::session::{Deadlines, Run, SessionId};
@@ -80,6 +80,13 @@ pub enum PeerMessage {
     Forward(Vec<Proposal>),
     /// Sessions that were heard from, for the leader, and how long ago in microseconds.
     Touch(Vec<(SessionId, u32)>),
+    /// What has been committed? With the sessions that ask.
+    Question {
+        /// The consensus engine's question.
+        question: RaftMessage,
+        /// The sessions.
+        sessions: Vec<SessionId>,
+    },
 }
 
 /// What the driver is to do, in this order.
@@ -377,6 +384,11 @@ impl Core {
                     self.deadlines.touch(session, now - ago);
                 }
             }
+            PeerMessage::Question { question, sessions } => {
+                if question.from == from {
+                    self.on_question(question, &sessions);
+                }
+            }
         }
     }
 
@@ -521,10 +533,12 @@ impl Core {
     fn on_quorum(&mut self, wanted: QuorumOutput) {
         match wanted {
             QuorumOutput::Send(message) => {
-                self.outputs.push_back(Output::Send {
-                    to: message.to,
-                    message: PeerMessage::Raft(message),
-                });
+                let to = message.to;
+                let message = match message.kind {
+                    RaftMessageKind::ReadIndex => self.question(message),
+                    _ => PeerMessage::Raft(message),
+                };
+                self.outputs.push_back(Output::Send { to, message });
             }
             QuorumOutput::Persist { token, write } => {
                 self.writes.push_back((token, self.now));
@@ -718,12 +732,16 @@ impl Core {
 
     /// Asks again for every barrier that has been asked for.
     fn ask_barriers(&mut self) {
+        let mut contexts = Vec::new();
         for (context, barrier) in &mut self.barriers {
             if Some(*context) != self.open_barrier {
                 barrier.asked = self.now;
-                self.quorum.barrier(*context);
+                contexts.push(*context);
             }
         }
+        contexts
+            .into_iter()
+            .for_each(|context| self.ask_barrier(context));
     }
 
     /// Sends what was collected since the last drain. True if there was anything.
@@ -731,7 +749,7 @@ impl Core {
         let mut any = false;
         if let Some(context) = self.open_barrier.take() {
             any = true;
-            self.quorum.barrier(context);
+            self.ask_barrier(context);
         }
         if self.forward.is_empty() {
             return any;
@@ -772,12 +790,16 @@ impl Core {
                 .map(|out| out.proposal.clone())
                 .collect();
         }
+        let mut contexts = Vec::new();
         for (context, barrier) in &mut self.barriers {
             if due(barrier.asked, BARRIER_AGAIN) {
                 barrier.asked = now;
-                self.quorum.barrier(*context);
+                contexts.push(*context);
             }
         }
+        contexts
+            .into_iter()
+            .for_each(|context| self.ask_barrier(context));
     }
 
     fn campaign_if_due(&mut self) {

@@ -90,6 +90,8 @@ pub(crate) struct Deadlines {
     /// When to look at a session again. A sign of life moves its deadline and not this, so that it
     /// costs little; it may therefore be too early, and never is too late.
     by_time: BTreeSet<(Instant, SessionId)>,
+    /// Those whose end stands in the log. What comes of them now comes too late.
+    condemned: BTreeSet<SessionId>,
 }
 
 #[derive(Debug)]
@@ -115,11 +117,13 @@ impl Deadlines {
             grace,
             by_session: BTreeMap::new(),
             by_time: BTreeSet::new(),
+            condemned: BTreeSet::new(),
         }
     }
 
     /// Begins, or begins anew, the count of a session.
     pub(crate) fn start(&mut self, session: SessionId, timeout: Duration, now: Instant) {
+        self.condemned.remove(&session);
         let look = now + timeout + self.grace;
         let deadline = Deadline {
             heard: now,
@@ -130,6 +134,16 @@ impl Deadlines {
             self.by_time.remove(&(old.look, session));
         }
         self.by_time.insert((look, session));
+    }
+
+    /// The end of a session is in the log. Until it is applied, or another connection has taken the
+    /// session up before, nobody may be told that the session lives.
+    pub(crate) fn condemn(&mut self, session: SessionId) {
+        self.condemned.insert(session);
+    }
+
+    pub(crate) fn is_condemned(&self, session: SessionId) -> bool {
+        self.condemned.contains(&session)
     }
 
     /// There was a sign of life at `heard`. Unknown sessions are ignored: they have ended, or are not
@@ -151,12 +165,14 @@ impl Deadlines {
     }
 
     pub(crate) fn end(&mut self, session: SessionId) {
+        self.condemned.remove(&session);
         if let Some(deadline) = self.by_session.remove(&session) {
             self.by_time.remove(&(deadline.look, session));
         }
     }
 
     pub(crate) fn clear(&mut self) {
+        self.condemned.clear();
         self.by_session.clear();
         self.by_time.clear();
     }

@@ -287,3 +287,43 @@ async fn a_persistent_watch_is_told_before_the_change_is_read() {
     assert_eq!(told, 100);
     writing.await.unwrap();
 }
+
+/// A lease holds while any server can be reached that has a quorum behind it, and ends by itself,
+/// before the session can expire, where none can.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lease_outlives_servers_and_ends_without_them() {
+    let mut cluster = Cluster::start(|_| {}).await;
+    let client = cluster.client("a", 3000).await;
+    let lease = client.lease().await.unwrap();
+    let leader = cluster.leader().await;
+    for name in ["a", &leader] {
+        cluster.kill(name);
+        cluster.up(name).await;
+        // A new word of the quorum, later than all before.
+        let until = lease.until().expect("certain");
+        client.sync("/").await.unwrap();
+        client.lease().await.unwrap();
+        assert!(lease.until().expect("certain") >= until);
+    }
+    // A server alone answers pings, and they prove nothing.
+    let other = ["b", "c"].into_iter().find(|name| *name != "a").unwrap();
+    for name in ["a", "b", "c"] {
+        if name != other {
+            cluster.kill(name);
+        }
+    }
+    let until = lease.until();
+    assert_eq!(lease.uncertain().await, Standing::Uncertain);
+    assert!(until.is_none_or(|until| until <= tokio::time::Instant::now()));
+    // The session is not gone for certain, and when the quorum is back, it lives or does not.
+    for name in ["a", "b", "c"] {
+        if name != other {
+            cluster.up(name).await;
+        }
+    }
+    match lease.certain().await {
+        Standing::Certain { .. } => client.sync("/").await.unwrap(),
+        Standing::Gone => assert_eq!(client.sync("/").await, Err(ClientError::SessionExpired)),
+        Standing::Uncertain => unreachable!("it was waited for"),
+    }
+}

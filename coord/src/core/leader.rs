@@ -1,10 +1,11 @@
 //! What the leader does beside consensus: it stamps proposals, ends silent sessions, and clears
 //! containers away. Every server reports its sessions' signs of life to it.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use super::{Core, Output, PeerMessage, TOUCH_MAX};
-use crate::quorum::Role;
+use crate::quorum::{RaftMessage, RaftMessageKind, Role};
 use crate::session::{Overdue, SessionId};
 use crate::time::as_micros;
 use crate::txn::{Command, Entry, Proposal};
@@ -24,13 +25,13 @@ impl Core {
     }
 
     /// Puts a proposal into the log, if this server leads and there is room; if not, it is dropped,
-    /// and its origin sends it again.
-    pub(super) fn propose(&mut self, proposal: Proposal) {
+    /// and its origin sends it again. True if it is in the log.
+    pub(super) fn propose(&mut self, proposal: Proposal) -> bool {
         if !self.leads() {
-            return;
+            return false;
         }
         let Some((kind, proposal)) = self.admit(proposal) else {
-            return;
+            return false;
         };
         match &proposal.command {
             Command::Attach { session, .. } | Command::Write { session, .. } => {
@@ -47,9 +48,11 @@ impl Core {
             proposal,
         };
         let data = postcard::to_allocvec(&entry).expect("memory takes everything");
-        if !self.quorum.propose(kind, data) {
+        let proposed = self.quorum.propose(kind, data);
+        if !proposed {
             self.counters.proposals_dropped += 1;
         }
+        proposed
     }
 
     pub(super) fn start_deadline(&mut self, session: SessionId) {
@@ -85,10 +88,13 @@ impl Core {
                 continue;
             }
             let attached = record.attached;
-            self.propose(Proposal {
+            let proposed = self.propose(Proposal {
                 origin: self.run,
                 command: Command::Expire { session, attached },
             });
+            if proposed {
+                self.deadlines.condemn(session);
+            }
         }
     }
 
@@ -134,6 +140,50 @@ impl Core {
                 to: leader,
                 message,
             });
+        }
+    }
+
+    /// Asks what has been committed, for syncs. An answered sync means to its client that the
+    /// session lives for its timeout from when the sync was sent ([`crate::client::Lease`]), so the
+    /// leader must have counted it before it answers, and must not answer where it was too late:
+    /// then it is asked again, until the session has ended.
+    pub(super) fn ask_barrier(&mut self, context: u64) {
+        let sessions = self.sessions_in_barriers();
+        let late = |session: &SessionId| self.deadlines.is_condemned(*session);
+        if self.leads() && sessions.iter().any(late) {
+            return;
+        }
+        self.quorum.barrier(context);
+    }
+
+    /// Whose syncs wait for an answer to a barrier.
+    fn sessions_in_barriers(&self) -> BTreeSet<SessionId> {
+        let conns = self.barriers.values().flat_map(|barrier| &barrier.conns);
+        let sessions = conns.filter_map(|conn| self.conns.get(conn)?.session());
+        sessions.collect()
+    }
+
+    /// This server's question to the leader goes with the sessions that ask, in one message: the
+    /// answer confirms their life, so neither may be lost without the other.
+    pub(super) fn question(&self, question: RaftMessage) -> PeerMessage {
+        PeerMessage::Question {
+            question,
+            sessions: self.sessions_in_barriers().into_iter().collect(),
+        }
+    }
+
+    /// A follower's question. It is dropped, and will be repeated, where this server does not lead
+    /// or the end of one of the sessions is in the log already.
+    pub(super) fn on_question(&mut self, question: RaftMessage, sessions: &[SessionId]) {
+        if !self.leads() || question.kind != RaftMessageKind::ReadIndex {
+            return;
+        }
+        for session in sessions {
+            self.deadlines.touch(*session, self.now);
+        }
+        let late = |session: &SessionId| self.deadlines.is_condemned(*session);
+        if !sessions.iter().any(late) {
+            self.quorum.step(question);
         }
     }
 

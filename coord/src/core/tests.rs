@@ -205,6 +205,7 @@ fn version(response: Result<Response, ErrorCode>) -> i32 {
     }
 }
 
+mod lease;
 mod operations;
 
 #[test]
@@ -646,7 +647,7 @@ fn heartbeats_are_answered_while_the_disk_hangs_and_entries_are_not() {
     let kinds = |bench: &Bench| -> Vec<RaftMessageKind> {
         let raft = bench.sent.iter().filter_map(|message| match message {
             PeerMessage::Raft(message) => Some(message.kind),
-            PeerMessage::Forward(_) | PeerMessage::Touch(_) => None,
+            PeerMessage::Forward(_) | PeerMessage::Touch(_) | PeerMessage::Question { .. } => None,
         });
         raft.collect()
     };
