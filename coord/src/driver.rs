@@ -4,6 +4,7 @@
 //! log, one snapshots. Tasks of the tokio runtime that [`start`] was called in accept, dial and make
 //! handshakes. No answer to a heartbeat ever waits for the disk.
 
+mod accept;
 mod clients;
 pub(crate) mod disk;
 mod engine;
@@ -30,6 +31,7 @@ use thiserror::Error;
 use tokio::net::TcpListener;
 use tokio::sync::{oneshot, watch};
 
+use self::accept::{Entrance, Slots};
 use self::clients::Clients;
 use self::disk::{Claimed, Identity, KnownPeers};
 use self::engine::{Alive, Clock, Engine, Input, InputSender, Inputs, while_alive};
@@ -41,6 +43,7 @@ use crate::core::{Config, ConfigError, Core};
 use crate::members;
 use crate::metrics::Metrics;
 use crate::snapshot::SnapshotError;
+use crate::tls::{ServerTls, TlsError};
 
 pub use self::disk::DiskError;
 pub use self::recovery::{RecoverError, Survivor, operator_credentials, recover};
@@ -54,6 +57,10 @@ pub struct ServerConfig {
     pub name: String,
     /// Where clients connect.
     pub client_listen: SocketAddr,
+    /// Where clients connect by TLS alone, if [`Self::tls`] says how.
+    pub secure_listen: Option<SocketAddr>,
+    /// Certificates. With them, `client_listen` takes TLS, too. None.
+    pub tls: Option<ServerTls>,
     /// Servers of the cluster, this one too: name and `host:port` where it listens for the others. A
     /// new cluster consists of these, so they must be the same on each of its servers. Later the log
     /// says who takes part, and these are where a server looks for the others when it knows no
@@ -107,6 +114,8 @@ impl ServerConfig {
         Self {
             name: name.to_owned(),
             client_listen,
+            secure_listen: None,
+            tls: None,
             peers: peers
                 .into_iter()
                 .map(|(name, address)| (name, address.to_string()))
@@ -148,6 +157,12 @@ pub enum StartError {
     /// The timers contradict each other.
     #[error("{0}")]
     Config(#[from] ConfigError),
+    /// The certificates cannot be used.
+    #[error("tls: {0}")]
+    Tls(#[from] TlsError),
+    /// There is an address for TLS, and no certificate.
+    #[error("an address for clients by TLS needs certificates")]
+    NoCertificates,
     /// An address cannot be listened on.
     #[error("cannot listen for {whom} on {address}")]
     Listen {
@@ -208,6 +223,7 @@ pub struct Server {
     metrics: Arc<Mutex<Metrics>>,
     failed: watch::Receiver<Option<Arc<ServerError>>>,
     client_address: SocketAddr,
+    secure_address: Option<SocketAddr>,
     /// A server with an empty disk first asks the others.
     beginning: Option<tokio::task::JoinHandle<()>>,
 }
@@ -226,9 +242,22 @@ pub async fn start(config: ServerConfig) -> Result<Server, StartError> {
         return Err(StartError::NotAPeer(config.name));
     };
     core_config(&config, 1, &BTreeMap::from([(1, config.name.clone())])).validate()?;
+    let certificates = config.tls.as_ref().map(ServerTls::load_for_clients);
+    let certificates = certificates.transpose()?;
+    let between_peers = config.tls.as_ref().filter(|tls| tls.peers);
+    let between_peers = between_peers.map(ServerTls::load_for_peers).transpose()?;
+    if config.secure_listen.is_some() && certificates.is_none() {
+        return Err(StartError::NoCertificates);
+    }
     let client_listener = listen("clients", &config.client_listen.to_string()).await?;
+    let secure_listener = match config.secure_listen {
+        Some(address) => Some(listen("clients by TLS", &address.to_string()).await?),
+        None => None,
+    };
     let peer_listener = listen("peers", peer_listen).await?;
     let client_address = client_listener.local_addr().map_err(StartError::System)?;
+    let secure_address = secure_listener.as_ref().map(TcpListener::local_addr);
+    let secure_address = secure_address.transpose().map_err(StartError::System)?;
     let peer_address = peer_listener.local_addr().map_err(StartError::System)?;
     let mut seeds = config.peers.clone();
     if peer_listen.ends_with(":0") {
@@ -246,10 +275,29 @@ pub async fn start(config: ServerConfig) -> Result<Server, StartError> {
     let known = KnownPeers::open(&config.data_dir)?;
     let (engine, inputs) = engine::inputs().map_err(StartError::System)?;
     let roster = Arc::new(Roster::new(&config.name, seeds));
-    let peers = Peers::new(roster.clone(), &config.key, known, engine.clone());
+    let tls = between_peers;
+    let peers = Peers::new(roster.clone(), &config.key, tls, known, engine.clone());
     let (alive_sender, alive) = watch::channel(());
-    let accept = clients::accept(client_listener, engine.clone());
-    tokio::spawn(while_alive(alive.clone(), accept));
+    let entrance = |plain| match &certificates {
+        None => Entrance::Plain,
+        Some(certificates) => Entrance::Tls {
+            certificates: certificates.clone(),
+            plain,
+        },
+    };
+    let slots = Slots::new();
+    let plain = config.tls.as_ref().is_none_or(|tls| tls.plain);
+    let doors = [
+        (Some(client_listener), entrance(plain)),
+        (secure_listener, entrance(false)),
+    ];
+    for (listener, entrance) in doors {
+        if let Some(listener) = listener {
+            let (slots, engine) = (slots.clone(), engine.clone());
+            let accept = accept::accept(listener, entrance, slots, engine, alive.clone());
+            tokio::spawn(while_alive(alive.clone(), accept));
+        }
+    }
     let accept = peers.clone().accept(peer_listener, alive.clone());
     tokio::spawn(while_alive(alive.clone(), accept));
     let metrics = Arc::new(Mutex::new(Metrics::default()));
@@ -259,7 +307,7 @@ pub async fn start(config: ServerConfig) -> Result<Server, StartError> {
     let launch = Launch {
         environment: Environment {
             client_port: client_address.port(),
-            secure_client_port: None,
+            secure_client_port: secure_address.map(|address| address.port()),
             data_dir: config.data_dir.clone(),
         },
         config,
@@ -301,6 +349,7 @@ pub async fn start(config: ServerConfig) -> Result<Server, StartError> {
         metrics,
         failed,
         client_address,
+        secure_address,
         beginning,
     })
 }
@@ -442,6 +491,12 @@ impl Server {
     #[must_use]
     pub fn client_address(&self) -> SocketAddr {
         self.client_address
+    }
+
+    /// Where clients connect by TLS alone, if [`ServerConfig::secure_listen`] was given.
+    #[must_use]
+    pub fn secure_address(&self) -> Option<SocketAddr> {
+        self.secure_address
     }
 
     /// Hands leadership to the named server, or to the one that is furthest along. Does nothing if

@@ -88,6 +88,7 @@ pub mod session;
 pub mod sim;
 pub mod snapshot;
 pub mod time;
+pub mod tls;
 pub mod tree;
 pub mod txn;
 mod watch;

@@ -9,9 +9,12 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpStream, lookup_host};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
+use tokio_rustls::TlsConnector;
+use tokio_rustls::rustls::ClientConfig;
 
 use super::ConnectOptions;
 use super::link::Stream;
+use crate::tls::{ClientTls, Reloading};
 
 /// Pauses between two rounds of questions for a server that has a quorum.
 const SEARCH_PAUSE_MIN: Duration = Duration::from_millis(100);
@@ -22,6 +25,7 @@ const SEARCH_PAUSE_MAX: Duration = Duration::from_secs(10);
 pub(super) struct Dialer {
     hosts: Arc<[String]>,
     stagger: Duration,
+    tls: Option<(ClientTls, Reloading<Arc<ClientConfig>>)>,
 }
 
 impl Dialer {
@@ -29,6 +33,7 @@ impl Dialer {
         Self {
             hosts: options.hosts.clone().into(),
             stagger: options.stagger,
+            tls: options.tls.as_ref().map(|tls| (tls.clone(), tls.load())),
         }
     }
 
@@ -67,18 +72,25 @@ impl Dialer {
     }
 
     async fn connect(&self, index: usize) -> io::Result<Box<dyn Stream>> {
-        let mut last = io::Error::from(io::ErrorKind::AddrNotAvailable);
-        // Names are resolved each time: servers move.
-        for addr in lookup_host(&self.hosts[index]).await? {
-            match TcpStream::connect(addr).await {
-                Ok(stream) => {
-                    stream.set_nodelay(true)?;
-                    return Ok(Box::new(stream));
-                }
-                Err(error) => last = error,
-            }
-        }
-        Err(last)
+        let host = &self.hosts[index];
+        let stream = connect(host).await?;
+        let Some((tls, config)) = &self.tls else {
+            return Ok(Box::new(stream));
+        };
+        let name = host
+            .rsplit_once(':')
+            .map_or(host.as_str(), |(name, _)| name);
+        let config = config.current();
+        // A file that is wrong will be wrong at every server: this is not for debugging alone.
+        let unusable = |error| {
+            tracing::warn!(%error, "tls");
+            io::Error::other(error)
+        };
+        let config = config.map_err(unusable)?;
+        let expected = tls.expected(name).map_err(unusable)?;
+        let secured = TlsConnector::from(config).connect(expected, stream).await;
+        let secured = secured.inspect_err(|error| tracing::warn!(%host, %error, "tls"))?;
+        Ok(Box::new(secured))
     }
 
     /// Asks the servers after `host`, and again and again, whether they have a quorum.
@@ -104,4 +116,19 @@ impl Dialer {
         stream.read_exact(&mut answer).await?;
         Ok(answer == *b"rw")
     }
+}
+
+async fn connect(host: &str) -> io::Result<TcpStream> {
+    let mut last = io::Error::from(io::ErrorKind::AddrNotAvailable);
+    // Names are resolved each time: servers move.
+    for addr in lookup_host(host).await? {
+        match TcpStream::connect(addr).await {
+            Ok(stream) => {
+                stream.set_nodelay(true)?;
+                return Ok(stream);
+            }
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
 }

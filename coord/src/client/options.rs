@@ -7,10 +7,14 @@ use std::time::Duration;
 use bytes::Bytes;
 use thiserror::Error;
 
+use crate::tls::ClientTls;
 use crate::wire::{PathError, validate_path};
 
 /// The port of a server that does not name one.
 const DEFAULT_PORT: u16 = 2181;
+
+/// The same, with TLS.
+const DEFAULT_TLS_PORT: u16 = 2281;
 
 /// How to reach the servers, and how patient to be.
 #[derive(Clone, Debug)]
@@ -45,6 +49,8 @@ pub struct ConnectOptions {
     pub read_only: bool,
     /// Who the session's holder is: proven on every connection before anything else is asked.
     pub identities: Vec<Identity>,
+    /// TLS, if the servers speak it: whom to trust, and who the client is.
+    pub tls: Option<ClientTls>,
 }
 
 /// Something that a session's holder can prove to be.
@@ -92,6 +98,7 @@ impl ConnectOptions {
             renew_session: false,
             read_only: false,
             identities: Vec::new(),
+            tls: None,
         }
     }
 
@@ -143,6 +150,14 @@ impl ConnectOptions {
         self.identities.push(identity);
         self
     }
+
+    /// Sets [`Self::tls`]. What is wrong with the files is said in the log, at each attempt to
+    /// connect; [`ClientTls::check`] says it at once.
+    #[must_use]
+    pub fn tls(mut self, tls: ClientTls) -> Self {
+        self.tls = Some(tls);
+        self
+    }
 }
 
 /// Why a connection string cannot be used.
@@ -155,6 +170,12 @@ pub enum ConnectStringError {
     /// A port is not a number from 1 to 65535.
     #[error("{0:?} has no port between 1 and 65535")]
     BadPort(String),
+    /// `zks://` does not say whom to trust, or says what cannot be understood.
+    #[error(
+        "zks:// is followed by host:port,host:port/chroot?ca=FILE, and by &cert=FILE&key=FILE \
+         and &name=NAME where they are needed: {0}"
+    )]
+    BadTls(String),
     /// The chroot is not a path.
     #[error("chroot: {0}")]
     BadChroot(#[from] PathError),
@@ -165,8 +186,22 @@ impl FromStr for ConnectOptions {
 
     /// Reads ZooKeeper's connection string, `host:port,host:port/chroot`; `zk://` may stand
     /// before it, and a missing port is 2181. IPv6 addresses stand in brackets.
+    ///
+    /// `zks://host:port,host:port/chroot?ca=FILE` is TLS: `ca` holds the authorities to trust,
+    /// `cert` and `key` the client's own certificate, and `name` is what the servers' certificates
+    /// show where it is not the host. A missing port is 2281 then.
     fn from_str(text: &str) -> Result<Self, ConnectStringError> {
-        let text = text.strip_prefix("zk://").unwrap_or(text);
+        let (text, tls, port) = match text.strip_prefix("zks://") {
+            None => (
+                text.strip_prefix("zk://").unwrap_or(text),
+                None,
+                DEFAULT_PORT,
+            ),
+            Some(text) => {
+                let (text, files) = text.split_once('?').unwrap_or((text, ""));
+                (text, Some(tls_files(files)?), DEFAULT_TLS_PORT)
+            }
+        };
         let (hosts, chroot) = match text.find('/') {
             Some(slash) => text.split_at(slash),
             None => (text, ""),
@@ -178,7 +213,7 @@ impl FromStr for ConnectOptions {
             .split(',')
             .map(str::trim)
             .filter(|host| !host.is_empty())
-            .map(with_port)
+            .map(|host| with_port(host, port))
             .collect::<Result<Vec<_>, _>>()?;
         if hosts.is_empty() {
             return Err(ConnectStringError::NoServer);
@@ -186,12 +221,39 @@ impl FromStr for ConnectOptions {
         let chroot = if chroot == "/" { "" } else { chroot };
         Ok(Self {
             chroot: chroot.to_owned(),
+            tls,
             ..Self::new(hosts)
         })
     }
 }
 
-fn with_port(host: &str) -> Result<String, ConnectStringError> {
+fn tls_files(text: &str) -> Result<ClientTls, ConnectStringError> {
+    let bad = |reason: String| ConnectStringError::BadTls(reason);
+    let (mut ca, mut cert, mut key, mut name) = (None, None, None, None);
+    for pair in text.split('&').filter(|pair| !pair.is_empty()) {
+        let (what, value) = pair.split_once('=').unwrap_or((pair, ""));
+        let place = match what {
+            "ca" => &mut ca,
+            "cert" => &mut cert,
+            "key" => &mut key,
+            "name" => &mut name,
+            other => return Err(bad(format!("{other:?} is none of them"))),
+        };
+        if value.is_empty() || place.replace(value).is_some() {
+            return Err(bad(format!("{what} once, with a value")));
+        }
+    }
+    let mut tls = ClientTls::new(ca.ok_or_else(|| bad("ca is missing".to_owned()))?);
+    match (cert, key) {
+        (Some(cert), Some(key)) => tls = tls.identity(cert, key),
+        (None, None) => {}
+        _ => return Err(bad("cert and key go together".to_owned())),
+    }
+    tls.server_name = name.map(str::to_owned);
+    Ok(tls)
+}
+
+fn with_port(host: &str, port: u16) -> Result<String, ConnectStringError> {
     let bad = || ConnectStringError::BadPort(host.to_owned());
     match host.rsplit_once(':') {
         // The last colon of a bracketed address without port stands inside the brackets.
@@ -202,7 +264,7 @@ fn with_port(host: &str) -> Result<String, ConnectStringError> {
             }
             Ok(host.to_owned())
         }
-        _ => Ok(format!("{host}:{DEFAULT_PORT}")),
+        _ => Ok(format!("{host}:{port}")),
     }
 }
 
@@ -226,5 +288,28 @@ mod tests {
         assert_eq!(read("a:0"), Err(ConnectStringError::BadPort("a:0".into())));
         assert_eq!(read("a:x"), Err(ConnectStringError::BadPort("a:x".into())));
         assert_eq!(read("a:1/x/"), Err(PathError::TrailingSlash.into()));
+        assert_eq!(read("zks://a,b:2/x?ca=/ca.pem"), ok("a:2281,b:2", "/x"));
+    }
+
+    #[test]
+    fn tls_in_connection_strings() {
+        let read = |text: &str| text.parse::<ConnectOptions>().map(|options| options.tls);
+        let tls = ClientTls::new("/ca")
+            .identity("/cert", "/key")
+            .server_name("zk");
+        let text = "zks://a/x?ca=/ca&cert=/cert&key=/key&name=zk";
+        assert_eq!(read(text), Ok(Some(tls)));
+        assert_eq!(read("zk://a/x"), Ok(None));
+        for bad in [
+            "",
+            "?cert=/c&key=/k",
+            "?ca=/a&cert=/c",
+            "?ca=",
+            "?ca=/a&ca=/b",
+            "?ca=/a&x=1",
+        ] {
+            let read = read(&format!("zks://a{bad}"));
+            assert!(matches!(read, Err(ConnectStringError::BadTls(_))), "{bad}");
+        }
     }
 }

@@ -9,17 +9,14 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
-use std::net::SocketAddr;
-use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use mio::event::Event;
 use mio::{Registry, Token};
-use tokio::net::TcpListener;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::OwnedSemaphorePermit;
 
-use super::engine::{Clock, Input, InputSender};
+use super::engine::Clock;
 use super::environment::Environment;
 use super::stream::{Outgoing, Spare, Stream};
 use crate::core::{Caller, ConnId, Core};
@@ -44,9 +41,6 @@ const OUTBOUND_BYTES_ENOUGH: usize = 1024 * 1024;
 const OUTBOUND_BYTES_MAX: usize = 16 * 1024 * 1024;
 const OUTBOUND_TOTAL_MAX: usize = 512 * 1024 * 1024;
 
-/// Client connections at most; more are refused by closing them.
-const CONNECTIONS_MAX: usize = 20_000;
-
 /// Clients that are read from in one turn at most, and bytes of each.
 const READS_PER_TURN: usize = 64;
 const READ_BYTES: usize = 64 * 1024;
@@ -60,49 +54,6 @@ pub(super) struct Accepted {
     pub(super) caller: Caller,
     /// Counts it among the connections as long as it is there.
     pub(super) slot: OwnedSemaphorePermit,
-}
-
-/// Accepts clients.
-pub(super) async fn accept(listener: TcpListener, engine: InputSender) {
-    let slots = Arc::new(Semaphore::new(CONNECTIONS_MAX));
-    loop {
-        let (stream, address) = match listener.accept().await {
-            Ok(accepted) => accepted,
-            Err(error) => {
-                // Out of descriptors, most likely: others may end.
-                tracing::warn!(%error, "cannot accept a client");
-                tokio::time::sleep(Duration::from_millis(10)).await;
-                continue;
-            }
-        };
-        let Ok(slot) = slots.clone().try_acquire_owned() else {
-            tracing::warn!(%address, "too many clients: connection refused");
-            continue;
-        };
-        let _ = stream.set_nodelay(true);
-        let stream = match stream.into_std() {
-            Ok(stream) => Stream::plain(stream),
-            Err(error) => {
-                tracing::warn!(%address, %error, "cannot serve a client");
-                continue;
-            }
-        };
-        let accepted = Accepted {
-            stream,
-            caller: caller(address),
-            slot,
-        };
-        if !engine.send(Input::Connect(accepted)).await {
-            return;
-        }
-    }
-}
-
-fn caller(address: SocketAddr) -> Caller {
-    Caller {
-        address: Some(address),
-        proven: Vec::new(),
-    }
 }
 
 /// One client.
@@ -221,20 +172,26 @@ impl Clients {
             tracing::warn!(%error, "cannot serve a client");
             return;
         }
-        let client = Client {
+        let holds_back = stream.holds_back();
+        let mut client = Client {
             stream,
             inbound: Vec::new(),
             outbound: Outgoing::default(),
             open_frames: 0,
             open_bytes: 0,
             greeted: false,
-            readable: false,
+            readable: holds_back,
             ended: false,
             listed: false,
             dirty: false,
             closing: false,
             _slot: slot,
         };
+        if holds_back {
+            list(&mut self.ready, conn, &mut client);
+            client.dirty = true;
+            self.dirty.push(conn);
+        }
         self.conns.insert(conn, client);
         core.handle_connect(now, conn, caller);
     }
@@ -249,7 +206,8 @@ impl Clients {
             client.ended |= event.is_read_closed() || event.is_error();
             list(&mut self.ready, conn, client);
         }
-        if event.is_writable() && !client.outbound.is_empty() && !client.dirty {
+        let waits = !client.outbound.is_empty() || client.stream.has_unsent();
+        if event.is_writable() && waits && !client.dirty {
             client.dirty = true;
             self.dirty.push(conn);
         }
@@ -447,7 +405,9 @@ impl Clients {
             };
             client.dirty = false;
             let written = client.outbound.flush(&mut client.stream, &mut self.spare);
-            let done = client.closing && client.outbound.is_empty();
+            let written = written.and_then(|()| client.stream.push());
+            let out = client.outbound.is_empty() && !client.stream.has_unsent();
+            let done = client.closing && out;
             if written.is_err() {
                 self.drop_client(core, now, conn);
             } else if done {

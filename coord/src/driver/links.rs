@@ -131,13 +131,14 @@ impl Links {
         {
             self.links.remove(&old);
         }
+        let holds_back = made.stream.holds_back();
         let link = Link {
             made,
             raw: Vec::new(),
             plain: Vec::new(),
             start: 0,
             sealed: Outgoing::default(),
-            readable: false,
+            readable: holds_back,
             writable: true,
         };
         self.links.insert(number, link);
@@ -239,8 +240,9 @@ impl Links {
 impl Link {
     /// Whether anything waits to go out.
     fn has_more(&self) -> bool {
-        self.made.direction == Direction::Out
-            && (self.start < self.plain.len() || !self.sealed.is_empty())
+        self.made.stream.has_unsent()
+            || self.made.direction == Direction::Out
+                && (self.start < self.plain.len() || !self.sealed.is_empty())
     }
 
     fn write(&mut self, record: &mut [u8], spare: &mut Spare) -> Result<(), LinkEnd> {
@@ -257,7 +259,8 @@ impl Link {
                 self.start = end;
             }
             self.sealed.flush(&mut self.made.stream, spare)?;
-            if !self.sealed.is_empty() {
+            self.made.stream.push()?;
+            if !self.sealed.is_empty() || self.made.stream.has_unsent() {
                 self.writable = false;
                 break;
             }

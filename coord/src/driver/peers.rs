@@ -4,6 +4,10 @@
 //! key: only who has it can speak or listen, and every connection has fresh keys. Inside, messages
 //! are postcard, each with its length in front; the stream of them is cut into Noise records.
 //!
+//! Where it is configured, TLS lies beneath: both sides show a certificate that the authority has
+//! signed and that names the server. Noise stays on top, because an authority signs for many: that
+//! a server belongs to *this* cluster is proven by the cluster's key alone.
+//!
 //! Here are the handshakes; what follows is served by [`links`](super::links).
 //!
 //! When the connection that a peer has dialled ends and its listener refuses, its process is dead:
@@ -20,17 +24,19 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use snow::TransportState;
 use thiserror::Error;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
+use tokio_rustls::{TlsAcceptor, TlsConnector};
 
 use super::disk::KnownPeers;
 use super::engine::{Alive, Input, InputSender, while_alive};
 use super::links::{Direction, Made, RECORD_MAX};
 use super::roster::{Caller, Roster, Verdict};
 use super::stream::Stream;
+use crate::tls::{PeerTls, Reloading, TlsError, names, server_name};
 
 const PATTERN: &str = "Noise_NNpsk0_25519_ChaChaPoly_BLAKE2s";
 
@@ -80,6 +86,10 @@ enum LinkError {
     Io(#[from] io::Error),
     #[error("not authenticated (is the key the same on every server?): {0}")]
     Noise(#[from] snow::Error),
+    #[error("tls: {0}")]
+    Tls(#[from] TlsError),
+    #[error("the peer's certificate is not that of the server it says it is: {0:?}")]
+    OtherName(Hello),
     #[error("no answer in time")]
     Slow,
     #[error("a peer of another version: {0:?}")]
@@ -101,14 +111,43 @@ enum LinkError {
 pub(super) struct Peers {
     roster: Arc<Roster>,
     psk: [u8; 32],
+    /// Beneath Noise, if it is wanted.
+    tls: Option<Reloading<PeerTls>>,
     known: Arc<KnownPeers>,
     engine: InputSender,
+}
+
+/// TCP, or TLS over it, while the handshakes are made.
+trait Channel: AsyncRead + AsyncWrite + Unpin + Send {
+    /// For the engine.
+    fn into_stream(self: Box<Self>) -> io::Result<Stream>;
+}
+
+impl Channel for TcpStream {
+    fn into_stream(self: Box<Self>) -> io::Result<Stream> {
+        Ok(Stream::plain(self.into_std()?))
+    }
+}
+
+impl Channel for tokio_rustls::server::TlsStream<TcpStream> {
+    fn into_stream(self: Box<Self>) -> io::Result<Stream> {
+        let (stream, tls) = self.into_inner();
+        Ok(Stream::tls(stream.into_std()?, tls.into()))
+    }
+}
+
+impl Channel for tokio_rustls::client::TlsStream<TcpStream> {
+    fn into_stream(self: Box<Self>) -> io::Result<Stream> {
+        let (stream, tls) = self.into_inner();
+        Ok(Stream::tls(stream.into_std()?, tls.into()))
+    }
 }
 
 impl Peers {
     pub(super) fn new(
         roster: Arc<Roster>,
         key: &[u8; 32],
+        tls: Option<Reloading<PeerTls>>,
         known: KnownPeers,
         engine: InputSender,
     ) -> Self {
@@ -121,6 +160,7 @@ impl Peers {
         Self {
             roster,
             psk,
+            tls,
             known: Arc::new(known),
             engine,
         }
@@ -158,9 +198,21 @@ impl Peers {
     /// The handshake of one who has dialled; `None` if it only asked.
     async fn answer(
         &self,
-        mut stream: TcpStream,
-    ) -> Result<Option<(TcpStream, TransportState, u64)>, LinkError> {
+        stream: TcpStream,
+    ) -> Result<Option<(Box<dyn Channel>, TransportState, u64)>, LinkError> {
         stream.set_nodelay(true)?;
+        let mut certificate = None;
+        let mut stream: Box<dyn Channel> = match &self.tls {
+            None => Box::new(stream),
+            Some(tls) => {
+                let stream = TlsAcceptor::from(tls.current()?.accept)
+                    .accept(stream)
+                    .await?;
+                let shown = stream.get_ref().1.peer_certificates();
+                certificate = shown.and_then(<[_]>::first).cloned();
+                Box::new(stream)
+            }
+        };
         let mut noise = self.builder()?.build_responder()?;
         let record = read_record(&mut stream).await?;
         let mut buffer = vec![0; RECORD_MAX];
@@ -169,6 +221,13 @@ impl Peers {
             postcard::from_bytes(&buffer[..length]).map_err(|_| LinkError::Malformed)?;
         if hello.version != VERSION {
             return Err(LinkError::Version(hello));
+        }
+        let name = match &hello.purpose {
+            Purpose::Link(caller) => &caller.name,
+            Purpose::Ask(name) => name,
+        };
+        if certificate.is_some_and(|certificate| !names(&certificate, name)) {
+            return Err(LinkError::OtherName(hello));
         }
         let mut from = None;
         let verdict = match &hello.purpose {
@@ -211,7 +270,10 @@ impl Peers {
             let mut asks = JoinSet::new();
             for (name, address) in peers.clone() {
                 let peers = self.clone();
-                asks.spawn(async move { (name, peers.ask(&address).await) });
+                asks.spawn(async move {
+                    let asked = peers.ask(&name, &address).await;
+                    (name, asked)
+                });
             }
             let mut founded = Vec::new();
             let mut fresh = Vec::new();
@@ -297,14 +359,14 @@ impl Peers {
         Ok(Some(Beginning { id, founders }))
     }
 
-    async fn ask(&self, address: &str) -> Result<Verdict, LinkError> {
+    async fn ask(&self, peer: &str, address: &str) -> Result<Verdict, LinkError> {
         let purpose = Purpose::Ask(self.roster.name().to_owned());
-        let (_, _, verdict) = self.open(address, purpose).await?;
+        let (_, _, verdict) = self.open(peer, address, purpose).await?;
         Ok(verdict)
     }
 
     /// Has the engine listen to a peer, until that stops.
-    async fn listen(&self, stream: TcpStream, noise: TransportState, from: u64) {
+    async fn listen(&self, stream: Box<dyn Channel>, noise: TransportState, from: u64) {
         tracing::debug!(peer = self.roster.name_of(from), "peer connected");
         self.serve(from, Direction::In, stream, noise).await;
         tracing::info!(peer = self.roster.name_of(from), "peer's connection ended");
@@ -327,11 +389,11 @@ impl Peers {
         &self,
         peer: u64,
         direction: Direction,
-        stream: TcpStream,
+        stream: Box<dyn Channel>,
         noise: TransportState,
     ) {
-        let stream = match stream.into_std() {
-            Ok(stream) => Stream::plain(stream),
+        let stream = match stream.into_stream() {
+            Ok(stream) => stream,
             Err(error) => {
                 tracing::warn!(peer, %error, "cannot serve a peer");
                 return;
@@ -384,15 +446,12 @@ impl Peers {
         &self,
         peer: u64,
         attempt: usize,
-    ) -> Result<(TcpStream, TransportState), LinkError> {
-        let addresses = self
-            .roster
-            .peer(peer)
-            .map_or(Vec::new(), |(_, addresses)| addresses);
+    ) -> Result<(Box<dyn Channel>, TransportState), LinkError> {
+        let (name, addresses) = self.roster.peer(peer).ok_or(LinkError::NoAddress)?;
         let address = addresses.get(attempt % addresses.len().max(1));
         let address = address.ok_or(LinkError::NoAddress)?;
         let caller = self.roster.caller(peer).ok_or(LinkError::NoAddress)?;
-        match self.open(address, Purpose::Link(caller)).await? {
+        match self.open(&name, address, Purpose::Link(caller)).await? {
             (stream, noise, Verdict::Welcome) => Ok((stream, noise)),
             (_, _, Verdict::Removed) => Err(LinkError::Removed),
             _ => Err(LinkError::Unwelcome),
@@ -402,10 +461,11 @@ impl Peers {
     /// Dials and says why.
     async fn open(
         &self,
+        peer: &str,
         address: &str,
         purpose: Purpose,
-    ) -> Result<(TcpStream, TransportState, Verdict), LinkError> {
-        let mut stream = timeout(DIAL_MAX, TcpStream::connect(address))
+    ) -> Result<(Box<dyn Channel>, TransportState, Verdict), LinkError> {
+        let stream = timeout(DIAL_MAX, TcpStream::connect(address))
             .await
             .map_err(|_| LinkError::Slow)??;
         stream.set_nodelay(true)?;
@@ -413,6 +473,13 @@ impl Peers {
         let hello = postcard::to_allocvec(&Hello { version, purpose });
         let hello = hello.map_err(|_| LinkError::Malformed)?;
         let handshake = async {
+            let mut stream: Box<dyn Channel> = match &self.tls {
+                None => Box::new(stream),
+                Some(tls) => {
+                    let connector = TlsConnector::from(tls.current()?.dial);
+                    Box::new(connector.connect(server_name(peer)?, stream).await?)
+                }
+            };
             let mut noise = self.builder()?.build_initiator()?;
             let mut buffer = vec![0; RECORD_MAX];
             let length = noise.write_message(&hello, &mut buffer)?;
@@ -421,12 +488,11 @@ impl Peers {
             let length = noise.read_message(&answer, &mut buffer)?;
             let verdict: Verdict =
                 postcard::from_bytes(&buffer[..length]).map_err(|_| LinkError::Malformed)?;
-            Ok::<_, LinkError>((noise.into_transport_mode()?, verdict))
+            Ok::<_, LinkError>((stream, noise.into_transport_mode()?, verdict))
         };
-        let (noise, verdict) = timeout(HANDSHAKE_MAX, handshake)
+        timeout(HANDSHAKE_MAX, handshake)
             .await
-            .map_err(|_| LinkError::Slow)??;
-        Ok((stream, noise, verdict))
+            .map_err(|_| LinkError::Slow)?
     }
 
     fn builder(&self) -> Result<snow::Builder<'_>, snow::Error> {
@@ -434,16 +500,17 @@ impl Peers {
     }
 }
 
-async fn read_record(stream: &mut TcpStream) -> Result<Vec<u8>, LinkError> {
+async fn read_record(stream: &mut Box<dyn Channel>) -> Result<Vec<u8>, LinkError> {
     let mut record = vec![0; usize::from(stream.read_u16().await?)];
     stream.read_exact(&mut record).await?;
     Ok(record)
 }
 
-async fn write_record(stream: &mut TcpStream, record: &[u8]) -> Result<(), LinkError> {
+async fn write_record(stream: &mut Box<dyn Channel>, record: &[u8]) -> Result<(), LinkError> {
     let length = u16::try_from(record.len()).map_err(|_| LinkError::Malformed)?;
     let mut framed = length.to_be_bytes().to_vec();
     framed.extend_from_slice(record);
     stream.write_all(&framed).await?;
+    stream.flush().await?;
     Ok(())
 }

@@ -4,12 +4,65 @@ use std::io::{self, Read, Write};
 
 use mio::net::TcpStream;
 use mio::{Interest, Registry, Token};
+use tokio_rustls::rustls::Connection;
 
 /// A stream of bytes on a socket that does not block.
 #[derive(Debug)]
 pub(super) enum Stream {
     /// TCP.
     Plain(TcpStream),
+    /// TLS over it, its handshake done.
+    Tls(Box<TlsSocket>),
+}
+
+/// A socket, and what TLS makes of its bytes.
+#[derive(Debug)]
+pub(super) struct TlsSocket {
+    socket: TcpStream,
+    tls: Connection,
+}
+
+impl TlsSocket {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        loop {
+            match self.tls.reader().read(buffer) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                // Gone without a goodbye: our frames say themselves where they end.
+                Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(0),
+                result => return result,
+            }
+            if self.tls.read_tls(&mut self.socket)? == 0 {
+                return Ok(0);
+            }
+            let processed = self.tls.process_new_packets();
+            // It may have an answer of its own, such as why it will not go on.
+            let pushed = self.push();
+            processed.map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
+            pushed?;
+        }
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.push()?;
+        let count = self.tls.writer().write(bytes)?;
+        self.push()?;
+        if count == 0 {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        Ok(count)
+    }
+
+    /// Writes what is encrypted already, as far as there is room.
+    fn push(&mut self) -> io::Result<()> {
+        while self.tls.wants_write() {
+            match retry(|| self.tls.write_tls(&mut self.socket)) {
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
 }
 
 impl Stream {
@@ -18,9 +71,40 @@ impl Stream {
         Self::Plain(TcpStream::from_std(stream))
     }
 
+    /// As [`Self::plain`], after TLS's handshake.
+    pub(super) fn tls(stream: std::net::TcpStream, tls: Connection) -> Self {
+        let socket = TcpStream::from_std(stream);
+        Self::Tls(Box::new(TlsSocket { socket, tls }))
+    }
+
+    /// Whether something may be there to read or to write of which the socket says nothing.
+    pub(super) fn holds_back(&self) -> bool {
+        match self {
+            Self::Plain(_) => false,
+            Self::Tls(_) => true,
+        }
+    }
+
+    /// Whether bytes that were taken are not out yet.
+    pub(super) fn has_unsent(&self) -> bool {
+        match self {
+            Self::Plain(_) => false,
+            Self::Tls(stream) => stream.tls.wants_write(),
+        }
+    }
+
+    /// Writes what was taken and is not out yet, as far as there is room.
+    pub(super) fn push(&mut self) -> io::Result<()> {
+        match self {
+            Self::Plain(_) => Ok(()),
+            Self::Tls(stream) => stream.push(),
+        }
+    }
+
     fn socket(&mut self) -> &mut TcpStream {
         match self {
             Self::Plain(socket) => socket,
+            Self::Tls(stream) => &mut stream.socket,
         }
     }
 
@@ -34,6 +118,7 @@ impl Stream {
     pub(super) fn short_read_is_all(&self) -> bool {
         match self {
             Self::Plain(_) => true,
+            Self::Tls(_) => false,
         }
     }
 
@@ -41,6 +126,7 @@ impl Stream {
     pub(super) fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         retry(|| match self {
             Self::Plain(socket) => socket.read(buffer),
+            Self::Tls(stream) => stream.read(buffer),
         })
     }
 
@@ -48,12 +134,17 @@ impl Stream {
     pub(super) fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         retry(|| match self {
             Self::Plain(socket) => socket.write(bytes),
+            Self::Tls(stream) => stream.write(bytes),
         })
     }
 
     /// Says that nothing more comes.
     pub(super) fn finish(&mut self) {
         // It may have gone already.
+        if let Self::Tls(stream) = self {
+            stream.tls.send_close_notify();
+            let _ = stream.push();
+        }
         let _ = self.socket().shutdown(std::net::Shutdown::Write);
     }
 }

@@ -48,7 +48,7 @@ async fn pair(key_a: u8, key_b: u8) -> (End, End) {
         let (engine, inputs) = inputs().unwrap();
         let roster = Roster::new(name, seeds.clone());
         roster.begin(*id, &founders);
-        let peers = Peers::new(Arc::new(roster), &[key; 32], known, engine);
+        let peers = Peers::new(Arc::new(roster), &[key; 32], None, known, engine);
         ends.push(End {
             peers,
             inputs,
