@@ -211,7 +211,7 @@ async fn a_silent_handshake_ends_and_keeps_nobody_waiting() {
     options.hosts = vec![server.secure_address().unwrap().to_string()];
     let client = Client::connect(options).await.unwrap();
     client.sync("/").await.unwrap();
-    // A four-letter word over TLS, and one at the port for TLS without it, which is no word there.
+    // The clients' port still answers without TLS.
     let mut stream = TcpStream::connect(server.client_address()).await.unwrap();
     stream.write_all(b"ruok").await.unwrap();
     let mut answer = String::new();

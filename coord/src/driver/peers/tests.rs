@@ -11,6 +11,7 @@ use crate::core::PeerMessage;
 use crate::driver::engine::inputs;
 use crate::driver::links::{Links, Told};
 use crate::session::SessionId;
+use crate::tls::ServerTls;
 
 struct End {
     peers: Peers,
@@ -229,4 +230,50 @@ async fn who_has_another_key_or_another_name_is_refused() {
     assert_eq!(fresh.beginning(false).await, Err("b".to_owned()));
     assert!(fresh.connect(2, 0).await.is_err(), "it has not begun");
     drop(a);
+}
+
+/// Both sides' certificates have to name the server, and to be signed by the authority.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn with_tls_who_has_the_key_needs_a_certificate_of_its_own_name_too() {
+    use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
+    let (mut a, mut b) = pair(1, 1).await;
+    let key = KeyPair::generate().unwrap();
+    let mut params = CertificateParams::new(Vec::new()).unwrap();
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let ca = a.dir.join("ca.pem");
+    std::fs::write(&ca, params.self_signed(&key).unwrap().pem()).unwrap();
+    let issuer = Issuer::new(params, key);
+    let tls = |name: &str| {
+        let key = KeyPair::generate().unwrap();
+        let params = CertificateParams::new(vec![name.to_owned()]).unwrap();
+        let cert = params.signed_by(&key, &issuer).unwrap();
+        let (cert_file, key_file) = (a.dir.join("cert.pem"), a.dir.join("key.pem"));
+        std::fs::write(&cert_file, cert.pem()).unwrap();
+        std::fs::write(&key_file, key.serialize_pem()).unwrap();
+        let mut files = ServerTls::new(cert_file, key_file);
+        files.ca = Some(ca.clone());
+        Some(files.load_for_peers().unwrap())
+    };
+    let (as_a, as_b, as_c) = (tls("a"), tls("b"), tls("c"));
+    let (_alive_sender, alive) = watch::channel(());
+    b.peers.tls = as_b;
+    let listener = b.listener.take().unwrap();
+    let accept = b.peers.clone().accept(listener, alive.clone());
+    tokio::spawn(while_alive(alive, accept));
+    assert!(a.peers.connect(2, 0).await.is_err(), "no TLS");
+    a.peers.tls = as_c;
+    assert!(
+        a.peers.connect(2, 0).await.is_err(),
+        "another's certificate"
+    );
+    assert!(!b.peers.known.contains(1));
+    a.peers.tls = as_a;
+    assert!(a.peers.connect(2, 0).await.is_ok());
+    assert!(b.peers.known.contains(1));
+    // Who answers at b's address is not c.
+    let mut seeds = a.peers.roster.seeds();
+    let address = seeds.remove("b").unwrap();
+    let asked = a.peers.ask("c", &address).await;
+    assert!(matches!(asked, Err(LinkError::Io(_))), "{asked:?}");
+    assert!(a.peers.ask("b", &address).await.is_ok());
 }
