@@ -256,6 +256,19 @@ pub enum TlsError {
     Name(String),
 }
 
+impl TlsError {
+    /// The setting that is to blame: `cert`, `key`, `ca`, `client_auth`, `peers`, `server_name`.
+    #[must_use]
+    pub fn setting(&self) -> &'static str {
+        match self {
+            Self::Read { what, .. } | Self::Content { what, .. } => what,
+            Self::Pair { .. } => "cert",
+            Self::NoAuthority { needed_by } => needed_by,
+            Self::Name(_) => "server_name",
+        }
+    }
+}
+
 fn provider() -> Arc<CryptoProvider> {
     Arc::new(ring::default_provider())
 }

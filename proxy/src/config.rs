@@ -20,6 +20,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 use unbroken_coord::driver::ServerConfig;
+use unbroken_coord::tls::ServerTls;
 
 #[cfg(test)]
 mod tests;
@@ -130,6 +131,11 @@ pub enum CoordConfig {
 pub struct EmbeddedCoord {
     /// Where clients of the ZooKeeper protocol connect, this node's own client among them.
     pub client: SocketAddr,
+    /// Where clients connect by TLS alone; needs `tls`.
+    pub secure_client: Option<SocketAddr>,
+    /// Certificates, from `[coord.tls]`. With them `client` takes TLS, too, and without TLS as long
+    /// as `plain` is not switched off.
+    pub tls: Option<ServerTls>,
     /// Every server of the ensemble and where its peers reach it; holds this node's name.
     pub peers: BTreeMap<String, SocketAddr>,
     /// Digest of the credentials that may do everything: `super:` and the Base64 of their SHA-1, as
@@ -152,6 +158,8 @@ impl EmbeddedCoord {
     pub fn server(&self, name: &str, data_dir: PathBuf, key: &Key) -> ServerConfig {
         let peers = self.peers.clone();
         ServerConfig {
+            secure_listen: self.secure_client,
+            tls: self.tls.clone(),
             super_digest: self.super_digest.clone(),
             extended_types: self.extended_types,
             reconfig: self.reconfig,

@@ -8,6 +8,7 @@ use std::time::Duration;
 use humantime_serde::re::humantime::format_duration;
 use toml::Spanned;
 use toml::de::DeTable;
+use unbroken_coord::tls::{ClientAuth, ServerTls};
 
 use super::document::{Complaint, ConfigErrors, Document};
 use super::section::{Found, Section};
@@ -190,8 +191,10 @@ fn mode_of(path: &Path) -> Option<u32> {
 }
 
 /// What is said of a coordinator server in this node, and of no other.
-const EMBEDDED_KEYS: [&str; 7] = [
+const EMBEDDED_KEYS: [&str; 9] = [
     "client",
+    "secure_client",
+    "tls",
     "peers",
     "super_digest",
     "extended_types",
@@ -203,6 +206,7 @@ const EMBEDDED_KEYS: [&str; 7] = [
 struct CoordSection {
     config: CoordConfig,
     client: Option<Found<SocketAddr>>,
+    secure_client: Option<Found<SocketAddr>>,
     peers: BTreeMap<String, Found<SocketAddr>>,
     external: Option<Found<()>>,
 }
@@ -229,6 +233,7 @@ fn coord_section(root: &Section<'_, '_>, node: Option<&NodeSection>) -> Option<C
         return Some(CoordSection {
             config: CoordConfig::External(external.value),
             client: None,
+            secure_client: None,
             peers: BTreeMap::new(),
             external: Some(Found {
                 value: (),
@@ -243,6 +248,15 @@ fn coord_section(root: &Section<'_, '_>, node: Option<&NodeSection>) -> Option<C
         value::socket_address,
     );
     let peers = section.addresses("peers");
+    let secure_client = section.optional("secure_client", value::socket_address);
+    let tls = coord_tls(&section);
+    if let (Some(secure), None) = (&secure_client, section.table.get("tls")) {
+        let complaint = Complaint::new(
+            "there are no certificates",
+            "a section [coord.tls] with cert and key",
+        );
+        document.problem(&secure.key, &secure.span, true, complaint);
+    }
     let super_digest = section.optional("super_digest", value::super_digest);
     let switch = |key, default| {
         let found = section.optional(key, value::switch);
@@ -267,6 +281,8 @@ fn coord_section(root: &Section<'_, '_>, node: Option<&NodeSection>) -> Option<C
     }
     let config = CoordConfig::Embedded(EmbeddedCoord {
         client: client.value,
+        secure_client: secure_client.as_ref().map(|found| found.value),
+        tls,
         peers: plain(&peers.value),
         super_digest: super_digest.map(|found| found.value),
         extended_types,
@@ -277,9 +293,44 @@ fn coord_section(root: &Section<'_, '_>, node: Option<&NodeSection>) -> Option<C
     Some(CoordSection {
         config,
         client: Some(client),
+        secure_client,
         peers: peers.value,
         external: None,
     })
+}
+
+/// The certificates, read once to say here what is wrong with them.
+fn coord_tls(coord: &Section<'_, '_>) -> Option<ServerTls> {
+    coord.table.get("tls")?;
+    let section = coord.section("tls", "a section [coord.tls] with cert and key")?;
+    let document = section.document;
+    let file = |found: Found<String>| document.resolve(&found.value);
+    let cert = section.required("cert", "a file with the server's certificate", value::path);
+    let key = section.required("key", "a file with its private key", value::path);
+    let ca = section.optional("ca", value::path).map(file);
+    let client_auth = section.optional("client_auth", value::client_auth);
+    let switch = |key, default| {
+        let found = section.optional(key, value::switch);
+        found.map_or(default, |found| found.value)
+    };
+    let (peers, plain) = (switch("peers", false), switch("plain", true));
+    section.finish();
+    let mut tls = ServerTls::new(file(cert?), file(key?));
+    tls.ca = ca;
+    tls.client_auth = client_auth.map_or(ClientAuth::None, |found| found.value);
+    (tls.peers, tls.plain) = (peers, plain);
+    if let Err(error) = tls.check() {
+        let key = error.setting();
+        let given = section.table.get(key);
+        let span = given.map_or_else(|| section.span.clone(), |found| found.span());
+        let complaint = Complaint::new(
+            error.to_string(),
+            "PEM files: a certificate, its key, and the authorities that are trusted",
+        );
+        document.problem(&section.key(key), &span, given.is_some(), complaint);
+        return None;
+    }
+    Some(tls)
 }
 
 struct GroupSection {
@@ -458,6 +509,7 @@ fn check_addresses(
     let own = node.map(|node| node.name.value.as_str());
     if let Some(coord) = coord {
         bound.extend(&coord.client);
+        bound.extend(&coord.secure_client);
         bound.extend(own.and_then(|own| coord.peers.get(own)));
     }
     bound.extend(

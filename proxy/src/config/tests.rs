@@ -249,6 +249,32 @@ fn k_is_never_more_than_there_are_backups() {
 }
 
 #[test]
+fn tls_says_which_setting_and_which_file_is_wrong() {
+    let wrong = |coord: &str| {
+        let text = EXAMPLE.replacen("[group]", &format!("{coord}\n[group]"), 1);
+        let errors = Folder::new().parse(&text).unwrap_err();
+        errors.to_string()
+    };
+    let text = wrong("[coord.tls]\ncert = \"none.pem\"\nkey = \"none.key\"\n");
+    assert!(
+        text.contains("coord.tls.cert") && text.contains("none.pem"),
+        "{text}"
+    );
+    let text = wrong("[coord.tls]\ncert = \"none.pem\"\nkey = \"k\"\nclient_auth = \"requir\"\n");
+    assert!(
+        text.contains("coord.tls.client_auth") && text.contains("require"),
+        "{text}"
+    );
+    let text = wrong("[coord.tls]\nkey = \"none.key\"\n");
+    assert!(text.contains("coord.tls.cert"), "{text}");
+    let text = wrong("secure_client = \"10.98.0.11:2281\"\n");
+    assert!(
+        text.contains("secure_client") && text.contains("[coord.tls]"),
+        "{text}"
+    );
+}
+
+#[test]
 fn an_external_coordinator_takes_the_place_of_the_embedded_one() {
     let external = |value: &str| {
         let start = EXAMPLE.find("client =").unwrap();

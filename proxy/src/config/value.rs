@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use humantime_serde::re::humantime;
 use toml::de::DeValue;
+use unbroken_coord::tls::ClientAuth;
 
 use super::document::Complaint;
 use super::{AddressMode, Divergence, ExternalCoord, Ordering, Resilience, Upstream};
@@ -335,6 +336,22 @@ fn word<'v>(value: &'v DeValue<'_>, words: &[&str]) -> Parsed<&'v str> {
 pub(super) fn switch(value: &DeValue<'_>) -> Parsed<bool> {
     let expected = "true or false";
     value.as_bool().ok_or_else(|| wrong_type(value, expected))
+}
+
+pub(super) fn client_auth(value: &DeValue<'_>) -> Parsed<ClientAuth> {
+    const EXPECTED: &str = "\"none\", \"request\" or \"require\"";
+    match string(value, EXPECTED)? {
+        "none" => Ok(ClientAuth::None),
+        "request" => Ok(ClientAuth::Request),
+        "require" => Ok(ClientAuth::Require),
+        text => {
+            let complaint = Complaint::new("not known", EXPECTED);
+            Err(match suggestion(text, &["none", "request", "require"]) {
+                Some(word) => complaint.help(format!("did you mean \"{word}\"?")),
+                None => complaint,
+            })
+        }
+    }
 }
 
 /// `super:` and a digest, as it would stand in an access list.
