@@ -314,12 +314,14 @@ fn coord_tls(coord: &Section<'_, '_>) -> Option<ServerTls> {
         found.map_or(default, |found| found.value)
     };
     let (peers, plain) = (switch("peers", false), switch("plain", true));
-    section.finish();
-    let mut tls = ServerTls::new(file(cert?), file(key?));
-    tls.ca = ca;
-    tls.client_auth = client_auth.map_or(ClientAuth::None, |found| found.value);
-    (tls.peers, tls.plain) = (peers, plain);
-    if let Err(error) = tls.check() {
+    let tls = cert.zip(key).map(|(cert, key)| {
+        let mut tls = ServerTls::new(file(cert), file(key));
+        tls.ca = ca;
+        tls.client_auth = client_auth.map_or(ClientAuth::None, |found| found.value);
+        (tls.peers, tls.plain) = (peers, plain);
+        tls
+    });
+    if let Some(Err(error)) = tls.as_ref().map(ServerTls::check) {
         let key = error.setting();
         let given = section.table.get(key);
         let span = given.map_or_else(|| section.span.clone(), |found| found.span());
@@ -328,9 +330,9 @@ fn coord_tls(coord: &Section<'_, '_>) -> Option<ServerTls> {
             "PEM files: a certificate, its key, and the authorities that are trusted",
         );
         document.problem(&section.key(key), &span, given.is_some(), complaint);
-        return None;
     }
-    Some(tls)
+    section.finish();
+    tls
 }
 
 struct GroupSection {
