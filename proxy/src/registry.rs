@@ -3,6 +3,9 @@
 //! The data plane's thread never waits. It sends a [`Request`] down a channel; this task carries it
 //! out with the coordinator's client and answers through the data plane's own queue and waker.
 
+#[cfg(test)]
+mod tests;
+
 use std::sync::Arc;
 use std::time::Duration;
 
