@@ -380,7 +380,15 @@ impl World {
                 return self.start(id);
             }
             if self.servers[&id].paused_until <= now {
-                for what in std::mem::take(&mut self.server(id).backlog) {
+                // A process that wakes reads what has come from whom in any order.
+                let clients_first = self.random.percent(50);
+                let backlog = std::mem::take(&mut self.server(id).backlog);
+                let of_client =
+                    |what: &What| matches!(what, What::Frame { .. } | What::Gone { .. });
+                let (clients, others): (Vec<_>, Vec<_>) = backlog
+                    .into_iter()
+                    .partition(|what| clients_first && of_client(what));
+                for what in clients.into_iter().chain(others) {
                     self.at_server(id, what)?;
                 }
             }
