@@ -1,5 +1,6 @@
 //! The client against three real servers: every operation, and what it promises under faults.
 
+#[allow(dead_code, reason = "each test file uses its part of it")]
 mod common;
 
 use std::time::Duration;

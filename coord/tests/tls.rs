@@ -1,5 +1,6 @@
 //! TLS on three real servers: for clients, and between the servers.
 
+#[allow(dead_code, reason = "each test file uses its part of it")]
 mod common;
 
 use std::path::{Path, PathBuf};

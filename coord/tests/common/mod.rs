@@ -1,7 +1,5 @@
 //! A cluster of real servers on loopback, with their logs in a temporary directory.
 
-#![allow(dead_code, reason = "each program of tests uses some of it")]
-
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;

@@ -16,7 +16,7 @@ fn a_sync_is_a_sign_of_life_that_counts_from_its_coming() {
         bench.send(1, xid, &sync());
         assert!(bench.expect(1, xid, OpCode::Sync).is_ok());
     }
-    bench.pass(110);
+    bench.pass(125);
     bench.disk();
     bench.expect_closed(1, CloseReason::Expired);
 }
@@ -27,7 +27,7 @@ fn a_sync_is_a_sign_of_life_that_counts_from_its_coming() {
 fn a_sync_that_comes_after_the_end_is_in_the_log_is_not_answered() {
     let mut bench = Bench::alone();
     bench.connect(1);
-    bench.pass(110);
+    bench.pass(125);
     bench.send(1, 1, &sync());
     bench.pass(400);
     bench.expect_nothing(1);
