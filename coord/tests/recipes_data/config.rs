@@ -178,7 +178,7 @@ async fn entries_that_change_together_are_seen_together() {
                         let mut new: Map = ["left", "right"]
                             .map(|side| (side.to_owned(), count.to_string()))
                             .into();
-                        if count % 2 == 0 {
+                        if count.is_multiple_of(2) {
                             new.insert("even".into(), count.to_string());
                         }
                         Some(new)
@@ -200,7 +200,7 @@ async fn entries_that_change_together_are_seen_together() {
             assert_eq!(left, right, "half of an update was seen");
             let now: u64 = left.parse().unwrap();
             assert!(now >= count, "{now} after {count}");
-            assert_eq!(version.value.contains_key("even"), now % 2 == 0);
+            assert_eq!(version.value.contains_key("even"), now.is_multiple_of(2));
             count = now;
         }
         changes

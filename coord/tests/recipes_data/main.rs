@@ -1,4 +1,5 @@
 //! The recipes that hold data, on three real servers of which some die.
+#![expect(clippy::unwrap_used, reason = "these are tests")]
 
 mod cache;
 mod channel;
