@@ -475,10 +475,16 @@ impl Server {
     /// If the engine's thread has panicked while it wrote them down.
     #[must_use]
     pub fn metrics(&self) -> Metrics {
-        let metrics = self.metrics.lock();
-        metrics
-            .expect("no thread panics while it holds this")
-            .clone()
+        self.meter().metrics()
+    }
+
+    /// A handle to its state and metrics, which may outlive it.
+    #[must_use]
+    pub fn meter(&self) -> Meter {
+        Meter {
+            status: self.status.clone(),
+            metrics: self.metrics.clone(),
+        }
     }
 
     /// Its state whenever it changes.
@@ -570,4 +576,31 @@ fn random() -> Result<u64, StartError> {
     let mut bytes = [0; 8];
     getrandom::fill(&mut bytes).map_err(|error| StartError::System(io::Error::other(error)))?;
     Ok(u64::from_le_bytes(bytes))
+}
+
+/// Tells of a server's state and metrics. After its end, how they were last.
+#[derive(Debug, Clone)]
+pub struct Meter {
+    status: watch::Receiver<Status>,
+    metrics: Arc<Mutex<Metrics>>,
+}
+
+impl Meter {
+    /// As [`Server::status`].
+    #[must_use]
+    pub fn status(&self) -> Status {
+        self.status.borrow().clone()
+    }
+
+    /// As [`Server::metrics`].
+    ///
+    /// # Panics
+    /// If the engine's thread has panicked while it wrote them down.
+    #[must_use]
+    pub fn metrics(&self) -> Metrics {
+        let metrics = self.metrics.lock();
+        metrics
+            .expect("no thread panics while it holds this")
+            .clone()
+    }
 }

@@ -3,6 +3,8 @@
 //! There is no global registry: many nodes may live in one test process. Handles are cheap to
 //! clone and to update (one atomic each), so that the data plane updates them where things happen.
 
+mod coordinator;
+
 use std::fmt::Write as _;
 use std::sync::atomic::AtomicU64;
 
@@ -203,6 +205,7 @@ impl ServiceMetrics {
 pub struct NodeMetrics {
     registry: Registry,
     families: Families,
+    coordinator: coordinator::Coordinator,
 }
 
 impl NodeMetrics {
@@ -237,13 +240,24 @@ impl NodeMetrics {
             "Events that a member is not known to hold",
             families.member_lag
         );
-        Self { registry, families }
+        let coordinator = coordinator::Coordinator::default();
+        registry.register_collector(Box::new(coordinator.clone()));
+        Self {
+            registry,
+            families,
+            coordinator,
+        }
     }
 
     /// The metrics of one service.
     #[must_use]
     pub fn service(&self, name: &str) -> ServiceMetrics {
         self.families.service(name)
+    }
+
+    /// Shows what this coordinator's server counts and times, too.
+    pub fn show_coordinator(&self, meter: unbroken_coord::driver::Meter) {
+        self.coordinator.show(meter);
     }
 
     /// Everything in the OpenMetrics text format.

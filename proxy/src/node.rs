@@ -58,6 +58,9 @@ pub async fn run(config: Config, mut shutdown: watch::Receiver<bool>) -> anyhow:
     let (dataplane, handle) = Dataplane::open(&config, board.clone(), &metrics, requests, notes)?;
 
     let coordinator = Coordinator::start(&config).await?;
+    if let Some(server) = &coordinator.server {
+        metrics.show_coordinator(server.meter());
+    }
     let admin = Admin {
         board: board.clone(),
         metrics,

@@ -2,7 +2,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a test")]
 
-use std::io::{BufRead as _, BufReader};
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::TcpListener;
 use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
@@ -271,6 +271,25 @@ fn a_coordinator_alone_serves_and_stops_gracefully() {
         (&status["node"], &status["coordinator"]["role"]),
         (&"c1".into(), &"leader".into())
     );
+
+    // What it shows may be a moment old.
+    let metrics = loop {
+        let mut page = std::net::TcpStream::connect(format!("{ip}:9600")).unwrap();
+        page.write_all(b"GET /metrics HTTP/1.0\r\n\r\n").unwrap();
+        let mut metrics = String::new();
+        page.read_to_string(&mut metrics).unwrap();
+        if metrics.contains("operation=\"CREA\"} 1") {
+            break metrics;
+        }
+    };
+    for line in [
+        "unbroken_coordinator_leads{node=\"c1\"} 1",
+        "unbroken_coordinator_znodes{node=\"c1\"} ",
+        "unbroken_coordinator_write_duration_seconds_count{node=\"c1\"} ",
+        "unbroken_coordinator_sync_duration_seconds_bucket{node=\"c1\",le=\"+Inf\"} ",
+    ] {
+        assert!(metrics.contains(line), "no {line} in {metrics}");
+    }
 
     // A second one finds the port occupied at once, and says which.
     let second = unbroken(&["coord", "-c", &config]);

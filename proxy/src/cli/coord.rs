@@ -88,6 +88,7 @@ async fn serve(config: CoordinatorConfig) -> anyhow::Result<()> {
         .context("starting the coordinator")?;
     info!(name = %config.node.name, clients = %server.client_address(), "coordinator started");
 
+    metrics.show_coordinator(server.meter());
     let page = Admin {
         board: board.clone(),
         metrics,
