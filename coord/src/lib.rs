@@ -60,10 +60,10 @@
 
 /// `true` when the defect is planted; constant `false` in a build that cannot plant any.
 macro_rules! planted {
-    ($fault:ident) => {{
+    ($($fault:ident),+) => {{
         #[cfg(any(test, feature = "faults"))]
         {
-            $crate::faults::planted() == Some($crate::faults::Fault::$fault)
+            matches!($crate::faults::planted(), Some($($crate::faults::Fault::$fault)|+))
         }
         #[cfg(not(any(test, feature = "faults")))]
         {

@@ -210,7 +210,8 @@ impl Wal {
         }
         let Reader { chain, replay, .. } = reader;
         let (next_frame, chain) = chain.unwrap_or((0, 0));
-        if mark.frames > next_frame && !planted!(MarkUnchecked) && !planted!(DamageCutOff) {
+        let unchecked = planted!(MarkUnchecked, DamageCutOff);
+        if mark.frames > next_frame && !unchecked {
             let last = segments.last().map_or(Mark::NAME, |s| s.name.as_str());
             return Err(DiskError::Damaged {
                 path: storage.path(last),
@@ -430,7 +431,8 @@ impl Reader<'_> {
                 return Err(damaged(offset, "a frame is broken and sound ones follow"));
             }
             let next = self.chain.map_or(0, |(number, _)| number);
-            if self.mark.frames > next && !planted!(MarkUnchecked) && !planted!(DamageCutOff) {
+            let unchecked = planted!(MarkUnchecked, DamageCutOff);
+            if self.mark.frames > next && !unchecked {
                 return Err(damaged(offset, "a frame is broken that was durable"));
             }
             tracing::warn!(path = %path.display(), offset, "cut off an unfinished write");

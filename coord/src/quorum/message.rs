@@ -158,10 +158,11 @@ pub(super) fn entry_from_engine(entry: &pb::Entry) -> LogEntry {
 }
 
 pub(super) fn conf_to_engine(conf: &Conf) -> pb::ConfState {
-    let mut engine = pb::ConfState::default();
-    engine.voters = conf.voters.iter().copied().collect();
-    engine.learners = conf.learners.iter().copied().collect();
-    engine
+    pb::ConfState {
+        voters: conf.voters.iter().copied().collect(),
+        learners: conf.learners.iter().copied().collect(),
+        ..pb::ConfState::default()
+    }
 }
 
 pub(super) fn conf_from_engine(conf: &pb::ConfState) -> Conf {

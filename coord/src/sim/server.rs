@@ -19,6 +19,7 @@ const SEGMENT_BYTES: u64 = 16 * 1024;
 
 /// Something that reaches a server.
 #[derive(Debug, Clone)]
+#[expect(clippy::large_enum_variant, reason = "most of them are messages")]
 pub(super) enum What {
     Peer { from: u64, message: PeerMessage },
     Unreachable(u64),

@@ -272,7 +272,7 @@ fn the_checker_refuses_a_session_that_goes_back() {
             matches!(frames[*place], Frame::Pong { .. })
                 && zxid(&history, &frames[*place]) == zxid(&history, &frames[place - 1])
         })
-        .last()
+        .max()
         .unwrap();
     let frames = &mut history.conns.get_mut(&conn).unwrap().frames;
     if let Frame::Pong { zxid } = &mut frames[place] {

@@ -19,6 +19,7 @@ use crate::txn::{Command, Entry};
 /// Storage operations in which a machine may stop, after the first of them.
 const STOP_WITHIN: u64 = 14;
 
+#[expect(clippy::large_enum_variant, reason = "most of them are messages")]
 enum Event {
     Server(u64, What),
     ToClient {
