@@ -34,6 +34,12 @@ impl Random {
     fn below(&mut self, bound: u64) -> u64 {
         self.next() % bound
     }
+
+    /// A place in a list of this length; 0 where it is empty.
+    fn place(&mut self, length: usize) -> usize {
+        let place = self.below(length.max(1) as u64);
+        usize::try_from(place).expect("less than a usize")
+    }
 }
 
 /// One server as one raft id: a machine that lost its disk is another one.
@@ -52,6 +58,7 @@ struct Server {
     summed: u64,
 }
 
+#[expect(clippy::large_enum_variant, reason = "most of them are messages")]
 enum What {
     Peer(u64, PeerMessage),
     Durable(u64),
@@ -60,6 +67,7 @@ enum What {
     Start,
 }
 
+#[expect(clippy::large_enum_variant, reason = "most of them are messages")]
 enum Turn {
     Server(u64, What),
     Reply(ConnId, Option<Bytes>),
@@ -280,10 +288,7 @@ impl World {
             .filter(|(_, s)| s.core.is_some())
             .map(|(id, _)| *id)
             .collect();
-        if let Some(id) = up
-            .get(self.random.below(up.len().max(1) as u64) as usize)
-            .copied()
-        {
+        if let Some(id) = up.get(self.random.place(up.len())).copied() {
             match self.random.below(10) {
                 0..=2 => {
                     self.count.crashed += 1;
@@ -291,7 +296,7 @@ impl World {
                 }
                 3 => {
                     // The power fails, for all but perhaps one.
-                    let spared = up[self.random.below(up.len() as u64) as usize];
+                    let spared = up[self.random.place(up.len())];
                     for id in up.into_iter().filter(|id| *id != spared) {
                         self.count.crashed += 1;
                         self.crash(id, false);
@@ -528,7 +533,7 @@ impl World {
             if up.is_empty() {
                 return;
             }
-            let id = up[self.random.below(up.len() as u64) as usize];
+            let id = up[self.random.place(up.len())];
             let conn = ConnId(self.next_conn);
             self.next_conn += 1;
             let caller = Caller {

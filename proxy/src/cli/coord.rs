@@ -40,6 +40,7 @@ pub struct CoordArgs {
 }
 
 #[derive(Debug, Subcommand)]
+#[expect(clippy::large_enum_variant, reason = "there is one, at the start")]
 enum CoordCommand {
     Member(member::MemberArgs),
     Recover(recover::RecoverArgs),

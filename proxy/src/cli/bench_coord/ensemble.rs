@@ -276,16 +276,15 @@ fn configure_zookeeper(dir: &Path, ports: &[u16]) -> anyhow::Result<()> {
             format!("server.{}=127.0.0.1:{quorum}:{election}", index + 1)
         })
         .collect();
-    for index in 0..SERVERS {
+    for (index, client) in ports.iter().take(SERVERS).enumerate() {
         let data = dir.join(format!("{index}/data"));
         fs::create_dir_all(&data)?;
         fs::write(data.join("myid"), format!("{}", index + 1))?;
         let config = format!(
-            "tickTime=2000\ninitLimit=10\nsyncLimit=5\ndataDir={}\nclientPort={}\n\
+            "tickTime=2000\ninitLimit=10\nsyncLimit=5\ndataDir={}\nclientPort={client}\n\
              clientPortAddress=127.0.0.1\nadmin.enableServer=false\nmaxClientCnxns=0\n\
              4lw.commands.whitelist=srvr\n{}\n",
             data.display(),
-            ports[index],
             servers.join("\n"),
         );
         fs::write(dir.join(format!("{index}/zoo.cfg")), config)?;
