@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 use unbroken::status::{Redundancy, Role, Status};
-use unbroken_tests::netns::{Host, Lab, Process};
+use unbroken_tests::netns::{Host, Process};
 
 use crate::ensemble::Ensemble;
 use crate::pace::now_us;

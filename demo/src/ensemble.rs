@@ -66,11 +66,10 @@ impl Ensemble {
 
     /// A server that has ended.
     pub(crate) fn fallen(&mut self) -> Option<String> {
-        let fallen = self.servers.iter_mut().find_map(|(_, server)| {
+        self.servers.iter_mut().find_map(|(_, server)| {
             let ended = !server.is_running();
             ended.then(|| format!("{} has ended by itself", server.label()))
-        });
-        fallen
+        })
     }
 }
 
