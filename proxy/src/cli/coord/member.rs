@@ -50,7 +50,7 @@ pub(super) struct MemberArgs {
     #[arg(
         long,
         global = true,
-        env = "UNBROKEN_ZK_AUTH",
+        env = "UNBROKEN_SUPER_AUTH",
         hide_env_values = true,
         value_name = "USER:PASSWORD"
     )]
