@@ -358,7 +358,10 @@ impl Consensus for RaftQuorum {
     fn matched(&self, peer: u64) -> Option<u64> {
         let leads = self.node.raft.state == StateRole::Leader;
         let progress = self.node.raft.prs().get(peer).filter(|_| leads)?;
-        (progress.state == ProgressState::Replicate).then_some(progress.matched)
+        // One that was sent a snapshot and lacks nothing since is probed, not replicated to, until
+        // there is a next entry: what it has acknowledged counts all the same.
+        let known = progress.state != ProgressState::Snapshot && progress.matched > 0;
+        known.then_some(progress.matched)
     }
 
     fn last_index(&self) -> u64 {
