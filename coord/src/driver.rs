@@ -50,6 +50,9 @@ pub use self::recovery::{RecoverError, Survivor, operator_credentials, recover};
 pub use crate::core::Status;
 pub use crate::quorum::Role;
 
+/// The default of [`ServerConfig::connections_max`].
+const CONNECTIONS_MAX: usize = 20_000;
+
 /// What a server needs to know.
 #[derive(Debug, Clone)]
 pub struct ServerConfig {
@@ -87,6 +90,8 @@ pub struct ServerConfig {
     pub session_max: Duration,
     /// Sessions of the whole cluster beyond which this server opens no more. 500,000.
     pub sessions_max: usize,
+    /// Connections of clients to this server beyond which it closes every further one. 20,000.
+    pub connections_max: usize,
     /// Log entries between two snapshots. 20,000.
     pub snapshot_every: u64,
     /// Whether znodes with a time to live may be created. No.
@@ -130,6 +135,7 @@ impl ServerConfig {
             session_min: defaults.session_min,
             session_max: defaults.session_max,
             sessions_max: defaults.sessions_max,
+            connections_max: CONNECTIONS_MAX,
             snapshot_every: defaults.snapshot_every,
             extended_types: defaults.extended_types,
             super_digest: defaults.super_digest,
@@ -285,7 +291,7 @@ pub async fn start(config: ServerConfig) -> Result<Server, StartError> {
             plain,
         },
     };
-    let slots = Slots::new();
+    let slots = Slots::new(config.connections_max);
     let plain = config.tls.as_ref().is_none_or(|tls| tls.plain);
     let doors = [
         (Some(client_listener), entrance(plain)),

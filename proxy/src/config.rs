@@ -151,6 +151,14 @@ pub struct EmbeddedCoord {
     pub join: bool,
     /// Whether a server without a quorum serves clients that asked for it read-only.
     pub read_only: bool,
+    /// Sessions of the ensemble beyond which this server opens no more. Default 500,000.
+    pub sessions_max: usize,
+    /// Connections of clients to this server beyond which it closes every further one. Default 20,000.
+    pub connections_max: usize,
+    /// Shortest session timeout granted. Default 30 ms.
+    pub session_min: Duration,
+    /// Longest session timeout granted. Default 60 s.
+    pub session_max: Duration,
 }
 
 impl EmbeddedCoord {
@@ -165,6 +173,10 @@ impl EmbeddedCoord {
             reconfig: self.reconfig,
             join: self.join,
             read_only: self.read_only,
+            sessions_max: self.sessions_max,
+            connections_max: self.connections_max,
+            session_min: self.session_min,
+            session_max: self.session_max,
             ..ServerConfig::new(name, self.client, peers, data_dir, *key.bytes())
         }
     }

@@ -21,9 +21,6 @@ use crate::core::Caller;
 use crate::tls::{Reloading, subject};
 use crate::wire::Id;
 
-/// Client connections at most; more are refused by closing them.
-const CONNECTIONS_MAX: usize = 20_000;
-
 /// A connection that has not finished its handshake after this long is dropped.
 const HANDSHAKE_MAX: Duration = Duration::from_secs(5);
 
@@ -49,8 +46,9 @@ pub(super) enum Entrance {
 pub(super) struct Slots(Arc<Semaphore>);
 
 impl Slots {
-    pub(super) fn new() -> Self {
-        Self(Arc::new(Semaphore::new(CONNECTIONS_MAX)))
+    /// Of so many at most; more are refused by closing them.
+    pub(super) fn new(connections_max: usize) -> Self {
+        Self(Arc::new(Semaphore::new(connections_max)))
     }
 }
 

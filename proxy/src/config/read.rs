@@ -191,7 +191,7 @@ fn mode_of(path: &Path) -> Option<u32> {
 }
 
 /// What is said of a coordinator server in this node, and of no other.
-const EMBEDDED_KEYS: [&str; 9] = [
+const EMBEDDED_KEYS: [&str; 13] = [
     "client",
     "secure_client",
     "tls",
@@ -201,6 +201,10 @@ const EMBEDDED_KEYS: [&str; 9] = [
     "reconfig",
     "join",
     "read_only",
+    "sessions_max",
+    "connections_max",
+    "session_min",
+    "session_max",
 ];
 
 struct CoordSection {
@@ -266,6 +270,29 @@ fn coord_section(root: &Section<'_, '_>, node: Option<&NodeSection>) -> Option<C
     let reconfig = switch("reconfig", true);
     let join = switch("join", false);
     let read_only = switch("read_only", true);
+    let count = |key, default| {
+        let found = section.optional(key, value::count);
+        found.map_or(default, |found| found.value)
+    };
+    let sessions_max = count("sessions_max", 500_000);
+    let connections_max = count("connections_max", 20_000);
+    let bound = |key, default| {
+        let limits = value::duration(Duration::from_millis(10), Duration::from_secs(86_400));
+        let found = section.optional(key, limits);
+        found.map_or((default, None), |found| {
+            (found.value, Some((found.key, found.span)))
+        })
+    };
+    let (session_min, _) = bound("session_min", Duration::from_millis(30));
+    let (session_max, max_found) = bound("session_max", Duration::from_secs(60));
+    if session_max < session_min {
+        let (key, span) = max_found.unwrap_or((section.key("session_max"), section.span.clone()));
+        let complaint = Complaint::new(
+            format!("{session_max:?} is below coord.session_min, {session_min:?}"),
+            "at least coord.session_min",
+        );
+        document.problem(&key, &span, true, complaint);
+    }
     let _ = section.get("external");
     section.finish();
     let (client, peers) = (client?, peers?);
@@ -289,6 +316,10 @@ fn coord_section(root: &Section<'_, '_>, node: Option<&NodeSection>) -> Option<C
         reconfig,
         join,
         read_only,
+        sessions_max,
+        connections_max,
+        session_min,
+        session_max,
     });
     Some(CoordSection {
         config,

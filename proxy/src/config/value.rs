@@ -332,7 +332,18 @@ fn word<'v>(value: &'v DeValue<'_>, words: &[&str]) -> Parsed<&'v str> {
     })
 }
 
-/// `zk://host:2181,host:2181/chroot`
+/// A number of things, at least one.
+pub(super) fn count(value: &DeValue<'_>) -> Parsed<usize> {
+    const EXPECTED: &str = "a whole number from 1 on";
+    let DeValue::Integer(number) = value else {
+        return Err(wrong_type(value, EXPECTED));
+    };
+    match usize::from_str_radix(number.as_str(), number.radix()) {
+        Ok(count) if count > 0 => Ok(count),
+        _ => Err(Complaint::new("out of range", EXPECTED)),
+    }
+}
+
 pub(super) fn switch(value: &DeValue<'_>) -> Parsed<bool> {
     let expected = "true or false";
     value.as_bool().ok_or_else(|| wrong_type(value, expected))
