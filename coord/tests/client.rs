@@ -1,5 +1,7 @@
 //! The client against three real servers: every operation, and what it promises under faults.
 
+#![expect(clippy::unwrap_used, reason = "a test")]
+
 #[allow(dead_code, reason = "each test file uses its part of it")]
 mod common;
 

@@ -2,6 +2,8 @@
 //!
 //! This program is its own server: with [`SERVE`] in its environment it runs one and nothing else.
 
+#![expect(clippy::unwrap_used, reason = "a test")]
+
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};

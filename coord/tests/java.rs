@@ -6,6 +6,8 @@
 //! run one test at a time. They need `extendedTypesEnabled`,
 //! `reconfigEnabled`, `enforceQuota`, and the super user's digest of `super:test`.
 
+#![expect(clippy::unwrap_used, reason = "a test")]
+
 #[allow(dead_code, reason = "shared with the other tests, which use the rest")]
 mod common;
 

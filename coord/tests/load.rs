@@ -1,4 +1,6 @@
 //! Clients that take no answers, and clients that ask for much: nobody else is to notice.
+
+#![expect(clippy::unwrap_used, reason = "a test")]
 #![expect(clippy::disallowed_methods, reason = "waits have an end")]
 
 #[allow(dead_code, reason = "each test file uses its part of it")]

@@ -1,5 +1,7 @@
 //! TLS on three real servers: for clients, and between the servers.
 
+#![expect(clippy::unwrap_used, reason = "a test")]
+
 #[allow(dead_code, reason = "each test file uses its part of it")]
 mod common;
 
