@@ -200,6 +200,8 @@ async fn a_reserved_item_comes_back_when_its_consumer_is_lost() {
     reserved.put_back().await.unwrap();
     drop(ours.reserve().await.unwrap());
     children(&client, "/jobs/taken", 0).await;
+    // The other's server may not have heard of it yet.
+    cut.sync("/jobs").await.unwrap();
     let reserved = theirs.reserve().await.unwrap();
     assert_eq!(reserved.item().value, "one");
     client.sync("/jobs").await.unwrap();

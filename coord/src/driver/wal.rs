@@ -173,6 +173,22 @@ pub(crate) struct Wal {
     buffer: Vec<u8>,
 }
 
+#[cfg(any(test, feature = "faults"))]
+impl Wal {
+    /// Whether the mark on this disk, as it stands, knows of the newest frame. It is written after
+    /// each frame and synced at the end alone, so a power failure may leave it behind.
+    pub(crate) fn is_marked(
+        storage: &Arc<dyn Storage>,
+        log_id: u64,
+        segment_bytes: u64,
+    ) -> Result<bool, DiskError> {
+        let mark = Mark::read(&**storage, log_id)?;
+        let (wal, _) = Self::open(storage, log_id, segment_bytes)?;
+        // To open it was to write the head of a new segment.
+        Ok(mark.frames + 1 >= wal.next_frame)
+    }
+}
+
 impl Wal {
     /// Reads all segments, cuts off a torn tail, and begins a new segment. One is full when it has
     /// `segment_bytes`.

@@ -328,6 +328,9 @@ impl Server {
             Ok(recovered) => recovered,
             Err(error) => return Err(format!("a sound disk is refused: {error}")),
         };
+        let marked: Arc<dyn Storage> = Arc::new(self.disk.copy());
+        let marked = Wal::is_marked(&marked, self.log_id, SEGMENT_BYTES);
+        let undamaged = self.disk.copy();
         let Some(what) = self.disk.damage() else {
             return Ok(None);
         };
@@ -335,6 +338,12 @@ impl Server {
             // A frame that was not acknowledged may go.
             Ok(after) if after == before || self.held(&after).is_some() => {
                 Ok(Some(format!("{what}: harmless")))
+            }
+            // The one thing that cannot be told from a torn write: the newest frame, when the power
+            // failed before the mark knew of it, and its sector is damaged as well.
+            Ok(_) if matches!(marked, Ok(false)) => {
+                self.disk = undamaged;
+                Ok(Some(format!("{what}: not to be noticed")))
             }
             Ok(after) => Err(format!(
                 "{what}, and the server started without what was lost: {}, and before {}",
