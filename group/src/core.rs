@@ -319,6 +319,11 @@ impl Core {
         }
     }
 
+    /// The number that the next event has.
+    pub fn next_number(&self) -> u64 {
+        self.log.next()
+    }
+
     /// Whether [`Core::multicast`] is allowed now.
     pub fn can_multicast(&self) -> bool {
         self.phase == Phase::Leading && self.wedged.is_none()
@@ -753,9 +758,13 @@ impl Core {
             self.probe_at = Some(self.now + PROBE_AFTER);
         }
         let from = self.next_send;
-        let (bodies, at) = self
-            .log
-            .pack(&header, from, next, BURST_BYTES, &self.config.limits);
+        let (bodies, at) = self.log.pack(
+            &header.bytes(),
+            from,
+            next,
+            BURST_BYTES,
+            &self.config.limits,
+        );
         self.next_send = at;
         self.outputs.push_back(Output::Send { to, bodies });
     }

@@ -6,7 +6,7 @@
 
 use crate::config::Limits;
 use crate::time::Instant;
-use crate::wire::{self, Chunk, Header, Pos};
+use crate::wire::{self, Chunk, Pos};
 use bytes::{Bytes, BytesMut};
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
@@ -110,10 +110,23 @@ impl EventLog {
     }
 
     /// Fills datagrams with the events from `from` up to (not including) `to`, until `budget` payload bytes are used.
-    /// Gives the bodies and the position where it stopped.
+    /// Gives the bodies and the position where it stopped. Every body begins with `header`.
     pub(crate) fn pack(
         &self,
-        header: &Header,
+        header: &[u8],
+        from: Pos,
+        to: Pos,
+        budget: usize,
+        limits: &Limits,
+    ) -> (Vec<Bytes>, Pos) {
+        self.pack_after(header, header, from, to, budget, limits)
+    }
+
+    /// As [`Self::pack`], the first body beginning with `first` in place of `header`.
+    pub(crate) fn pack_after(
+        &self,
+        first: &[u8],
+        header: &[u8],
         from: Pos,
         to: Pos,
         budget: usize,
@@ -142,7 +155,7 @@ impl EventLog {
             }
             if out.is_empty() {
                 out.reserve(limits.datagram_bytes_max);
-                header.put(&mut out);
+                out.extend_from_slice(if bodies.is_empty() { first } else { header });
             }
             let room = limits
                 .datagram_bytes_max
@@ -364,7 +377,7 @@ impl Assembler {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::wire::{Item, Reader};
+    use crate::wire::{Header, Item, Reader};
 
     fn limits() -> Limits {
         Limits {
@@ -401,7 +414,7 @@ mod tests {
     fn full_datagrams_and_a_rest() {
         let log = filled(20);
         let (bodies, at) = log.pack(
-            &Header::default(),
+            &Header::default().bytes(),
             Pos::start(11),
             Pos::start(31),
             usize::MAX,
@@ -423,7 +436,7 @@ mod tests {
         let mut rng = crate::rng::Rng::new(5);
         for _ in 0..200 {
             let (bodies, _) = log.pack(
-                &Header::default(),
+                &Header::default().bytes(),
                 Pos::start(11),
                 Pos::start(51),
                 usize::MAX,
@@ -449,7 +462,8 @@ mod tests {
                         datagram_bytes_max: 150,
                         ..limits()
                     };
-                    let (again, _) = log.pack(&Header::default(), from, until, usize::MAX, &small);
+                    let (again, _) =
+                        log.pack(&Header::default().bytes(), from, until, usize::MAX, &small);
                     feed(&mut a, &mut to, &again);
                 }
             }

@@ -542,9 +542,13 @@ impl Core {
         header.flags |= wire::COPY;
         let until = Pos::start(last + 1);
         let limits = &self.config.limits;
-        let (bodies, _) = self
-            .log
-            .pack(&header, Pos::start(first), until, COPY_BYTES, limits);
+        let (bodies, _) = self.log.pack(
+            &header.bytes(),
+            Pos::start(first),
+            until,
+            COPY_BYTES,
+            limits,
+        );
         self.counters.retransmitted += bodies.len() as u64;
         self.send_bodies(to, bodies);
     }

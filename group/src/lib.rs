@@ -34,6 +34,7 @@ mod fbcast;
 mod flush;
 mod membership;
 mod output;
+pub mod process;
 mod receiving;
 mod rng;
 #[cfg(any(test, feature = "faults"))]

@@ -255,7 +255,9 @@ impl Core {
             if a.number < self.log.first() {
                 continue; // an old request that was long on its way: whoever sent it holds this by now
             }
-            let (bodies, _) = self.log.pack(&header, *a, to, budget, &self.config.limits);
+            let (bodies, _) = self
+                .log
+                .pack(&header.bytes(), *a, to, budget, &self.config.limits);
             budget = budget.saturating_sub(bodies.iter().map(Bytes::len).sum());
             self.counters.retransmitted += bodies.len() as u64;
             self.send_bodies(from, bodies);

@@ -6,7 +6,7 @@ use crate::core::{Core, Phase};
 use crate::output::Output;
 use crate::time::Instant;
 use crate::view::MemberId;
-use crate::wire::{self, Header, Message, Piece};
+use crate::wire::{self, Message, Piece};
 use bytes::{Bytes, BytesMut};
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -41,13 +41,13 @@ impl Donor {
     /// Datagrams with the part `offset..offset + len`; an empty checkpoint is one empty piece.
     pub(crate) fn pieces(
         &mut self,
-        header: &Header,
+        header: &[u8],
         since: u64,
         offset: u64,
         len: u32,
         limits: &Limits,
     ) -> Vec<Bytes> {
-        let room = limits.datagram_bytes_max - wire::HEADER_BYTES - wire::PIECE_BYTES;
+        let room = limits.datagram_bytes_max - header.len() - wire::PIECE_BYTES;
         let end = offset.saturating_add(u64::from(len.min(limits.transfer_window_bytes)));
         let end = end.min(self.total);
         self.asked = self.asked.max(offset.min(self.total));
@@ -58,7 +58,7 @@ impl Donor {
             let mut bytes = BytesMut::with_capacity(want);
             self.copy(at, want, &mut bytes);
             let mut out = BytesMut::with_capacity(limits.datagram_bytes_max);
-            header.put(&mut out);
+            out.extend_from_slice(header);
             let piece = Piece {
                 since,
                 offset: at,
@@ -195,7 +195,7 @@ impl Core {
         let Some(Some(donor)) = self.donors.get_mut(from) else {
             return;
         };
-        let bodies = donor.pieces(&header, since, offset, len, &self.config.limits);
+        let bodies = donor.pieces(&header.bytes(), since, offset, len, &self.config.limits);
         self.send_bodies(from, bodies);
     }
 
@@ -250,7 +250,7 @@ impl Core {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::wire::{Item, Reader};
+    use crate::wire::{Header, Item, Reader};
 
     #[test]
     fn a_checkpoint_arrives_whole_through_loss() {
@@ -277,7 +277,7 @@ mod tests {
                     now += PIECE_RETRY;
                     continue;
                 };
-                for body in donor.pieces(&Header::default(), 1, offset, len, &limits) {
+                for body in donor.pieces(&Header::default().bytes(), 1, offset, len, &limits) {
                     assert!(body.len() <= 200);
                     if rng.next_u64().is_multiple_of(4) {
                         continue;

@@ -6,7 +6,9 @@
 
 use crate::output::Lag;
 use bytes::{Bytes, BytesMut};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use std::marker::PhantomData;
 
 /// Version of this format; the first byte of each body.
 pub(crate) const FORMAT: u8 = 1;
@@ -45,6 +47,13 @@ pub(crate) struct Header {
 impl Header {
     pub(crate) fn has(&self, flag: u8) -> bool {
         self.flags & flag != 0
+    }
+
+    /// The header as the beginning of a body.
+    pub(crate) fn bytes(&self) -> BytesMut {
+        let mut out = BytesMut::with_capacity(HEADER_BYTES);
+        self.put(&mut out);
+        out
     }
 
     pub(crate) fn put(&self, out: &mut BytesMut) {
@@ -130,11 +139,11 @@ pub(crate) enum Message {
 
 /// What a body holds.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) enum Item<'a> {
+pub(crate) enum Item<'a, M = Message> {
     Chunk(Chunk<'a>),
     Piece(Piece<'a>),
     Unicast(&'a [u8]),
-    Message(Message),
+    Message(M),
 }
 
 const KIND_CHUNK: u8 = 0;
@@ -174,7 +183,7 @@ pub(crate) fn put_unicast(out: &mut BytesMut, bytes: &[u8]) {
     out.extend_from_slice(bytes);
 }
 
-pub(crate) fn put_message(out: &mut BytesMut, message: &Message) {
+pub(crate) fn put_message<M: Serialize>(out: &mut BytesMut, message: &M) {
     let encoded = postcard::to_stdvec(message).expect("a message has no unserialisable part");
     out.extend_from_slice(&[KIND_MESSAGE]);
     out.extend_from_slice(&len16(encoded.len()));
@@ -198,19 +207,18 @@ pub(crate) fn body(header: &Header, messages: &[Message]) -> Bytes {
     out.freeze()
 }
 
-/// Reads a body, item by item. `None` from `next` with `damaged` set means that the rest is unreadable.
-pub(crate) struct Reader<'a> {
+/// Reads a body, item by item, its small messages being of type `M`. `None` from `next` with `damaged` set means that the
+/// rest is unreadable.
+pub(crate) struct Reader<'a, M = Message> {
     rest: &'a [u8],
     damaged: bool,
+    messages: PhantomData<M>,
 }
 
 impl<'a> Reader<'a> {
     /// The header and the items after it; `None` when there is not even a header of this format.
     pub(crate) fn new(body: &'a [u8]) -> Option<(Header, Self)> {
-        let mut r = Self {
-            rest: body,
-            damaged: false,
-        };
+        let mut r = Self::over(body);
         if r.u8()? != FORMAT {
             return None;
         }
@@ -224,6 +232,17 @@ impl<'a> Reader<'a> {
         };
         Some((header, r))
     }
+}
+
+impl<'a, M: DeserializeOwned> Reader<'a, M> {
+    /// What follows a header that was read elsewhere.
+    pub(crate) fn over(rest: &'a [u8]) -> Self {
+        Self {
+            rest,
+            damaged: false,
+            messages: PhantomData,
+        }
+    }
 
     pub(crate) fn damaged(&self) -> bool {
         self.damaged
@@ -235,7 +254,7 @@ impl<'a> Reader<'a> {
         Some(head)
     }
 
-    fn u8(&mut self) -> Option<u8> {
+    pub(crate) fn u8(&mut self) -> Option<u8> {
         Some(self.take(1)?[0])
     }
 
@@ -247,7 +266,7 @@ impl<'a> Reader<'a> {
         self.array().map(u32::from_le_bytes)
     }
 
-    fn u64(&mut self) -> Option<u64> {
+    pub(crate) fn u64(&mut self) -> Option<u64> {
         self.array().map(u64::from_le_bytes)
     }
 
@@ -256,7 +275,7 @@ impl<'a> Reader<'a> {
         self.take(usize::from(n))
     }
 
-    fn item(&mut self) -> Option<Item<'a>> {
+    fn item(&mut self) -> Option<Item<'a, M>> {
         Some(match self.u8()? {
             KIND_CHUNK => {
                 let number = self.u64()?;
@@ -286,10 +305,10 @@ impl<'a> Reader<'a> {
     }
 }
 
-impl<'a> Iterator for Reader<'a> {
-    type Item = Item<'a>;
+impl<'a, M: DeserializeOwned> Iterator for Reader<'a, M> {
+    type Item = Item<'a, M>;
 
-    fn next(&mut self) -> Option<Item<'a>> {
+    fn next(&mut self) -> Option<Item<'a, M>> {
         if self.rest.is_empty() || self.damaged {
             return None;
         }

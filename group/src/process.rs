@@ -1,0 +1,648 @@
+//! Process groups, many of them, over one site group: fbcast, cbcast, abcast, gbcast, views, state transfer, calls.
+//!
+//! ```text
+//!   groups     chat {r1,r2}     prices {r1,r2,r3}  ...       each with its views and its members' lanes
+//!                  \              /
+//!   ledger      who is in which group, when each view ends   the same at all sites: a state machine fed by
+//!                       |
+//!   site group  Core: one leader's events, cuts, views       agreed through the coordinator
+//! ```
+//!
+//! Messages go straight from the sender to the members of the group. Only changes go through the site leader: joining,
+//! leaving, failures, gbcasts. So one failed process costs one change of the site group's view, and all its groups follow
+//! from it in one step.
+//!
+//! [`Process`] does no I/O, reads no clock and draws no randomness, as [`Core`]. What is promised:
+//!
+//! - All members that go from one view of a group to the next have delivered the same messages in between, none of them before
+//!   or after.
+//! - fbcasts of one sender are delivered in its order, cbcasts after what they may depend on, abcasts in one order, gbcasts
+//!   between the same messages everywhere.
+//! - A message of a survivor is delivered; one of a member that failed is delivered at all survivors or at none.
+//! - A *safe* message that anybody delivered is delivered by all that go on, unless half of the members fail in that view.
+//! - Only one lineage of views exists (primary partition): a process that was cut off learns that it is out.
+
+mod abcast;
+mod cbcast;
+mod endpoint;
+mod gbcast;
+mod lane;
+mod ledger;
+mod loading;
+mod replies;
+mod types;
+mod vclock;
+mod wire;
+
+use self::endpoint::{Cx, Endpoint};
+use self::gbcast::Flushes;
+use self::ledger::{Effect, Ledger};
+pub use self::types::{
+    CallRef, Calling, Command, GROUPS_MAX, GroupEvent, GroupId, GroupView, MEMBERS_MAX, Message,
+    Multicast, NAME_BYTES_MAX, Order, Output, ProcessConfig, Refused, Request, Stability, ThreadId,
+    Want,
+};
+use self::wire::{Entry, Header, Op, Small, ToLeader};
+use crate::core::Core;
+use crate::output::{self, ControlEvent, GroupStatus, RegistryReply, Role};
+use crate::time::Instant;
+use crate::view::MemberId;
+use crate::wire::Reader;
+use bytes::Bytes;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::time::Duration;
+
+/// What was said to the site leader and is not done is said again after this long.
+const REPEAT_AFTER: Duration = Duration::from_millis(5);
+/// Requests that wait to be entered: beyond it joining and gbcasts are refused.
+const REQUESTS_MAX: usize = 20_000;
+
+/// One process's part in all its groups.
+///
+/// Call one entry point, drain [`Process::poll_output`] to `None` and execute in order, then read
+/// [`Process::poll_timeout`]. After [`Output::Outside`] it is spent.
+pub struct Process {
+    config: ProcessConfig,
+    core: Core,
+    me: MemberId,
+    now: Instant,
+    role: Option<Role>,
+    ledger: Ledger,
+    /// Events of the site group up to this one are in the ledger.
+    applied: u64,
+    /// Views of sites that take effect when the ledger is at their cut.
+    site_views: VecDeque<(u64, Vec<MemberId>)>,
+    /// Leader: entries that are not stable yet.
+    appended: VecDeque<(u64, Entry)>,
+    /// Leader: of each site, the number of its last request that was appended.
+    asked: BTreeMap<MemberId, u64>,
+    flushes: Flushes,
+    /// This process's requests that are not in the ledger, and the number of the first.
+    requests: VecDeque<Op>,
+    first_request: u64,
+    /// Groups whose view is being left.
+    changing: BTreeSet<GroupId>,
+    repeat_at: Option<Instant>,
+    endpoints: BTreeMap<GroupId, Endpoint>,
+    touched: BTreeSet<GroupId>,
+    due: BTreeMap<GroupId, Instant>,
+    dues: BTreeSet<(Instant, GroupId)>,
+    /// The held lanes that were reported last, by group.
+    reported: BTreeMap<GroupId, Vec<u64>>,
+    /// Something changed that the site leader has to hear of, or to act on.
+    speak: bool,
+    /// The core's outputs are being carried out; what they cause in the core comes after them.
+    draining: bool,
+    image: Vec<u8>,
+    out: VecDeque<Output>,
+    gone: bool,
+}
+
+impl Process {
+    /// A process that takes part in no group. `seed` drives the site group's proposal ids.
+    pub fn new(config: ProcessConfig, seed: u64, now: Instant) -> Self {
+        let mut core = Core::new(config.core.clone(), seed, now);
+        core.handle_command(now, output::Command::Join)
+            .expect("a new core has not joined");
+        Self {
+            me: config.core.me.clone(),
+            config,
+            core,
+            now,
+            role: None,
+            ledger: Ledger::default(),
+            applied: 0,
+            site_views: VecDeque::new(),
+            appended: VecDeque::new(),
+            asked: BTreeMap::new(),
+            flushes: Flushes::default(),
+            requests: VecDeque::new(),
+            first_request: 1,
+            changing: BTreeSet::new(),
+            repeat_at: None,
+            endpoints: BTreeMap::new(),
+            touched: BTreeSet::new(),
+            due: BTreeMap::new(),
+            dues: BTreeSet::new(),
+            reported: BTreeMap::new(),
+            speak: false,
+            draining: false,
+            image: Vec::new(),
+            out: VecDeque::new(),
+            gone: false,
+        }
+    }
+
+    // ---- entry points ------------------------------------------------------------------------------------------
+
+    /// A datagram's body, from a member that the driver has authenticated.
+    pub fn handle_datagram(&mut self, now: Instant, from: &MemberId, body: &[u8]) {
+        self.now = now;
+        if body.first() != Some(&wire::FORMAT) {
+            self.core.handle_datagram(now, from, body);
+            return self.drain_core();
+        }
+        let Some((header, items)) = Header::read(body) else {
+            return;
+        };
+        if self.gone || *from == self.me {
+            return;
+        }
+        let id = GroupId(header.group);
+        let items = Reader::<Small>::over(items);
+        if header.flags & wire::FROM_LEADER != 0 {
+            return self.on_fetch(from, id, header.view, items);
+        }
+        self.at(id, |e, cx| e.on_datagram(cx, from, &header, items));
+    }
+
+    /// The coordinator's answer.
+    pub fn handle_registry(&mut self, now: Instant, reply: RegistryReply) {
+        self.now = now;
+        self.core.handle_registry(now, reply);
+        self.drain_core();
+    }
+
+    /// News of a control connection.
+    pub fn handle_control(&mut self, now: Instant, peer: &str, event: ControlEvent) {
+        self.now = now;
+        self.core.handle_control(now, peer, event);
+        self.drain_core();
+    }
+
+    /// The program's wish.
+    ///
+    /// # Errors
+    /// [`Refused`]; nothing has changed then.
+    pub fn handle_command(&mut self, now: Instant, command: Command) -> Result<(), Refused> {
+        self.now = now;
+        if self.gone {
+            return Err(Refused::NotAMember);
+        }
+        match command {
+            Command::Join { group } => {
+                let named = !group.is_empty() && group.len() <= NAME_BYTES_MAX;
+                let room = self.endpoints.len() < GROUPS_MAX && self.requests.len() < REQUESTS_MAX;
+                if !(named && room) {
+                    return Err(Refused::CannotJoin);
+                }
+                self.ask(Op::Join { name: group });
+                Ok(())
+            }
+            Command::Leave { group } => self.member(group, |e, _| {
+                e.leave();
+                Ok(())
+            }),
+            Command::Expel { group, member } => self.member(group, |_, cx| {
+                cx.requests.push(Op::Expel { group, member });
+                Ok(())
+            }),
+            Command::Multicast { group, message } => {
+                if message.order == Order::View && self.requests.len() >= REQUESTS_MAX {
+                    return Err(Refused::Backlog);
+                }
+                self.member(group, |e, cx| e.multicast(cx, message))
+            }
+            Command::Send { group, to, body } => {
+                self.member(group, |e, cx| e.send_direct(cx, &to, body))
+            }
+            Command::Reply { group, to, body } => {
+                self.member(group, |e, cx| e.reply(cx, &to, body))
+            }
+            Command::State {
+                group,
+                view,
+                segments,
+            } => self.member(group, |e, _| e.give_state(view, segments)),
+            Command::Pause { group, paused } => self.member(group, |e, _| {
+                e.pause(paused);
+                Ok(())
+            }),
+            Command::Stop => {
+                let left = self.core.handle_command(now, output::Command::Leave);
+                left.expect("leaving is never refused");
+                self.drain_core();
+                Ok(())
+            }
+        }
+    }
+
+    /// A timer: harmless when early, late or repeated. Drain the sockets first, as for [`Core::handle_timeout`].
+    pub fn handle_timeout(&mut self, now: Instant) {
+        self.now = now;
+        self.core.handle_timeout(now);
+        self.drain_core();
+        if self.repeat_at.is_some_and(|t| t <= now) {
+            self.repeat_at = None;
+            self.reported.clear();
+            self.speak = true;
+        }
+        while let Some((at, id)) = self.dues.first().copied() {
+            if at > now {
+                break;
+            }
+            self.set_due(id, None);
+            self.at(id, |e, cx| e.on_time(cx));
+        }
+    }
+
+    /// When to call [`Process::handle_timeout`] at the latest.
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        let dues = self.dues.first().map(|(at, _)| *at);
+        let all = [self.core.poll_timeout(), dues, self.repeat_at];
+        all.into_iter().flatten().min()
+    }
+
+    /// The next output that is decided already; use it between the datagrams of one batch, so that one acknowledgement
+    /// covers them all.
+    pub fn poll_ready(&mut self) -> Option<Output> {
+        self.out.pop_front()
+    }
+
+    /// The next output; drain to `None`.
+    pub fn poll_output(&mut self) -> Option<Output> {
+        while self.out.is_empty() {
+            self.flush();
+            if self.touched.is_empty() && !self.speak {
+                break;
+            }
+        }
+        self.out.pop_front()
+    }
+
+    /// The site group, for status and metrics.
+    pub fn status(&self) -> GroupStatus {
+        self.core.status()
+    }
+
+    /// This incarnation.
+    pub fn me(&self) -> &MemberId {
+        &self.me
+    }
+
+    // ---- endpoints ---------------------------------------------------------------------------------------------
+
+    /// Lets an endpoint do something, and carries out what it asks for.
+    fn at<T>(&mut self, id: GroupId, f: impl FnOnce(&mut Endpoint, &mut Cx<'_>) -> T) -> Option<T> {
+        let endpoint = self.endpoints.get_mut(&id)?;
+        let mut requests = Vec::new();
+        let mut cx = Cx {
+            now: self.now,
+            config: &self.config,
+            out: &mut self.out,
+            requests: &mut requests,
+        };
+        let result = f(endpoint, &mut cx);
+        self.touched.insert(id);
+        for op in requests {
+            self.ask(op);
+        }
+        Some(result)
+    }
+
+    fn member(
+        &mut self,
+        id: GroupId,
+        f: impl FnOnce(&mut Endpoint, &mut Cx<'_>) -> Result<(), Refused>,
+    ) -> Result<(), Refused> {
+        self.at(id, f).unwrap_or(Err(Refused::NotAMember))
+    }
+
+    fn set_due(&mut self, id: GroupId, at: Option<Instant>) {
+        let old = match at {
+            Some(at) => self.due.insert(id, at),
+            None => self.due.remove(&id),
+        };
+        if let Some(old) = old {
+            self.dues.remove(&(old, id));
+        }
+        if let Some(at) = at {
+            self.dues.insert((at, id));
+        }
+    }
+
+    /// Sends what is due of the groups that something happened to.
+    fn flush(&mut self) {
+        while let Some(id) = self.touched.pop_first() {
+            self.at(id, |e, cx| e.flush(cx));
+            self.touched.remove(&id);
+            let due = self.endpoints.get(&id).and_then(Endpoint::due);
+            self.set_due(id, due);
+            self.speak |= self.changing.contains(&id);
+        }
+        if std::mem::take(&mut self.speak) {
+            self.say_to_leader();
+            self.end_views();
+        }
+        if let Some(output) = self.core.poll_output() {
+            self.draining = true;
+            self.on_core(output);
+            self.draining = false;
+            self.drain_core();
+        }
+    }
+
+    // ---- the site group ----------------------------------------------------------------------------------------
+
+    fn drain_core(&mut self) {
+        if self.draining {
+            return;
+        }
+        self.draining = true;
+        while let Some(output) = self.core.poll_ready() {
+            self.on_core(output);
+        }
+        self.draining = false;
+    }
+
+    fn on_core(&mut self, output: output::Output) {
+        use output::Output as Of;
+        match output {
+            Of::Send { to, bodies } => self.out.push_back(Output::Send { to, bodies }),
+            Of::Deliver { number, payload } => {
+                // What a leader entered can be read, or its version is another: then this process cannot take part.
+                match postcard::from_bytes::<Entry>(&payload) {
+                    Ok(entry) => self.apply(number, &entry),
+                    Err(_) => return self.become_gone(),
+                }
+                self.settle_site_views();
+            }
+            Of::Stable { number } => {
+                self.apply_appended(number);
+                self.settle_site_views();
+            }
+            Of::Wedged => {}
+            Of::Install(installed) => self.on_install(&installed),
+            Of::Outside => self.become_gone(),
+            Of::Instance(instance) => self.out.push_back(Output::Instance(instance)),
+            Of::ReadView => self.out.push_back(Output::Registry(Request::ReadView)),
+            Of::CompareAndSet {
+                expected_version,
+                value,
+            } => self.out.push_back(Output::Registry(Request::CompareAndSet {
+                expected_version,
+                value,
+            })),
+            Of::ReadLease => self.out.push_back(Output::Registry(Request::ReadLease)),
+            Of::RenewLease {
+                view_version,
+                value,
+            } => self.out.push_back(Output::Registry(Request::RenewLease {
+                view_version,
+                value,
+            })),
+            Of::CheckpointWanted { joiner, .. } => {
+                let image = (self.applied, &self.ledger);
+                let image = postcard::to_stdvec(&image).expect("a ledger can be serialised");
+                let command = output::Command::Checkpoint {
+                    joiner,
+                    segments: vec![Bytes::from(image)],
+                };
+                let given = self.core.handle_command(self.now, command);
+                given.expect("the core has just asked for it");
+            }
+            Of::CheckpointChunk { bytes, .. } => self.image.extend_from_slice(&bytes),
+            Of::CheckpointDone => {
+                let image = std::mem::take(&mut self.image);
+                let Ok((applied, ledger)) = postcard::from_bytes::<(u64, Ledger)>(&image) else {
+                    return self.become_gone(); // of another version
+                };
+                self.applied = applied;
+                self.ledger = ledger;
+                let changing = self
+                    .ledger
+                    .groups
+                    .iter()
+                    .filter(|(_, g)| g.change.is_some());
+                self.changing = changing.map(|(id, _)| *id).collect();
+                self.settle_site_views();
+                let ready = self
+                    .core
+                    .handle_command(self.now, output::Command::ReadyToBeFull);
+                ready.expect("the checkpoint has come");
+            }
+            Of::Unicast { from, payload } => self.on_to_leader(&from, &payload),
+            Of::Notice(notice) => self.out.push_back(Output::Notice(notice)),
+        }
+    }
+
+    fn on_install(&mut self, installed: &output::Installed) {
+        let view = &installed.view;
+        let first = self.role.is_none();
+        self.role = Some(installed.role);
+        self.out.push_back(Output::Epoch {
+            view_id: view.id.0,
+            sites: view.members().cloned().collect(),
+        });
+        self.apply_appended(installed.cut);
+        assert!(
+            self.appended.is_empty(),
+            "a survivor's events are within the cut"
+        );
+        match (first, installed.role) {
+            // The checkpoint has this view in it.
+            (true, Role::Joining) => {}
+            (true, Role::Leader | Role::Backup) => {
+                self.applied = installed.cut;
+                self.site_views
+                    .push_back((installed.cut, view.full.clone()));
+            }
+            (false, _) => self.site_views.push_back((view.cut, view.full.clone())),
+        }
+        self.asked = self.ledger.asked.clone();
+        self.flushes = Flushes::default();
+        self.settle_site_views();
+        self.reported.clear();
+        self.speak = true;
+    }
+
+    /// Views of sites take effect at their cuts.
+    fn settle_site_views(&mut self) {
+        // A joiner's ledger is empty until its checkpoint has come.
+        while let Some((cut, _)) = self.site_views.front()
+            && *cut <= self.applied
+        {
+            let (_, sites) = self.site_views.pop_front().expect("looked at above");
+            let effects = self.ledger.on_sites(&sites);
+            self.carry_out(effects);
+        }
+    }
+
+    fn become_gone(&mut self) {
+        if self.gone {
+            return;
+        }
+        self.gone = true;
+        let ids: Vec<GroupId> = self.endpoints.keys().copied().collect();
+        for id in ids {
+            self.at(id, |e, cx| e.on_outside(cx));
+        }
+        self.endpoints.clear();
+        self.touched.clear();
+        self.due.clear();
+        self.dues.clear();
+        self.requests.clear();
+        self.repeat_at = None;
+        self.out.push_back(Output::Outside);
+    }
+
+    // ---- the ledger --------------------------------------------------------------------------------------------
+
+    /// Enters something, as the site leader. It takes effect when it is stable: a leader that was cut off must not act on
+    /// what nobody else will know.
+    fn append(&mut self, entry: Entry) {
+        let number = self.core.next_number();
+        let payload = postcard::to_stdvec(&entry).expect("an entry can be serialised");
+        self.appended.push_back((number, entry));
+        self.core
+            .multicast(self.now, number, Bytes::from(payload), true);
+    }
+
+    fn may_append(&self) -> bool {
+        self.core.can_multicast() && self.core.window_open()
+    }
+
+    fn apply_appended(&mut self, until: u64) {
+        while let Some((number, _)) = self.appended.front()
+            && *number <= until
+        {
+            let (number, entry) = self.appended.pop_front().expect("looked at above");
+            self.apply(number, &entry);
+        }
+    }
+
+    fn apply(&mut self, number: u64, entry: &Entry) {
+        assert!(number > self.applied, "entries come in order");
+        self.applied = number;
+        if let Entry::Asked { by, number, .. } = entry
+            && *by == self.me
+        {
+            while self.first_request <= *number && self.requests.pop_front().is_some() {
+                self.first_request += 1;
+            }
+        }
+        let effects = self.ledger.apply(entry);
+        self.carry_out(effects);
+    }
+
+    fn carry_out(&mut self, effects: Vec<Effect>) {
+        for effect in effects {
+            match effect {
+                Effect::Block { group } => {
+                    self.changing.insert(group);
+                    self.speak = true;
+                    self.at(group, |e, _| e.block());
+                }
+                Effect::Install(begun) => {
+                    let id = begun.group;
+                    self.changing.remove(&id);
+                    self.reported.remove(&id);
+                    self.flushes.ended(id);
+                    match self.at(id, |e, cx| e.install(cx, &begun)) {
+                        Some(true) => {}
+                        Some(false) => {
+                            self.endpoints.remove(&id);
+                            self.set_due(id, None);
+                        }
+                        None if begun.view.members.contains(&self.me) => self.enter(&begun),
+                        None => {}
+                    }
+                }
+                Effect::Loaded { group, member } => {
+                    self.at(group, |e, _| e.on_loaded(&member));
+                }
+            }
+        }
+    }
+
+    fn enter(&mut self, begun: &ledger::Begun) {
+        let mut requests = Vec::new();
+        let mut cx = Cx {
+            now: self.now,
+            config: &self.config,
+            out: &mut self.out,
+            requests: &mut requests,
+        };
+        let endpoint = Endpoint::new(&mut cx, &self.me, begun);
+        self.endpoints.insert(begun.group, endpoint);
+        self.touched.insert(begun.group);
+        for op in requests {
+            self.ask(op);
+        }
+    }
+
+    fn ask(&mut self, op: Op) {
+        self.requests.push_back(op);
+        self.speak = true;
+    }
+
+    fn on_fetch(&mut self, from: &MemberId, id: GroupId, view: u64, items: Reader<'_, Small>) {
+        let led_by = self.core.view.as_ref().map(crate::view::View::leader);
+        let current = self.ledger.group(id).is_some_and(|g| g.view.id == view);
+        if led_by != Some(from) || !current {
+            return;
+        }
+        for item in items {
+            if let crate::wire::Item::Message(Small::Fetch { wants, .. }) = item {
+                self.at(id, |e, _| e.on_fetch(&wants));
+            }
+        }
+    }
+
+    /// Says, or says again, what the site leader has to know of this process.
+    fn say_to_leader(&mut self) {
+        if self.gone || !matches!(self.role, Some(Role::Leader | Role::Backup)) {
+            return;
+        }
+        if self.requests.is_empty() && self.changing.is_empty() {
+            return;
+        }
+        self.repeat_at.get_or_insert(self.now + REPEAT_AFTER);
+        if self.core.can_multicast() {
+            let (first, ops) = (self.first_request, self.requests.clone());
+            let me = self.me.clone();
+            return self.on_requests(&me, first, ops);
+        }
+        if self.role != Some(Role::Backup) {
+            return;
+        }
+        let mut reports = self.reports();
+        reports.retain(|r| self.reported.get(&r.group) != Some(&r.held));
+        for r in &reports {
+            self.reported.insert(r.group, r.held.clone());
+        }
+        let most = self.core.unicast_bytes_max();
+        for words in gbcast::to_leader(self.first_request, &self.requests, &reports, most) {
+            self.core.send_to_leader(self.now, &words);
+        }
+    }
+
+    fn on_to_leader(&mut self, from: &MemberId, payload: &[u8]) {
+        match postcard::from_bytes::<ToLeader>(payload) {
+            Ok(ToLeader::Requests { first, ops }) => self.on_requests(from, first, ops.into()),
+            Ok(ToLeader::Reports(reports)) => {
+                for r in reports {
+                    self.flushes.on_report(&self.ledger, from, r);
+                }
+                self.speak = true;
+            }
+            Err(_) => {}
+        }
+    }
+
+    fn on_requests(&mut self, from: &MemberId, first: u64, ops: VecDeque<Op>) {
+        for (number, op) in (first..).zip(ops) {
+            let last = self.asked.get(from).copied().unwrap_or(0);
+            if number != last + 1 || !self.may_append() {
+                continue;
+            }
+            self.asked.insert(from.clone(), number);
+            self.append(Entry::Asked {
+                by: from.clone(),
+                number,
+                op,
+            });
+        }
+        self.drain_core();
+    }
+}

@@ -1,0 +1,242 @@
+//! What datagrams do.
+
+use super::{Cx, Direct, Endpoint};
+use crate::process::types::{GroupEvent, Message};
+use crate::process::wire::{DIRECT, Envelope, Header, Kind, Op, Small};
+use crate::view::MemberId;
+use crate::wire::{Chunk, Item, Piece, Pos, Reader};
+use std::sync::Arc;
+
+impl Endpoint {
+    /// A datagram's items.
+    pub(crate) fn on_datagram(
+        &mut self,
+        cx: &mut Cx<'_>,
+        from: &MemberId,
+        header: &Header,
+        items: Reader<'_, Small>,
+    ) {
+        let Some(rank) = self.view.rank(from).filter(|r| *r != self.rank) else {
+            return;
+        };
+        let here = header.view == self.view.id;
+        let direct = header.lane == DIRECT;
+        for item in items {
+            match item {
+                Item::Chunk(chunk) if direct => self.on_direct_chunk(cx, from, &chunk),
+                Item::Chunk(chunk) if here => self.on_chunk(cx, rank, header.lane, &chunk),
+                Item::Piece(piece) => self.on_piece(cx, from, &piece),
+                Item::Message(small) => self.on_small(cx, from, rank, header, small),
+                Item::Chunk(_) | Item::Unicast(_) => {}
+            }
+        }
+        if direct {
+            self.direct(from).inc.heed(header);
+        } else if here && usize::from(header.lane) == rank {
+            self.ins[rank].heed(header);
+            self.feed(cx, rank);
+        }
+    }
+
+    fn direct(&mut self, with: &MemberId) -> &mut Direct {
+        self.directs.entry(with.clone()).or_insert_with(Direct::new)
+    }
+
+    fn on_chunk(&mut self, cx: &mut Cx<'_>, rank: usize, lane: u8, chunk: &Chunk<'_>) {
+        let lane = usize::from(lane);
+        // Another's lane is copied only while the view is being left.
+        let copy = lane != rank && self.blocked.is_some() && lane != self.rank;
+        if (lane != rank && !copy) || (self.paused && !copy && self.blocked.is_none()) {
+            return;
+        }
+        if let Some(inc) = self.ins.get_mut(lane) {
+            inc.take(cx.now, chunk, &cx.config.core.limits);
+        }
+    }
+
+    fn on_direct_chunk(&mut self, cx: &mut Cx<'_>, from: &MemberId, chunk: &Chunk<'_>) {
+        if self.paused {
+            return;
+        }
+        let limits = &cx.config.core.limits;
+        let now = cx.now;
+        let inc = &mut self.direct(from).inc;
+        inc.take(now, chunk, limits);
+        let mut messages = Vec::new();
+        while inc.taken < inc.log.held() {
+            inc.taken += 1;
+            let message = inc.log.payload(inc.taken).expect("held until taken");
+            messages.extend(Envelope::take(message));
+        }
+        inc.log.trim_to(inc.taken);
+        for (envelope, body) in messages {
+            match envelope.kind {
+                Kind::Direct => {
+                    let message = Message {
+                        from: from.clone(),
+                        order: None,
+                        body,
+                        call: None,
+                    };
+                    self.emit(cx, GroupEvent::Message(message));
+                }
+                Kind::Reply { call, declined } => {
+                    let body = (!declined).then_some(body);
+                    for event in self.calls.on_reply(call, from, body) {
+                        self.tell(cx, event);
+                    }
+                }
+                Kind::Fifo
+                | Kind::Causal { .. }
+                | Kind::Total { .. }
+                | Kind::Sequence { .. }
+                | Kind::View => {}
+            }
+        }
+    }
+
+    fn on_small(
+        &mut self,
+        cx: &mut Cx<'_>,
+        from: &MemberId,
+        rank: usize,
+        header: &Header,
+        small: Small,
+    ) {
+        let here = header.view == self.view.id;
+        match small {
+            Small::Acks(acks) if here => {
+                let mine = acks
+                    .iter()
+                    .find(|(lane, _)| usize::from(*lane) == self.rank);
+                if let Some((_, held)) = mine {
+                    self.on_ack(cx, rank, *held);
+                }
+            }
+            Small::DirectAck(held) => {
+                let out = &mut self.direct(from).out;
+                out.acknowledged(0, held);
+                out.collect(held);
+            }
+            Small::Nak(ranges) if header.lane == DIRECT => {
+                let Some(direct) = self.directs.get(from) else {
+                    return;
+                };
+                let header = self.direct_header(direct);
+                let mut bodies = Vec::new();
+                for (a, b) in ranges.iter().take(crate::fbcast::NAK_RANGES_MAX) {
+                    let limits = &cx.config.core.limits;
+                    bodies.extend(direct.out.again(&header, *a, *b, limits));
+                }
+                Self::send_bodies(cx, Arc::from([from.clone()]), bodies);
+            }
+            Small::Nak(ranges) if here => self.on_nak(cx, from, header.lane, &ranges),
+            Small::StateWanted {
+                since,
+                offset,
+                len,
+                image,
+            } => self.on_state_wanted(cx, from, since, offset, len, image),
+            Small::StateIs { since, image } => {
+                if let Some(load) = &mut self.load
+                    && load.donors.first() == Some(from)
+                {
+                    load.on_image(cx.now, since, image);
+                }
+            }
+            // A fetch comes from the site leader, and the process hands it over.
+            Small::Acks(_) | Small::Nak(_) | Small::Fetch { .. } => {}
+        }
+    }
+
+    fn on_ack(&mut self, cx: &mut Cx<'_>, rank: usize, held: u64) {
+        let receiver = if rank < self.rank { rank } else { rank - 1 };
+        let stable = self.out.held_by(self.safe_holders());
+        if !self.out.acknowledged(receiver, held) {
+            return;
+        }
+        self.settle_done(cx);
+        self.feed(cx, self.rank);
+        self.out.collect(self.own_taken);
+        // Others hold back safe messages until they hear of this.
+        if stable < self.safe_until && self.out.held_by(self.safe_holders()) > stable {
+            let body = crate::process::lane::body(&self.header(), &[]);
+            Self::send_bodies(cx, self.others.clone(), vec![body]);
+        }
+    }
+
+    fn on_nak(&mut self, cx: &mut Cx<'_>, from: &MemberId, lane: u8, ranges: &[(Pos, Pos)]) {
+        let mut header = self.header();
+        header.lane = lane;
+        let rank = usize::from(lane);
+        if rank != self.rank {
+            (header.sent, header.stable, header.trim) = (0, 0, 0);
+        }
+        let limits = &cx.config.core.limits;
+        let mut bodies = Vec::new();
+        for (a, b) in ranges.iter().take(crate::fbcast::NAK_RANGES_MAX) {
+            if rank == self.rank {
+                bodies.extend(self.out.again(&header, *a, *b, limits));
+            } else if let Some(inc) = self.ins.get(rank)
+                && a.number >= inc.log.first()
+            {
+                let budget = crate::process::lane::RESEND_BYTES;
+                let until = (*b).min(Pos::start(inc.log.next()));
+                let head = header.bytes();
+                bodies.extend(inc.log.pack(&head, *a, until, budget, limits).0);
+            }
+        }
+        Self::send_bodies(cx, Arc::from([from.clone()]), bodies);
+    }
+
+    fn on_state_wanted(
+        &mut self,
+        cx: &mut Cx<'_>,
+        from: &MemberId,
+        since: u64,
+        offset: u64,
+        len: u32,
+        image: Option<u32>,
+    ) {
+        let header = self.header();
+        let Some(donating) = self.donating.get_mut(&since) else {
+            return;
+        };
+        if !donating.joiners.contains(from) {
+            return;
+        }
+        let Some((checksum, donor)) = donating.image() else {
+            return;
+        };
+        if image == Some(checksum) {
+            let limits = &cx.config.core.limits;
+            let bodies = donor.pieces(&header.bytes(), since, offset, len, limits);
+            Self::send_bodies(cx, Arc::from([from.clone()]), bodies);
+        } else {
+            let is = Small::StateIs {
+                since,
+                image: checksum,
+            };
+            self.send_small(cx, from, &header, is);
+        }
+    }
+
+    fn on_piece(&mut self, cx: &mut Cx<'_>, from: &MemberId, piece: &Piece<'_>) {
+        let limits = &cx.config.core.limits;
+        let Some(load) = &mut self.load else { return };
+        if load.donors.first() != Some(from) {
+            return;
+        }
+        let Some((received, total)) = load.on_piece(cx.now, piece, limits) else {
+            return;
+        };
+        let whole = load.whole();
+        self.tell(cx, GroupEvent::Progress { received, total });
+        if let Some(state) = whole {
+            self.load = None;
+            self.tell(cx, GroupEvent::State(state));
+            self.release(cx);
+            cx.requests.push(Op::Loaded { group: self.id });
+        }
+    }
+}

@@ -1,0 +1,473 @@
+//! What goes out: messages, acknowledgements, requests for what is missing.
+
+use super::{Blocked, Cx, Direct, Endpoint, Leaving};
+use crate::process::lane;
+use crate::process::types::{
+    CallRef, GroupEvent, Message, Multicast, Order, Output, Refused, Stability,
+};
+use crate::process::wire::{DIRECT, Envelope, Header, Kind, Op, Small};
+use crate::time::Instant;
+use crate::view::MemberId;
+use bytes::Bytes;
+use std::sync::Arc;
+
+/// Lanes acknowledged in one datagram.
+const ACKS_MAX: usize = 64;
+
+impl Endpoint {
+    fn envelope_room(&self) -> usize {
+        // Kind, thread, call, and a stamp of ten bytes a rank at most.
+        64 + 10 * self.view.members.len()
+    }
+
+    // ---- the program's wishes ----------------------------------------------------------------------------------
+
+    pub(crate) fn multicast(&mut self, cx: &mut Cx<'_>, m: Multicast) -> Result<(), Refused> {
+        if self.leaving != Leaving::No {
+            return Err(Refused::NotAMember);
+        }
+        if m.body.len() + self.envelope_room() > cx.config.core.limits.event_bytes_max {
+            return Err(Refused::TooLarge);
+        }
+        let calls_full = m.calling.is_some() && self.calls.full();
+        if self.backlog_bytes() >= cx.config.backlog_bytes_max || calls_full {
+            self.refused = true;
+            return Err(Refused::Backlog);
+        }
+        if self.blocked.is_some() {
+            self.queue_bytes += m.body.len() as u64;
+            self.queue.push_back(m);
+        } else {
+            self.send(cx, m);
+        }
+        Ok(())
+    }
+
+    fn backlog_bytes(&self) -> u64 {
+        // What waits costs memory even where it is empty.
+        self.queue_bytes + self.queue.len() as u64 * 64 + self.out.backlog_bytes()
+    }
+
+    pub(super) fn send(&mut self, cx: &mut Cx<'_>, m: Multicast) {
+        let kind = match m.order {
+            Order::Fifo => Some(Kind::Fifo),
+            Order::Causal(thread) => self
+                .threads
+                .stamp(thread, self.rank)
+                .map(|stamp| Kind::Causal { thread, stamp }),
+            Order::Total(thread) => self
+                .threads
+                .stamp(thread, self.rank)
+                .map(|stamp| Kind::Total { thread, stamp }),
+            Order::View => Some(Kind::View),
+        };
+        // Too many threads in this view: it waits for the next.
+        let Some(kind) = kind else {
+            self.queue_bytes += m.body.len() as u64;
+            self.queue.push_back(m);
+            cx.requests.push(Op::Gbcast {
+                group: self.id,
+                view: self.view.id,
+                number: 0,
+            });
+            return;
+        };
+        let urgent = m.safe || m.done.is_some() || m.calling.is_some();
+        let envelope = Envelope {
+            kind,
+            safe: m.safe,
+            call: m.calling,
+        };
+        let number = self.out.push(envelope.put(&m.body), urgent);
+        if m.safe {
+            self.safe_until = number;
+        }
+        if let Some((token, stability)) = m.done {
+            let holders = match stability {
+                Stability::Held(k) => usize::from(k),
+                Stability::All => usize::MAX,
+            };
+            let queue = self.done.entry(holders).or_default();
+            queue.push_back((number, token));
+        }
+        if let Some(calling) = &m.calling {
+            let members = self.view.members.clone();
+            self.calls.begin(cx.now, calling, &members);
+        }
+        if m.order == Order::View {
+            self.own_gbcasts.push_back((number, m));
+            cx.requests.push(Op::Gbcast {
+                group: self.id,
+                view: self.view.id,
+                number,
+            });
+        }
+        self.settle_done(cx);
+        self.feed(cx, self.rank);
+    }
+
+    /// Tells of what has become stable.
+    pub(super) fn settle_done(&mut self, cx: &mut Cx<'_>) {
+        let mut numbers = Vec::new();
+        for (holders, queue) in &mut self.done {
+            let stable = self.out.held_by(*holders);
+            while let Some((number, token)) = queue.front().copied() {
+                if number > stable {
+                    break;
+                }
+                numbers.push(token);
+                queue.pop_front();
+            }
+        }
+        self.done.retain(|_, queue| !queue.is_empty());
+        for number in numbers {
+            self.tell(cx, GroupEvent::Done { number });
+        }
+    }
+
+    /// The places that this member has given to abcasts, for the others.
+    pub(super) fn send_sequence(&mut self, cx: &mut Cx<'_>) {
+        let Some(s) = self.total.sequence(self.view.members.len()) else {
+            return;
+        };
+        if self.others.is_empty() {
+            return;
+        }
+        let envelope = Envelope {
+            kind: Kind::Sequence {
+                first: s.first,
+                ids: s.ids,
+                token: s.token,
+            },
+            safe: false,
+            call: None,
+        };
+        self.out.push(envelope.put(&[]), false);
+        let held = self.out.log.held();
+        self.take_lane(cx, self.rank, held, false);
+    }
+
+    pub(crate) fn send_direct(
+        &mut self,
+        cx: &mut Cx<'_>,
+        to: &MemberId,
+        body: Bytes,
+    ) -> Result<(), Refused> {
+        if self.view.rank(to).is_none() {
+            return Err(Refused::NotAMember);
+        }
+        if body.len() + self.envelope_room() > cx.config.core.limits.event_bytes_max {
+            return Err(Refused::TooLarge);
+        }
+        if *to == self.me {
+            let message = Message {
+                from: to.clone(),
+                order: None,
+                body,
+                call: None,
+            };
+            self.emit(cx, GroupEvent::Message(message));
+            return Ok(());
+        }
+        let direct = self.directs.entry(to.clone()).or_insert_with(Direct::new);
+        if direct.out.backlog_bytes() >= cx.config.backlog_bytes_max {
+            self.refused = true;
+            return Err(Refused::Backlog);
+        }
+        self.push_direct(to, Kind::Direct, &body);
+        Ok(())
+    }
+
+    fn push_direct(&mut self, to: &MemberId, kind: Kind, body: &[u8]) {
+        let envelope = Envelope {
+            kind,
+            safe: false,
+            call: None,
+        };
+        let direct = self.directs.entry(to.clone()).or_insert_with(Direct::new);
+        direct.out.push(envelope.put(body), true);
+    }
+
+    pub(crate) fn reply(
+        &mut self,
+        cx: &mut Cx<'_>,
+        to: &CallRef,
+        body: Option<Bytes>,
+    ) -> Result<(), Refused> {
+        if self.view.rank(&to.caller).is_none() {
+            return Ok(()); // the caller is gone, and nobody waits
+        }
+        let len = body.as_ref().map_or(0, Bytes::len);
+        if len + self.envelope_room() > cx.config.core.limits.event_bytes_max {
+            return Err(Refused::TooLarge);
+        }
+        if to.caller == self.me {
+            for event in self.calls.on_reply(to.call, &to.caller, body) {
+                self.tell(cx, event);
+            }
+            return Ok(());
+        }
+        let kind = Kind::Reply {
+            call: to.call,
+            declined: body.is_none(),
+        };
+        self.push_direct(&to.caller, kind, &body.unwrap_or_default());
+        Ok(())
+    }
+
+    pub(crate) fn leave(&mut self) {
+        if self.leaving == Leaving::No {
+            self.leaving = Leaving::Wished;
+        }
+    }
+
+    pub(crate) fn pause(&mut self, paused: bool) {
+        self.paused = paused;
+    }
+
+    pub(crate) fn give_state(&mut self, view: u64, segments: Vec<Bytes>) -> Result<(), Refused> {
+        let donating = self.donating.get_mut(&view);
+        match donating.map(|d| d.give(segments)) {
+            Some(true) => Ok(()),
+            Some(false) | None => Err(Refused::NotWanted),
+        }
+    }
+
+    // ---- datagrams ---------------------------------------------------------------------------------------------
+
+    pub(super) fn header(&self) -> Header {
+        Header {
+            flags: 0,
+            lane: u8::try_from(self.rank).expect("MEMBERS_MAX"),
+            group: self.id.0,
+            view: self.view.id,
+            sent: self.out.sent(),
+            stable: self.out.held_by(self.safe_holders()),
+            trim: self.out.all_hold(),
+        }
+    }
+
+    pub(super) fn direct_header(&self, direct: &Direct) -> Header {
+        Header {
+            flags: 0,
+            lane: DIRECT,
+            group: self.id.0,
+            view: self.view.id,
+            sent: direct.out.sent(),
+            stable: 0,
+            trim: direct.out.all_hold(),
+        }
+    }
+
+    pub(super) fn send_bodies(cx: &mut Cx<'_>, to: Arc<[MemberId]>, bodies: Vec<Bytes>) {
+        if !bodies.is_empty() && !to.is_empty() {
+            cx.out.push_back(Output::Send { to, bodies });
+        }
+    }
+
+    pub(super) fn send_small(&self, cx: &mut Cx<'_>, to: &MemberId, header: &Header, small: Small) {
+        let body = lane::body(header, &[small]);
+        Self::send_bodies(cx, Arc::from([to.clone()]), vec![body]);
+    }
+
+    /// What is due, at the end of each input.
+    pub(crate) fn flush(&mut self, cx: &mut Cx<'_>) {
+        self.send_messages(cx);
+        self.send_acks(cx);
+        self.send_naks(cx);
+        self.flush_directs(cx);
+        if let Some((donor, small)) = self
+            .load
+            .as_mut()
+            .and_then(|l| l.want(cx.now, &cx.config.core.limits))
+        {
+            self.send_small(cx, &donor, &self.header(), small);
+        }
+        self.push_back_on_the_slow(cx);
+        if self.refused && self.backlog_bytes() < cx.config.backlog_bytes_max / 2 {
+            self.refused = false;
+            self.tell(cx, GroupEvent::Room);
+        }
+        let all_held = self.out.all_hold() == self.out.log.held() && self.queue.is_empty();
+        let directs = self.directs.values();
+        let directs_held = directs
+            .map(|d| &d.out)
+            .all(|o| o.all_hold() == o.log.held());
+        if self.leaving == Leaving::Wished && all_held && directs_held && self.blocked.is_none() {
+            self.leaving = Leaving::Asked;
+            cx.requests.push(Op::Leave { group: self.id });
+        }
+    }
+
+    fn send_messages(&mut self, cx: &mut Cx<'_>) {
+        let limits = &cx.config.core.limits;
+        while self.out.unsent() {
+            let mut header = self.header();
+            let mut acks: Vec<(u8, u64)> = Vec::new();
+            for (rank, inc) in self.ins.iter_mut().enumerate() {
+                if inc.owes() && acks.len() < ACKS_MAX {
+                    acks.push((u8::try_from(rank).expect("MEMBERS_MAX"), inc.log.held()));
+                }
+            }
+            let small = [Small::Acks(acks)];
+            let Small::Acks(acks) = &small[0] else {
+                unreachable!("made above")
+            };
+            let first: &[Small] = if acks.is_empty() { &[] } else { &small };
+            let bodies = self.out.burst(cx.now, &mut header, first, limits);
+            if bodies.is_empty() {
+                break;
+            }
+            for (rank, _) in acks {
+                self.ins[usize::from(*rank)].settle();
+            }
+            Self::send_bodies(cx, self.others.clone(), bodies);
+        }
+        self.settle_done(cx);
+        if self.out.probe(cx.now) {
+            let mut header = self.header();
+            header.flags |= crate::process::wire::URGENT;
+            Self::send_bodies(cx, self.others.clone(), vec![lane::body(&header, &[])]);
+        }
+    }
+
+    fn send_acks(&mut self, cx: &mut Cx<'_>) {
+        for rank in 0..self.ins.len() {
+            if rank == self.rank || !self.ins[rank].ack_due(cx.now) {
+                continue;
+            }
+            let held = self.ins[rank].settle();
+            let lane = u8::try_from(rank).expect("MEMBERS_MAX");
+            let to = self.view.members[rank].clone();
+            self.send_small(cx, &to, &self.header(), Small::Acks(vec![(lane, held)]));
+        }
+    }
+
+    fn send_naks(&mut self, cx: &mut Cx<'_>) {
+        for rank in 0..self.ins.len() {
+            let lane = u8::try_from(rank).expect("MEMBERS_MAX");
+            let due = self.ins[rank].assembler.nak_due();
+            if rank == self.rank || due.is_none_or(|t| t > cx.now) || self.paused {
+                continue;
+            }
+            let Some(ranges) = self.ins[rank].assembler.missing(cx.now) else {
+                continue;
+            };
+            let holders = self.blocked.as_ref().map(|b| &b.holders);
+            let holder = holders.and_then(|h| h.get(&lane)).copied().unwrap_or(lane);
+            let Some(to) = self.view.members.get(usize::from(holder)).cloned() else {
+                continue;
+            };
+            let mut header = self.header();
+            header.lane = lane;
+            // The header speaks of this member's own lane only where it names it.
+            header.sent = 0;
+            header.stable = 0;
+            header.trim = 0;
+            self.send_small(cx, &to, &header, Small::Nak(ranges));
+        }
+    }
+
+    fn flush_directs(&mut self, cx: &mut Cx<'_>) {
+        let limits = &cx.config.core.limits;
+        let members: Vec<MemberId> = self.directs.keys().cloned().collect();
+        for m in members {
+            let Some(mut direct) = self.directs.remove(&m) else {
+                continue;
+            };
+            let to: Arc<[MemberId]> = Arc::from([m.clone()]);
+            while direct.out.unsent() {
+                let mut header = self.direct_header(&direct);
+                let bodies = direct.out.burst(cx.now, &mut header, &[], limits);
+                if bodies.is_empty() {
+                    break;
+                }
+                Self::send_bodies(cx, to.clone(), bodies);
+            }
+            let mut small = Vec::new();
+            if direct.inc.ack_due(cx.now) {
+                small.push(Small::DirectAck(direct.inc.settle()));
+            }
+            if direct.inc.assembler.nak_due().is_some_and(|t| t <= cx.now)
+                && let Some(ranges) = direct.inc.assembler.missing(cx.now)
+            {
+                small.push(Small::Nak(ranges));
+            }
+            let mut header = self.direct_header(&direct);
+            let probe = direct.out.probe(cx.now);
+            if probe {
+                header.flags |= crate::process::wire::URGENT;
+            }
+            if probe || !small.is_empty() {
+                Self::send_bodies(cx, to, vec![lane::body(&header, &small)]);
+            }
+            self.directs.insert(m, direct);
+        }
+    }
+
+    /// A member that holds up everybody for too long has to leave.
+    fn push_back_on_the_slow(&mut self, cx: &mut Cx<'_>) {
+        let (Some(patience), Some(since)) = (cx.config.slow_after, self.out.stalled_since) else {
+            return;
+        };
+        if cx.now.since(since) < patience || self.blocked.is_some() {
+            return;
+        }
+        let slowest = self.out.slowest().and_then(|i| self.others.get(i)).cloned();
+        if let Some(member) = slowest
+            && self.expelled.insert(member.clone())
+        {
+            cx.requests.push(Op::Expel {
+                group: self.id,
+                member,
+            });
+        }
+    }
+
+    /// The site leader says where to get what is missing.
+    pub(crate) fn on_fetch(&mut self, wants: &[(u8, u64, u8)]) {
+        let Some(Blocked { holders }) = &mut self.blocked else {
+            return;
+        };
+        for (lane, until, holder) in wants.iter().take(self.ins.len()) {
+            if let Some(inc) = self.ins.get_mut(usize::from(*lane)) {
+                inc.want(*until);
+                holders.insert(*lane, *holder);
+            }
+        }
+    }
+
+    /// When [`Self::flush`] has something to do although nothing happens.
+    pub(crate) fn due(&self) -> Option<Instant> {
+        let lanes = self.ins.iter().enumerate();
+        let paused = self.paused;
+        let lanes = lanes
+            .filter(|(rank, _)| *rank != self.rank && !paused)
+            .filter_map(|(_, inc)| inc.due());
+        let directs = self.directs.values();
+        let directs = directs
+            .flat_map(|d| [d.inc.due(), d.out.probe_due()])
+            .flatten();
+        let rest = [
+            self.out.probe_due(),
+            self.calls.due(),
+            self.load.as_ref().map(crate::process::loading::Load::due),
+            // Looked at again and again while it is full; an acknowledgement ends it.
+            self.out
+                .stalled_since
+                .filter(|_| self.blocked.is_none() && self.expelled.is_empty())
+                .and_then(|t| self.slow_at(t)),
+        ];
+        lanes.chain(directs).chain(rest.into_iter().flatten()).min()
+    }
+
+    fn slow_at(&self, since: Instant) -> Option<Instant> {
+        self.slow_after.map(|patience| since + patience)
+    }
+
+    pub(crate) fn on_time(&mut self, cx: &mut Cx<'_>) {
+        for event in self.calls.on_time(cx.now) {
+            self.tell(cx, event);
+        }
+    }
+}

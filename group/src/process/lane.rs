@@ -1,0 +1,273 @@
+//! fbcast between many: one member's messages in order, to all others of a view or to one of them.
+//!
+//! BSS91 §6: FBCAST is the FIFO layer below. The sender numbers messages, packs many into a datagram and does not wait;
+//! receivers acknowledge cumulatively and ask for what is missing; messages are kept until all hold them.
+
+use super::wire::{self, Header, Small};
+use crate::config::Limits;
+use crate::core::AckDebt;
+use crate::fbcast::{Assembler, EventLog};
+use crate::time::Instant;
+use crate::wire::{Chunk, Pos};
+use bytes::{Bytes, BytesMut};
+use std::time::Duration;
+
+/// When nothing acknowledges what was sent, its end is announced again after this long; doubled up to 32 times.
+pub(crate) const PROBE_AFTER: Duration = Duration::from_millis(3);
+/// Payload bytes of one burst of datagrams.
+const BURST_BYTES: usize = 60 * 1024;
+/// An amortised acknowledgement waits for this many bytes at most.
+const ACK_BYTES: usize = 64 * 1024;
+/// Or for this long.
+const ACK_DELAY: Duration = Duration::from_millis(1);
+/// Bytes sent again for one request.
+pub(crate) const RESEND_BYTES: usize = 128 * 1024;
+
+/// What this member sends.
+///
+/// Invariant: the log holds every message that somebody may not hold.
+pub(crate) struct Outgoing {
+    pub(crate) log: EventLog,
+    next_send: Pos,
+    urgent_to: u64,
+    probe_at: Option<Instant>,
+    probes: u32,
+    /// What each receiver holds.
+    held: Vec<u64>,
+    /// The window has been full since, without an acknowledgement by the slowest.
+    pub(crate) stalled_since: Option<Instant>,
+}
+
+impl Outgoing {
+    pub(crate) fn new(receivers: usize) -> Self {
+        Self {
+            log: EventLog::starting_after(0),
+            next_send: Pos::start(1),
+            urgent_to: 0,
+            probe_at: None,
+            probes: 0,
+            held: vec![0; receivers],
+            stalled_since: None,
+        }
+    }
+
+    pub(crate) fn push(&mut self, message: Bytes, urgent: bool) -> u64 {
+        self.log.push(message);
+        let number = self.log.held();
+        if urgent {
+            self.urgent_to = number;
+        }
+        number
+    }
+
+    /// The highest that was sent in whole.
+    pub(crate) fn sent(&self) -> u64 {
+        self.next_send.number - 1
+    }
+
+    /// The highest that all receivers hold.
+    pub(crate) fn all_hold(&self) -> u64 {
+        let least = self.held.iter().min().copied();
+        least.unwrap_or_else(|| self.log.held())
+    }
+
+    /// The highest that `k` receivers hold, at most all.
+    pub(crate) fn held_by(&self, k: usize) -> u64 {
+        let k = k.min(self.held.len());
+        if k == 0 {
+            return self.log.held();
+        }
+        let mut held = self.held.clone();
+        held.sort_unstable_by(|a, b| b.cmp(a));
+        held[k - 1]
+    }
+
+    /// The receiver that holds least.
+    pub(crate) fn slowest(&self) -> Option<usize> {
+        (0..self.held.len()).min_by_key(|i| self.held[*i])
+    }
+
+    /// A receiver acknowledges; whether that is news.
+    pub(crate) fn acknowledged(&mut self, receiver: usize, held: u64) -> bool {
+        // More than was sent is a peer's error; it must not make us forget what others miss.
+        let held = held.min(self.sent());
+        let least = self.all_hold();
+        let Some(known) = self.held.get_mut(receiver).filter(|known| **known < held) else {
+            return false;
+        };
+        *known = held;
+        if self.all_hold() > least {
+            self.stalled_since = None;
+            self.probes = 0;
+        }
+        if self.all_hold() == self.log.held() {
+            self.probe_at = None;
+        }
+        true
+    }
+
+    /// Bytes that not all hold, sent or not.
+    pub(crate) fn backlog_bytes(&self) -> u64 {
+        self.log.bytes_after(self.all_hold())
+    }
+
+    pub(crate) fn unsent(&self) -> bool {
+        self.next_send < Pos::start(self.log.next())
+    }
+
+    /// Forgets what all hold, up to `done`.
+    pub(crate) fn collect(&mut self, done: u64) {
+        self.log.trim_to(self.all_hold().min(done));
+    }
+
+    /// The next burst of datagrams, its first body with `first` in front. Empty when there is nothing to send or the window
+    /// is full.
+    pub(crate) fn burst(
+        &mut self,
+        now: Instant,
+        header: &mut Header,
+        first: &[Small],
+        limits: &Limits,
+    ) -> Vec<Bytes> {
+        if !self.unsent() {
+            return Vec::new();
+        }
+        if self.held.is_empty() {
+            self.next_send = Pos::start(self.log.next());
+            return Vec::new();
+        }
+        if self.log.bytes_between(self.all_hold(), self.sent()) >= limits.flight_bytes_max {
+            self.stalled_since.get_or_insert(now);
+            return Vec::new();
+        }
+        if self.urgent_to >= self.next_send.number {
+            header.flags |= wire::URGENT;
+        }
+        self.probe_at = Some(now + PROBE_AFTER);
+        let head = header.bytes();
+        let mut front = head.clone();
+        for small in first {
+            crate::wire::put_message(&mut front, small);
+        }
+        let until = Pos::start(self.log.next());
+        let (bodies, at) =
+            self.log
+                .pack_after(&front, &head, self.next_send, until, BURST_BYTES, limits);
+        self.next_send = at;
+        bodies
+    }
+
+    /// Datagrams with one of the ranges that a receiver misses.
+    pub(crate) fn again(&self, header: &Header, from: Pos, to: Pos, limits: &Limits) -> Vec<Bytes> {
+        let to = to.min(self.next_send);
+        if from.number < self.log.first() {
+            return Vec::new(); // an old request that was long on its way
+        }
+        let head = header.bytes();
+        self.log.pack(&head, from, to, RESEND_BYTES, limits).0
+    }
+
+    pub(crate) fn probe_due(&self) -> Option<Instant> {
+        self.probe_at
+    }
+
+    /// Whether the end is to be announced again.
+    pub(crate) fn probe(&mut self, now: Instant) -> bool {
+        if self.probe_at.is_none_or(|t| t > now) {
+            return false;
+        }
+        let behind = self.all_hold() < self.sent();
+        self.probes = (self.probes + 1).min(5);
+        self.probe_at = behind.then(|| now + PROBE_AFTER * (1 << self.probes));
+        behind
+    }
+}
+
+/// What one other member sends.
+pub(crate) struct Incoming {
+    pub(crate) log: EventLog,
+    pub(crate) assembler: Assembler,
+    /// The highest message that was given to the ordering.
+    pub(crate) taken: u64,
+    /// The highest that the sender calls stable.
+    pub(crate) stable: u64,
+    trim: u64,
+    debt: AckDebt,
+}
+
+impl Incoming {
+    pub(crate) fn new() -> Self {
+        Self {
+            log: EventLog::starting_after(0),
+            assembler: Assembler::starting_after(0),
+            taken: 0,
+            stable: 0,
+            trim: 0,
+            debt: AckDebt::default(),
+        }
+    }
+
+    /// Takes a chunk.
+    pub(crate) fn take(&mut self, now: Instant, chunk: &Chunk<'_>, limits: &Limits) {
+        let new = self.assembler.take(chunk, &mut self.log, limits);
+        self.debt.bytes += chunk.bytes.len() + crate::wire::CHUNK_BYTES;
+        if new {
+            self.debt.by.get_or_insert(now + ACK_DELAY);
+        } else {
+            self.debt.at_once = true; // a repetition: the sender missed an acknowledgement
+        }
+    }
+
+    /// What the sender says of its lane.
+    pub(crate) fn heed(&mut self, header: &Header) {
+        self.assembler.announce(header.sent);
+        self.stable = self.stable.max(header.stable);
+        self.trim = self.trim.max(header.trim);
+        if header.flags & wire::URGENT != 0 {
+            self.debt.at_once = true;
+        }
+        self.collect();
+    }
+
+    /// Forgets what all hold and was taken.
+    pub(crate) fn collect(&mut self) {
+        self.log.trim_to(self.trim.min(self.taken));
+    }
+
+    /// Asks for everything up to `number`.
+    pub(crate) fn want(&mut self, number: u64) {
+        self.assembler.announce(number);
+    }
+
+    /// Whether an acknowledgement is owed at all.
+    pub(crate) fn owes(&self) -> bool {
+        self.debt.at_once || self.debt.by.is_some()
+    }
+
+    pub(crate) fn ack_due(&self, now: Instant) -> bool {
+        self.debt.at_once
+            || self.debt.bytes >= ACK_BYTES
+            || self.debt.by.is_some_and(|by| by <= now)
+    }
+
+    pub(crate) fn settle(&mut self) -> u64 {
+        self.debt = AckDebt::default();
+        self.log.held()
+    }
+
+    pub(crate) fn due(&self) -> Option<Instant> {
+        [self.debt.by, self.assembler.nak_due()]
+            .into_iter()
+            .flatten()
+            .min()
+    }
+}
+
+/// One body with these small messages.
+pub(crate) fn body(header: &Header, messages: &[Small]) -> Bytes {
+    let mut out: BytesMut = header.bytes();
+    for m in messages {
+        crate::wire::put_message(&mut out, m);
+    }
+    out.freeze()
+}
