@@ -444,6 +444,7 @@ impl Process {
             (true, Role::Joining) => {}
             (true, Role::Leader | Role::Backup) => {
                 self.applied = installed.cut;
+                self.ledger = Ledger::of_generation(view.generation);
                 self.site_views
                     .push_back((installed.cut, view.full.clone()));
             }

@@ -5,6 +5,7 @@
 
 mod app;
 mod control;
+mod groups;
 mod invariants;
 mod network;
 mod plan;
@@ -15,5 +16,6 @@ mod world;
 #[cfg(test)]
 mod tests;
 
+pub use self::groups::{GroupReport, run_groups};
 pub use self::plan::Options;
 pub use self::world::{Outcome, Report, run};

@@ -1,7 +1,7 @@
 //! Runs the group's simulator over many seeds, or one with its trace.
 
 use std::process::ExitCode;
-use unbroken_group::sim::{Options, Outcome, run};
+use unbroken_group::sim::{Options, Outcome, run, run_groups};
 
 const USAGE: &str = "\
 Simulates process groups: one seed, one run. Prints each seed that violates an invariant.
@@ -13,6 +13,7 @@ Simulates process groups: one seed, one run. Prints each seed that violates an i
   --seed N      only this one
   --nodes N     members (chosen by the seed)
   --fault NAME  plant a defect, e.g. skip-lease-wait
+  --groups      whole processes with many groups (multicasts, state transfer, calls), not the site group alone
   --trace       print what happens
 ";
 
@@ -35,7 +36,7 @@ fn fault(name: &str) -> Option<unbroken_group::Fault> {
 
 fn main() -> ExitCode {
     let mut options = Options::default();
-    let (mut from, mut seeds) = (1, 1000);
+    let (mut from, mut seeds, mut groups) = (1, 1000, false);
     let mut args = std::env::args().skip(1);
     while let Some(arg) = args.next() {
         let mut number = || args.next().and_then(|v| v.parse::<u64>().ok());
@@ -47,6 +48,10 @@ fn main() -> ExitCode {
                 .and_then(|n| usize::try_from(n).ok())
                 .map(|n| options.nodes = n)
                 .is_some(),
+            "--groups" => {
+                groups = true;
+                true
+            }
             "--trace" => {
                 options.trace = true;
                 true
@@ -61,6 +66,9 @@ fn main() -> ExitCode {
             eprint!("{USAGE}");
             return ExitCode::from(64);
         }
+    }
+    if groups {
+        return many_groups(&options, from, seeds);
     }
     let (mut failed, mut steps, mut views, mut events, mut generations) = (0, 0, 0, 0, 0);
     for seed in from..from + seeds {
@@ -85,6 +93,34 @@ fn main() -> ExitCode {
     println!(
         "{seeds} seeds, {failed} failed; {steps} steps, {views} views installed, {events} events, \
          {generations} generations"
+    );
+    ExitCode::from(u8::from(failed > 0))
+}
+
+fn many_groups(options: &Options, from: u64, seeds: u64) -> ExitCode {
+    let (mut failed, mut steps, mut views, mut delivered, mut transfers) = (0, 0, 0, 0, 0);
+    for seed in from..from + seeds {
+        let report = run_groups(&Options {
+            seed,
+            ..options.clone()
+        });
+        steps += report.steps;
+        views += report.views;
+        delivered += report.delivered;
+        transfers += report.transfers;
+        if let Outcome::Failed {
+            invariant,
+            what,
+            at_us,
+        } = report.outcome
+        {
+            failed += 1;
+            println!("seed {seed}: {invariant} violated at {at_us} us: {what}");
+        }
+    }
+    println!(
+        "{seeds} seeds, {failed} failed; {steps} steps, {views} views of groups begun, {delivered} messages delivered, \
+         {transfers} states given to joiners"
     );
     ExitCode::from(u8::from(failed > 0))
 }

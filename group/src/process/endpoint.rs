@@ -73,6 +73,8 @@ pub(crate) struct Endpoint {
     /// This member's own among them, sent again in the next view if it comes too late for this one.
     own_gbcasts: VecDeque<(u64, Multicast)>,
     directs: BTreeMap<MemberId, Direct>,
+    /// Of each member, the first view with both of us: it tells our direct lanes from those of an earlier membership.
+    together: BTreeMap<MemberId, u64>,
     /// Messages that wait for the next view.
     queue: VecDeque<Multicast>,
     queue_bytes: u64,
@@ -123,6 +125,7 @@ impl Endpoint {
             gbcasts: BTreeMap::new(),
             own_gbcasts: VecDeque::new(),
             directs: BTreeMap::new(),
+            together: BTreeMap::new(),
             queue: VecDeque::new(),
             queue_bytes: 0,
             done: BTreeMap::new(),
@@ -369,8 +372,17 @@ impl Endpoint {
         for key in gbcasts {
             if let Some((body, call)) = self.gbcasts.remove(key) {
                 let (rank, number) = *key;
-                if usize::from(rank) == self.rank {
-                    self.own_gbcasts.retain(|(n, _)| *n != number);
+                if usize::from(rank) == self.rank
+                    && let Some(i) = self.own_gbcasts.iter().position(|(n, _)| *n == number)
+                    && let Some((_, own)) = self.own_gbcasts.remove(i)
+                {
+                    let called = own.calling.map(|c| c.call);
+                    if let Some(event) = called.and_then(|c| self.calls.on_delivered(c)) {
+                        self.tell(cx, event);
+                    }
+                    if let Some((number, _)) = own.done {
+                        self.tell(cx, GroupEvent::Done { number });
+                    }
                 }
                 self.deliver(cx, usize::from(rank), Order::View, body, call);
             }
@@ -389,6 +401,10 @@ impl Endpoint {
             .filter(|m| **m != self.me)
             .cloned()
             .collect();
+        self.together.retain(|m, _| begun.view.members.contains(m));
+        for m in self.others.iter() {
+            self.together.entry(m.clone()).or_insert(begun.view.id);
+        }
         self.out = Outgoing::new(ranks - 1);
         self.own_taken = 0;
         self.ins = (0..ranks).map(|_| Incoming::new()).collect();
@@ -399,8 +415,8 @@ impl Endpoint {
         self.expelled.clear();
         self.safe_until = 0;
         self.follow_loading(cx, begun);
-        self.emit(cx, GroupEvent::View(begun.view.clone()));
         self.follow_donating(cx, begun);
+        self.emit(cx, GroupEvent::View(begun.view.clone()));
     }
 
     /// Whether this member has the state, or who gives it.

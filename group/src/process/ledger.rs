@@ -98,6 +98,16 @@ pub(crate) struct Ledger {
 }
 
 impl Ledger {
+    /// The empty ledger of a generation of the site group: its numbers are met in no other.
+    pub(crate) fn of_generation(generation: u32) -> Self {
+        let first = u64::from(generation) << 40;
+        Self {
+            next_group: first,
+            next_epoch: first,
+            ..Self::default()
+        }
+    }
+
     pub(crate) fn group(&self, id: GroupId) -> Option<&Group> {
         self.groups.get(&id)
     }

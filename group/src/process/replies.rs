@@ -18,6 +18,8 @@ struct Call {
     missing: usize,
     failed: Vec<MemberId>,
     deadline: Option<Instant>,
+    /// A gbcast that was not delivered yet: who owes is not known before.
+    undelivered: bool,
 }
 
 /// The open calls of this member.
@@ -30,7 +32,13 @@ impl Calls {
     }
 
     /// A call goes out to these members.
-    pub(crate) fn begin(&mut self, now: Instant, calling: &Calling, members: &[MemberId]) {
+    pub(crate) fn begin(
+        &mut self,
+        now: Instant,
+        calling: &Calling,
+        members: &[MemberId],
+        undelivered: bool,
+    ) {
         let missing = match calling.want {
             Want::One => 1,
             Want::Number(n) => usize::from(n),
@@ -43,6 +51,7 @@ impl Calls {
             missing,
             failed: Vec::new(),
             deadline,
+            undelivered,
         };
         self.0.insert(calling.call, call);
     }
@@ -70,6 +79,12 @@ impl Calls {
         events
     }
 
+    /// A gbcast was delivered to those to whom it was sent. (Some may have answered before it was delivered here.)
+    pub(crate) fn on_delivered(&mut self, call: u64) -> Option<GroupEvent> {
+        self.0.get_mut(&call)?.undelivered = false;
+        self.close(call)
+    }
+
     /// These departed.
     pub(crate) fn on_departed(&mut self, departed: &[MemberId]) -> Vec<GroupEvent> {
         for c in self.0.values_mut() {
@@ -88,7 +103,7 @@ impl Calls {
 
     fn close(&mut self, call: u64) -> Option<GroupEvent> {
         let c = self.0.get(&call)?;
-        if c.missing > 0 && !c.owing.is_empty() {
+        if c.undelivered || c.missing > 0 && !c.owing.is_empty() {
             return None;
         }
         let c = self.0.remove(&call)?;
@@ -171,11 +186,16 @@ mod tests {
     fn one_is_enough_and_time_ends() {
         let now = Instant::from_micros(0);
         let mut c = Calls::default();
-        c.begin(now, &calling(Want::One, 1000), &[member(1), member(2)]);
+        c.begin(
+            now,
+            &calling(Want::One, 1000),
+            &[member(1), member(2)],
+            false,
+        );
         assert_eq!(c.due(), Some(Instant::from_micros(1000)));
         let events = c.on_reply(5, &member(2), Some(Bytes::new()));
         assert_eq!(events.last(), Some(&done(vec![], false)));
-        c.begin(now, &calling(Want::One, 1000), &[member(1)]);
+        c.begin(now, &calling(Want::One, 1000), &[member(1)], false);
         assert_eq!(c.on_time(Instant::from_micros(999)), []);
         assert_eq!(c.on_time(Instant::from_micros(1000)), [done(vec![], true)]);
         assert_eq!(c.due(), None);

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use thiserror::Error;
 
-/// A group's number: never given to another group of the same site generation.
+/// A group's number: never given to another.
 #[derive(
     Copy, Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize,
 )]
@@ -251,7 +251,7 @@ pub enum GroupEvent {
     Message(Message),
     /// Give the state as it is at this place in the order of events, with [`Command::State`].
     StateWanted {
-        /// The view that has just begun.
+        /// The view that begins next.
         view: u64,
     },
     /// Progress of the state that is on its way here: not in order with the others.

@@ -19,8 +19,11 @@ impl Endpoint {
         let Some(rank) = self.view.rank(from).filter(|r| *r != self.rank) else {
             return;
         };
-        let here = header.view == self.view.id;
         let direct = header.lane == DIRECT;
+        let here = header.view == self.view.id;
+        if direct && self.together.get(from) != Some(&header.view) {
+            return;
+        }
         for item in items {
             match item {
                 Item::Chunk(chunk) if direct => self.on_direct_chunk(cx, from, &chunk),
@@ -113,7 +116,7 @@ impl Endpoint {
                     self.on_ack(cx, rank, *held);
                 }
             }
-            Small::DirectAck(held) => {
+            Small::DirectAck(held) if header.lane == DIRECT => {
                 let out = &mut self.direct(from).out;
                 out.acknowledged(0, held);
                 out.collect(held);
@@ -122,7 +125,7 @@ impl Endpoint {
                 let Some(direct) = self.directs.get(from) else {
                     return;
                 };
-                let header = self.direct_header(direct);
+                let header = self.direct_header(from, direct);
                 let mut bodies = Vec::new();
                 for (a, b) in ranges.iter().take(crate::fbcast::NAK_RANGES_MAX) {
                     let limits = &cx.config.core.limits;
@@ -145,7 +148,7 @@ impl Endpoint {
                 }
             }
             // A fetch comes from the site leader, and the process hands it over.
-            Small::Acks(_) | Small::Nak(_) | Small::Fetch { .. } => {}
+            Small::Acks(_) | Small::DirectAck(_) | Small::Nak(_) | Small::Fetch { .. } => {}
         }
     }
 

@@ -82,7 +82,7 @@ impl Endpoint {
         if m.safe {
             self.safe_until = number;
         }
-        if let Some((token, stability)) = m.done {
+        if let (Some((token, stability)), false) = (m.done, m.order == Order::View) {
             let holders = match stability {
                 Stability::Held(k) => usize::from(k),
                 Stability::All => usize::MAX,
@@ -91,10 +91,12 @@ impl Endpoint {
             queue.push_back((number, token));
         }
         if let Some(calling) = &m.calling {
-            let members = self.view.members.clone();
-            self.calls.begin(cx.now, calling, &members);
+            let undelivered = m.order == Order::View;
+            let members = &self.view.members;
+            self.calls.begin(cx.now, calling, members, undelivered);
         }
         if m.order == Order::View {
+            // Whether it is delivered in this view, and to whom, is known when the view ends.
             self.own_gbcasts.push_back((number, m));
             cx.requests.push(Op::Gbcast {
                 group: self.id,
@@ -247,12 +249,12 @@ impl Endpoint {
         }
     }
 
-    pub(super) fn direct_header(&self, direct: &Direct) -> Header {
+    pub(super) fn direct_header(&self, with: &MemberId, direct: &Direct) -> Header {
         Header {
             flags: 0,
             lane: DIRECT,
             group: self.id.0,
-            view: self.view.id,
+            view: self.together.get(with).copied().unwrap_or(0),
             sent: direct.out.sent(),
             stable: 0,
             trim: direct.out.all_hold(),
@@ -377,7 +379,7 @@ impl Endpoint {
             };
             let to: Arc<[MemberId]> = Arc::from([m.clone()]);
             while direct.out.unsent() {
-                let mut header = self.direct_header(&direct);
+                let mut header = self.direct_header(&m, &direct);
                 let bodies = direct.out.burst(cx.now, &mut header, &[], limits);
                 if bodies.is_empty() {
                     break;
@@ -393,7 +395,7 @@ impl Endpoint {
             {
                 small.push(Small::Nak(ranges));
             }
-            let mut header = self.direct_header(&direct);
+            let mut header = self.direct_header(&m, &direct);
             let probe = direct.out.probe(cx.now);
             if probe {
                 header.flags |= crate::process::wire::URGENT;

@@ -1,0 +1,10 @@
+//! The simulator of whole groups: processes with several groups each, on a network that loses, doubles and delays, through
+//! crashes, pauses, partitions and an unreachable coordinator. One seed, one run.
+
+mod invariants;
+mod program;
+#[cfg(test)]
+mod tests;
+mod world;
+
+pub use self::world::{GroupReport, run_groups};

@@ -1,0 +1,59 @@
+//! What must hold in every run, one file for each multicast and promise. A checker counts once it has caught a planted fault
+//! (`../tests.rs`).
+
+mod abcast;
+mod cbcast;
+mod direct;
+mod fbcast;
+mod gbcast;
+mod safe;
+mod state;
+mod view_synchrony;
+
+use super::program::Id;
+use crate::process::{GroupId, GroupView, Order};
+use crate::view::MemberId;
+
+/// Something that happened to a member of a group.
+pub(super) enum Seen<'a> {
+    /// It sends this.
+    Sent { id: Id, order: Order },
+    /// It is given this.
+    Delivered {
+        id: Id,
+        order: Option<Order>,
+        from: &'a MemberId,
+    },
+    /// A view begins. `state` before it.
+    View { view: &'a GroupView, state: u64 },
+    /// It gave its state at the beginning of a view.
+    Gave { view: u64, state: u64 },
+    /// It was given the state.
+    Restored { state: u64 },
+    /// It is out.
+    Left,
+}
+
+/// One member's part in one group.
+pub(super) type Who = (MemberId, GroupId);
+
+/// One invariant.
+pub(super) trait Invariant {
+    /// Takes note; an error is a violation. `view`: the member's view, 0 before the first.
+    fn see(&mut self, who: &Who, view: u64, seen: &Seen<'_>) -> Result<(), String>;
+    fn name(&self) -> &'static str;
+}
+
+/// All of them.
+pub(super) fn all() -> Vec<Box<dyn Invariant>> {
+    vec![
+        Box::<fbcast::Fbcast>::default(),
+        Box::<cbcast::Cbcast>::default(),
+        Box::<abcast::Abcast>::default(),
+        Box::<gbcast::Gbcast>::default(),
+        Box::<view_synchrony::ViewSynchrony>::default(),
+        Box::<state::State>::default(),
+        Box::<safe::Safe>::default(),
+        Box::<direct::Direct>::default(),
+    ]
+}

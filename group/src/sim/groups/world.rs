@@ -1,0 +1,891 @@
+//! The run itself.
+
+use super::invariants::{self, Invariant, Seen, Who};
+use super::program::{DIRECT, Id, Program, kind};
+use crate::config::Config;
+use crate::output::{ControlEvent, RegistryReply};
+use crate::process::{
+    Calling, Command, GroupEvent, GroupId, Multicast, Order, Output, Process, ProcessConfig,
+    Refused, Request, Stability, ThreadId, Want,
+};
+use crate::rng::Rng;
+use crate::sim::network::{Network, below, chance};
+use crate::sim::plan::Options;
+use crate::sim::registry::{self, Registry};
+use crate::sim::world::Outcome;
+use crate::sim::{app, plan};
+use crate::time::Instant;
+use crate::view::MemberId;
+use bytes::Bytes;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::time::Duration;
+
+const NAMES: [&str; 3] = ["a", "b", "c"];
+/// After healing, programs go on sending for this long.
+const QUIET_AT: u64 = plan::HEALED_AT + 600_000;
+const LIVE_WITHIN: u64 = 10_000_000;
+const INBOX_MAX: usize = 3000;
+
+/// What a run says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GroupReport {
+    /// How it ended.
+    pub outcome: Outcome,
+    /// Digest of everything that happened, in order.
+    pub fingerprint: u64,
+    /// Steps taken.
+    pub steps: u64,
+    /// Views of groups begun by anyone.
+    pub views: u64,
+    /// Messages delivered to anyone.
+    pub delivered: u64,
+    /// States given to joiners.
+    pub transfers: u64,
+}
+
+enum Happening {
+    Timer {
+        node: usize,
+        epoch: u64,
+    },
+    Arrives {
+        node: usize,
+        epoch: u64,
+        what: Incoming,
+    },
+    Registry {
+        node: usize,
+        epoch: u64,
+        request: Request,
+        lost: bool,
+    },
+    Act {
+        node: usize,
+    },
+    Trouble,
+    Restart {
+        node: usize,
+    },
+    HealNetwork,
+    Heal,
+    Check,
+}
+
+#[derive(Clone)]
+enum Incoming {
+    Datagram { from: MemberId, body: Bytes },
+    Control { peer: usize, event: ControlEvent },
+    Registry(RegistryReply),
+}
+
+struct Node {
+    process: Option<Process>,
+    /// Counts processes.
+    epoch: u64,
+    paused_until: u64,
+    inbox: VecDeque<Incoming>,
+    registry_off: bool,
+    timer_at: u64,
+    programs: BTreeMap<GroupId, Program>,
+    names: BTreeMap<GroupId, String>,
+    wanted: BTreeSet<&'static str>,
+}
+
+struct World {
+    options: Options,
+    rng: Rng,
+    now: u64,
+    seq: u64,
+    queue: BTreeMap<(u64, u64), Happening>,
+    nodes: Vec<Node>,
+    network: Network,
+    registry: Registry,
+    invariants: Vec<Box<dyn Invariant>>,
+    failure: Option<(String, String)>,
+    healed: bool,
+    report: GroupReport,
+    incarnations: u128,
+    memberships: u64,
+    checks: u64,
+}
+
+/// Runs one seed to its end.
+pub fn run_groups(options: &Options) -> GroupReport {
+    let mut w = World::new(options.clone());
+    while w.failure.is_none() {
+        let Some(((at, _), what)) = w.queue.pop_first() else {
+            break;
+        };
+        w.now = at;
+        w.report.steps += 1;
+        if matches!(what, Happening::Check) {
+            match w.not_well() {
+                None => break,
+                Some(what) if at > plan::HEALED_AT + LIVE_WITHIN => w.fail("liveness", what),
+                Some(_) => w.after(10_000, Happening::Check),
+            }
+            continue;
+        }
+        w.happen(what);
+    }
+    if let Some((invariant, what)) = w.failure.take() {
+        w.report.outcome = Outcome::Failed {
+            invariant,
+            what,
+            at_us: w.now,
+        };
+    }
+    w.report
+}
+
+impl World {
+    fn new(options: Options) -> Self {
+        let mut rng = Rng::new(app::mix(options.seed ^ 0x6e0));
+        let count = match options.nodes {
+            0 => [3, 2, 3, 4, 5, 3, 6, 9][usize::try_from(below(&mut rng, 8)).expect("few")],
+            n => n,
+        };
+        let nodes = (0..count)
+            .map(|_| Node {
+                process: None,
+                epoch: 0,
+                paused_until: 0,
+                inbox: VecDeque::new(),
+                registry_off: false,
+                timer_at: u64::MAX,
+                programs: BTreeMap::new(),
+                names: BTreeMap::new(),
+                wanted: BTreeSet::new(),
+            })
+            .collect();
+        let mut w = Self {
+            options,
+            rng,
+            now: 1,
+            seq: 0,
+            queue: BTreeMap::new(),
+            nodes,
+            network: Network::default(),
+            registry: Registry::default(),
+            invariants: invariants::all(),
+            failure: None,
+            healed: false,
+            report: GroupReport {
+                outcome: Outcome::Passed,
+                fingerprint: 0,
+                steps: 0,
+                views: 0,
+                delivered: 0,
+                transfers: 0,
+            },
+            incarnations: 0,
+            memberships: 0,
+            checks: 0,
+        };
+        for node in 0..count {
+            let at = below(&mut w.rng, 20_000);
+            w.after(at, Happening::Restart { node });
+            w.after(at + 1000, Happening::Act { node });
+        }
+        for _ in 0..2 + below(&mut w.rng, 6) {
+            let at = 150_000 + below(&mut w.rng, plan::HEALED_AT - 300_000);
+            w.after(at, Happening::Trouble);
+        }
+        w.after(plan::HEALED_AT, Happening::Heal);
+        w
+    }
+
+    fn after(&mut self, us: u64, what: Happening) {
+        self.seq += 1;
+        self.queue.insert((self.now + us, self.seq), what);
+    }
+
+    fn fail(&mut self, invariant: &str, what: String) {
+        self.log(|| format!("VIOLATED {invariant}: {what}"));
+        self.failure.get_or_insert((invariant.to_owned(), what));
+    }
+
+    fn log(&mut self, line: impl FnOnce() -> String) {
+        let line = line();
+        let print = &mut self.report.fingerprint;
+        *print = app::mix(*print ^ app::digest(line.as_bytes()) ^ self.now);
+        if self.options.trace {
+            println!("{:>10} {line}", self.now);
+        }
+    }
+
+    fn see(&mut self, node: usize, group: GroupId, seen: &Seen<'_>) {
+        let Some(process) = &self.nodes[node].process else {
+            return;
+        };
+        let who: Who = (process.me().clone(), group);
+        let view = self.nodes[node].programs.get(&group).map_or(0, |p| p.view);
+        let mut failed = None;
+        for invariant in &mut self.invariants {
+            if let Err(what) = invariant.see(&who, view, seen) {
+                failed.get_or_insert((invariant.name(), what));
+            }
+        }
+        if let Some((name, what)) = failed {
+            self.fail(name, format!("{} in {group:?}: {what}", who.0));
+        }
+    }
+
+    // ---- what happens ------------------------------------------------------------------------------------------
+
+    fn happen(&mut self, what: Happening) {
+        match what {
+            Happening::Timer { node, epoch } => {
+                let n = &mut self.nodes[node];
+                if n.epoch != epoch || n.timer_at > self.now {
+                    return;
+                }
+                if n.paused_until > self.now {
+                    let wait = n.paused_until - self.now;
+                    return self.after(wait, Happening::Timer { node, epoch });
+                }
+                self.drain_inbox(node);
+                self.nodes[node].timer_at = u64::MAX;
+                self.call(node, |p, now| p.handle_timeout(now));
+            }
+            Happening::Arrives { node, epoch, what } => {
+                let n = &mut self.nodes[node];
+                if n.epoch != epoch || n.process.is_none() {
+                    return;
+                }
+                if n.paused_until > self.now {
+                    if n.inbox.len() < INBOX_MAX || !matches!(what, Incoming::Datagram { .. }) {
+                        n.inbox.push_back(what);
+                    }
+                    return;
+                }
+                self.drain_inbox(node);
+                self.arrives(node, what);
+            }
+            Happening::Registry {
+                node,
+                epoch,
+                request,
+                lost,
+            } => {
+                let reply = match self.registry_request(&request) {
+                    Some(reply) if !lost => reply,
+                    _ => request.unknown(),
+                };
+                let us = 200 + below(&mut self.rng, 800);
+                let what = Incoming::Registry(reply);
+                self.after(us, Happening::Arrives { node, epoch, what });
+            }
+            Happening::Act { node } => self.act(node),
+            Happening::Trouble => self.trouble(),
+            Happening::Restart { node } => self.start(node),
+            Happening::HealNetwork => self.network.heal(),
+            Happening::Heal => {
+                self.log(|| "all is healed".into());
+                self.healed = true;
+                self.network = Network::default();
+                for node in 0..self.nodes.len() {
+                    self.nodes[node].registry_off = false;
+                    self.nodes[node].paused_until = 0;
+                    self.start(node);
+                    self.connect(node);
+                }
+                self.after(QUIET_AT - plan::HEALED_AT + 100_000, Happening::Check);
+            }
+            Happening::Check => unreachable!("the loop takes it"),
+        }
+    }
+
+    fn drain_inbox(&mut self, node: usize) {
+        while let Some(what) = self.nodes[node].inbox.pop_front() {
+            self.arrives(node, what);
+        }
+    }
+
+    fn arrives(&mut self, node: usize, what: Incoming) {
+        match what {
+            Incoming::Datagram { from, body } => {
+                self.call(node, |p, now| p.handle_datagram(now, &from, &body));
+            }
+            Incoming::Control { peer, event } => {
+                let name = name(peer);
+                self.call(node, |p, now| p.handle_control(now, &name, event));
+            }
+            Incoming::Registry(reply) => self.call(node, |p, now| p.handle_registry(now, reply)),
+        }
+    }
+
+    fn registry_request(&mut self, request: &Request) -> Option<RegistryReply> {
+        let request = match request {
+            Request::ReadView => registry::Request::ReadView,
+            Request::ReadLease => registry::Request::ReadLease,
+            Request::CompareAndSet {
+                expected_version,
+                value,
+            } => registry::Request::CompareAndSet {
+                expected: *expected_version,
+                value: value.clone(),
+            },
+            Request::RenewLease {
+                view_version,
+                value,
+            } => registry::Request::RenewLease {
+                view_version: *view_version,
+                value: value.clone(),
+            },
+        };
+        Some(self.registry.apply(&request))
+    }
+
+    fn call(&mut self, node: usize, f: impl FnOnce(&mut Process, Instant)) {
+        let now = Instant::from_micros(self.now);
+        let Some(process) = &mut self.nodes[node].process else {
+            return;
+        };
+        f(process, now);
+        self.drain(node);
+    }
+
+    fn drain(&mut self, node: usize) {
+        let epoch = self.nodes[node].epoch;
+        while let Some(process) = &mut self.nodes[node].process {
+            let Some(output) = process.poll_output() else {
+                break;
+            };
+            self.execute(node, output);
+            if self.nodes[node].epoch != epoch {
+                return;
+            }
+        }
+        let Some(process) = &self.nodes[node].process else {
+            return;
+        };
+        if let Some(at) = process.poll_timeout() {
+            let at = at.micros().max(self.now + 1);
+            if at < self.nodes[node].timer_at {
+                self.nodes[node].timer_at = at;
+                self.after(at - self.now, Happening::Timer { node, epoch });
+            }
+        }
+    }
+
+    fn execute(&mut self, node: usize, output: Output) {
+        match output {
+            Output::Send { to, bodies } => {
+                let Some(process) = &self.nodes[node].process else {
+                    return;
+                };
+                let from = process.me().clone();
+                for m in to.iter() {
+                    let to = index(m);
+                    let epoch = self.nodes[to].epoch;
+                    for body in &bodies {
+                        for us in self.network.delays(&mut self.rng, node, to) {
+                            let what = Incoming::Datagram {
+                                from: from.clone(),
+                                body: body.clone(),
+                            };
+                            self.after(
+                                us,
+                                Happening::Arrives {
+                                    node: to,
+                                    epoch,
+                                    what,
+                                },
+                            );
+                        }
+                    }
+                }
+            }
+            Output::Registry(request) => {
+                let epoch = self.nodes[node].epoch;
+                let lost = self.nodes[node].registry_off || chance(&mut self.rng, 10);
+                let us = 200 + below(&mut self.rng, 800);
+                if self.nodes[node].registry_off {
+                    let what = Incoming::Registry(request.unknown());
+                    self.after(20_000, Happening::Arrives { node, epoch, what });
+                } else {
+                    self.after(
+                        us,
+                        Happening::Registry {
+                            node,
+                            epoch,
+                            request,
+                            lost,
+                        },
+                    );
+                }
+            }
+            Output::Instance(_) | Output::Epoch { .. } => {}
+            Output::Group { group, event } => self.on_event(node, group, event),
+            Output::Notice(notice) => self.log(|| format!("{} {notice:?}", name(node))),
+            Output::Outside => {
+                self.log(|| format!("{} is outside", name(node)));
+                self.end_process(node);
+                let us = 1000 + below(&mut self.rng, 10_000);
+                self.after(us, Happening::Restart { node });
+            }
+        }
+    }
+
+    // ---- processes ---------------------------------------------------------------------------------------------
+
+    fn start(&mut self, node: usize) {
+        if self.nodes[node].process.is_some() {
+            return;
+        }
+        self.incarnations += 1;
+        let me = MemberId::new(name(node), self.incarnations);
+        let members = (0..self.nodes.len()).map(name).collect();
+        let mut core = Config::new(1, me.clone(), members, self.rng.next_u128());
+        core.total_failure_after = Duration::from_millis(400);
+        core.lease_alone = Duration::from_millis(100);
+        core.limits.flight_bytes_max = 64 << 10;
+        core.limits.transfer_window_bytes = 8 << 10;
+        core.fault = self.options.fault;
+        let mut config = ProcessConfig::new(core);
+        config.slow_after = Some(Duration::from_secs(3));
+        let seed = self.rng.next_u64();
+        let n = &mut self.nodes[node];
+        n.epoch += 1;
+        n.timer_at = u64::MAX;
+        n.inbox.clear();
+        n.wanted.clear();
+        n.process = Some(Process::new(config, seed, Instant::from_micros(self.now)));
+        self.log(|| format!("{me} begins"));
+        self.connect(node);
+        self.call(node, |_, _| {});
+    }
+
+    /// Control connections both ways.
+    fn connect(&mut self, node: usize) {
+        for peer in 0..self.nodes.len() {
+            if peer == node || !self.network.both_ways(node, peer) {
+                continue;
+            }
+            for (at, of) in [(node, peer), (peer, node)] {
+                let since = Instant::from_micros(self.now);
+                let (Some(p), epoch) = (&self.nodes[of].process, self.nodes[at].epoch) else {
+                    continue;
+                };
+                let event = ControlEvent::Connected {
+                    incarnation: p.me().incarnation,
+                    since,
+                };
+                let what = Incoming::Control { peer: of, event };
+                let us = 100 + below(&mut self.rng, 300);
+                self.after(
+                    us,
+                    Happening::Arrives {
+                        node: at,
+                        epoch,
+                        what,
+                    },
+                );
+            }
+        }
+    }
+
+    fn end_process(&mut self, node: usize) {
+        let groups: Vec<GroupId> = self.nodes[node].programs.keys().copied().collect();
+        for group in groups {
+            self.see(node, group, &Seen::Left);
+        }
+        let n = &mut self.nodes[node];
+        n.process = None;
+        n.epoch += 1;
+        n.paused_until = 0;
+        n.programs.clear();
+        n.names.clear();
+        for at in (0..self.nodes.len()).filter(|at| *at != node) {
+            if !self.network.both_ways(at, node) {
+                continue;
+            }
+            let epoch = self.nodes[at].epoch;
+            let us = 50 + below(&mut self.rng, 200);
+            let then = Instant::from_micros(self.now + us);
+            for event in [
+                ControlEvent::Ended { at: then },
+                ControlEvent::Refused { since: then },
+            ] {
+                let what = Incoming::Control { peer: node, event };
+                self.after(
+                    us + 1,
+                    Happening::Arrives {
+                        node: at,
+                        epoch,
+                        what,
+                    },
+                );
+            }
+        }
+    }
+
+    fn trouble(&mut self) {
+        if self.healed {
+            return;
+        }
+        let nodes = self.nodes.len() as u64;
+        let node = usize::try_from(below(&mut self.rng, nodes)).expect("few nodes");
+        match below(&mut self.rng, 9) {
+            0..=3 => {
+                self.log(|| format!("{} dies", name(node)));
+                self.end_process(node);
+                let us = 2000 + below(&mut self.rng, 500_000);
+                self.after(us, Happening::Restart { node });
+                if chance(&mut self.rng, 300) {
+                    self.after(below(&mut self.rng.clone(), 3000), Happening::Trouble);
+                }
+            }
+            4 => {
+                let us = 5000 + below(&mut self.rng, 300_000);
+                self.log(|| format!("{} is paused for {us}", name(node)));
+                self.nodes[node].paused_until = self.now + us;
+            }
+            5 => {
+                self.log(|| format!("{} is cut off", name(node)));
+                let ways = below(&mut self.rng, 3);
+                for other in (0..self.nodes.len()).filter(|o| *o != node) {
+                    if ways != 0 {
+                        self.network.cut(node, other);
+                    }
+                    if ways != 1 {
+                        self.network.cut(other, node);
+                    }
+                }
+                let us = 10_000 + below(&mut self.rng, 400_000);
+                self.after(us, Happening::HealNetwork);
+            }
+            6 => {
+                self.nodes[node].registry_off = !self.nodes[node].registry_off;
+            }
+            _ => {
+                self.network.loss = below(&mut self.rng, 250);
+                self.network.duplicates = below(&mut self.rng, 200);
+                self.network.reorder = below(&mut self.rng, 300);
+                let noise = format!("{:?}", self.network);
+                self.log(|| noise);
+            }
+        }
+    }
+
+    // ---- programs ----------------------------------------------------------------------------------------------
+
+    fn act(&mut self, node: usize) {
+        if self.now < QUIET_AT {
+            let us = 500 + below(&mut self.rng, 8000);
+            self.after(us, Happening::Act { node });
+        } else {
+            self.after(20_000, Happening::Act { node });
+        }
+        if self.nodes[node].process.is_none() || self.nodes[node].paused_until > self.now {
+            return;
+        }
+        let which = usize::try_from(below(&mut self.rng, 3)).expect("three");
+        let wish = NAMES[which];
+        let joined = self.nodes[node].names.values().any(|n| n == wish);
+        if !joined {
+            let wants = self.healed || chance(&mut self.rng, 300);
+            if wants && self.nodes[node].wanted.insert(wish) {
+                let group = wish.to_owned();
+                self.command(node, Command::Join { group }).expect("it may");
+            }
+            return;
+        }
+        let found = self.nodes[node].names.iter().find(|(_, n)| *n == wish);
+        let Some(group) = found.map(|(id, _)| *id) else {
+            return;
+        };
+        if self.now >= QUIET_AT || self.nodes[node].programs[&group].leaving {
+            return;
+        }
+        match below(&mut self.rng, 40) {
+            0 if !self.healed => {
+                self.nodes[node]
+                    .programs
+                    .get_mut(&group)
+                    .expect("in")
+                    .leaving = true;
+                self.command(node, Command::Leave { group }).expect("in");
+            }
+            1 if !self.healed && chance(&mut self.rng, 300) => {
+                let members = self.nodes[node].programs[&group].members.clone();
+                if let Some(member) = members.last().cloned() {
+                    self.command(node, Command::Expel { group, member })
+                        .expect("in");
+                }
+            }
+            2 | 3 => self.send_direct(node, group),
+            _ => {
+                for _ in 0..=below(&mut self.rng, 3) {
+                    self.multicast(node, group);
+                }
+            }
+        }
+    }
+
+    fn command(&mut self, node: usize, command: Command) -> Result<(), Refused> {
+        let mut result = Ok(());
+        self.call(node, |p, now| result = p.handle_command(now, command));
+        result
+    }
+
+    fn send_direct(&mut self, node: usize, group: GroupId) {
+        let size = usize::try_from(below(&mut self.rng, 2000)).expect("small");
+        let p = self.nodes[node].programs.get_mut(&group).expect("in");
+        let sender = p.sender;
+        let others = p.members.len() as u64;
+        let Some(to) = usize::try_from(below(&mut self.rng, others))
+            .ok()
+            .and_then(|i| p.members.get(i))
+            .cloned()
+        else {
+            return;
+        };
+        let count = p.direct_sent.get(&to).copied().unwrap_or(0) + 1;
+        let id = Id {
+            sender,
+            kind: DIRECT,
+            count,
+            safe: false,
+        };
+        let body = id.body(size);
+        let command = Command::Send {
+            group,
+            to: to.clone(),
+            body,
+        };
+        // Numbered before: a message to oneself is delivered at once.
+        p.direct_sent.insert(to.clone(), count);
+        if self.command(node, command).is_err()
+            && let Some(p) = self.nodes[node].programs.get_mut(&group)
+        {
+            p.direct_sent.insert(to, count - 1);
+        }
+    }
+
+    fn multicast(&mut self, node: usize, group: GroupId) {
+        let thread = ThreadId(u16::try_from(below(&mut self.rng, 2)).expect("two"));
+        let order = match below(&mut self.rng, 20) {
+            0..=5 => Order::Fifo,
+            6..=11 => Order::Causal(thread),
+            12..=18 => Order::Total(thread),
+            _ => Order::View,
+        };
+        let size = usize::try_from(match below(&mut self.rng, 10) {
+            0 => below(&mut self.rng, 10_000),
+            _ => below(&mut self.rng, 200),
+        });
+        let size = size.expect("small");
+        let safe = order != Order::View && chance(&mut self.rng, 200);
+        let (done, calls) = (chance(&mut self.rng, 200), chance(&mut self.rng, 100));
+        let want = [Want::One, Want::All, Want::Number(2)];
+        let want = want[usize::try_from(below(&mut self.rng, 3)).expect("three")];
+        let k = u8::try_from(below(&mut self.rng, 3)).expect("small");
+        let Some(p) = self.nodes[node].programs.get_mut(&group) else {
+            return;
+        };
+        let sender = p.sender;
+        let count = p.sent.get(&kind(order)).copied().unwrap_or(0) + 1;
+        let id = Id {
+            sender,
+            kind: kind(order),
+            count,
+            safe,
+        };
+        p.next_number += 1;
+        let number = p.next_number;
+        let mut m = Multicast::new(order, id.body(size));
+        m.safe = safe;
+        if done {
+            let stability = if k == 0 {
+                Stability::All
+            } else {
+                Stability::Held(k)
+            };
+            m.done = Some((number, stability));
+        }
+        if calls {
+            m.calling = Some(Calling {
+                call: number,
+                want,
+                timeout_us: 0,
+            });
+        }
+        // Noted before: it may be delivered here at once.
+        p.sent.insert(kind(order), count);
+        if done {
+            p.awaited.insert(number, true);
+        }
+        if calls {
+            p.open_calls.insert(number, true);
+        }
+        self.see(node, group, &Seen::Sent { id, order });
+        let message = m;
+        if self
+            .command(node, Command::Multicast { group, message })
+            .is_err()
+            && let Some(p) = self.nodes[node].programs.get_mut(&group)
+        {
+            p.sent.insert(kind(order), count - 1);
+            p.awaited.remove(&number);
+            p.open_calls.remove(&number);
+        }
+    }
+
+    fn on_event(&mut self, node: usize, group: GroupId, event: GroupEvent) {
+        self.log(|| {
+            let what = match &event {
+                GroupEvent::Message(m) => {
+                    let id = Id::read(&m.body);
+                    format!("{} sends {id:?} {:?} {:?}", m.from, m.order, m.call)
+                }
+                GroupEvent::State(bytes) => format!("State of {} bytes", bytes.len()),
+                other => format!("{other:?}"),
+            };
+            format!("{} {} {what}", name(node), group.0 & 0xff)
+        });
+        match &event {
+            GroupEvent::Joined { name } => {
+                self.nodes[node].names.insert(group, name.clone());
+                self.memberships += 1;
+                let program = Program {
+                    sender: self.memberships,
+                    ..Program::default()
+                };
+                self.nodes[node].programs.insert(group, program);
+                return;
+            }
+            GroupEvent::View(view) => {
+                self.report.views += 1;
+                let state = self.nodes[node].programs[&group].state;
+                if !self.nodes[node].programs[&group].has_state {
+                    self.fail("state", format!("view {} before any state", view.id));
+                }
+                self.see(node, group, &Seen::View { view, state });
+            }
+            GroupEvent::State(bytes) => {
+                self.report.transfers += 1;
+                let mut p = Program::default();
+                p.take(&GroupEvent::State(bytes.clone()));
+                self.see(node, group, &Seen::Restored { state: p.state });
+            }
+            GroupEvent::Message(m) => {
+                self.report.delivered += 1;
+                let id = Id::read(&m.body);
+                let delivered = Seen::Delivered {
+                    id,
+                    order: m.order,
+                    from: &m.from,
+                };
+                self.see(node, group, &delivered);
+            }
+            GroupEvent::Left { .. } => {
+                self.see(node, group, &Seen::Left);
+                if let Some(name) = self.nodes[node].names.remove(&group) {
+                    self.nodes[node].wanted.retain(|w| *w != name);
+                }
+                self.nodes[node].programs.remove(&group);
+                return;
+            }
+            _ => {}
+        }
+        let Some(p) = self.nodes[node].programs.get_mut(&group) else {
+            return self.fail("events", format!("{event:?} of a group that was left"));
+        };
+        p.take(&event);
+        match event {
+            GroupEvent::Done { number } => {
+                if p.awaited.remove(&number).is_none() {
+                    self.fail("stability", format!("{number} is done twice"));
+                }
+            }
+            GroupEvent::CallDone { call, .. } => {
+                if p.open_calls.remove(&call).is_none() {
+                    self.fail("calls", format!("{call} ends twice"));
+                }
+            }
+            GroupEvent::Reply { call, .. } if !p.open_calls.contains_key(&call) => {
+                self.fail("calls", format!("a reply to {call}, which is over"));
+            }
+            GroupEvent::StateWanted { view } => {
+                let state = p.state;
+                let size = usize::try_from(below(&mut self.rng, 60_000)).expect("small");
+                // Every donor makes the same bytes.
+                let size = if chance(&mut self.rng, 900) {
+                    30_000
+                } else {
+                    size
+                };
+                let segments = p.image(size);
+                self.see(node, group, &Seen::Gave { view, state });
+                let command = Command::State {
+                    group,
+                    view,
+                    segments,
+                };
+                self.later(node, command);
+            }
+            GroupEvent::Message(m) => {
+                if let Some(to) = m.call {
+                    let body = chance(&mut self.rng, 800).then(|| Bytes::from_static(b"yes"));
+                    self.later(node, Command::Reply { group, to, body });
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// A command from within the draining of outputs: it is carried out in the same drain.
+    fn later(&mut self, node: usize, command: Command) {
+        let now = Instant::from_micros(self.now);
+        if let Some(process) = &mut self.nodes[node].process {
+            // A member that is out by now has nobody to answer.
+            let _ = process.handle_command(now, command);
+        }
+    }
+
+    // ---- the end -----------------------------------------------------------------------------------------------
+
+    /// What is not as it must be when all is healed and quiet.
+    fn not_well(&mut self) -> Option<String> {
+        self.checks += 1;
+        if self.checks.is_multiple_of(20) {
+            // Connections are tried again, as the driver does.
+            for node in 0..self.nodes.len() {
+                self.connect(node);
+            }
+        }
+        let mut states: BTreeMap<&str, (u64, Vec<MemberId>, u64)> = BTreeMap::new();
+        for (i, n) in self.nodes.iter().enumerate() {
+            for wish in NAMES {
+                let Some((group, _)) = n.names.iter().find(|(_, name)| *name == wish) else {
+                    return Some(format!("{} is not in {wish}", name(i)));
+                };
+                let p = &n.programs[group];
+                if !p.awaited.is_empty() || !p.open_calls.is_empty() {
+                    return Some(format!(
+                        "{} waits in {wish}: {:?} {:?}",
+                        name(i),
+                        p.awaited.keys(),
+                        p.open_calls.keys()
+                    ));
+                }
+                let mine = (p.view, p.members.clone(), p.state);
+                let first = states.entry(wish).or_insert_with(|| mine.clone());
+                if *first != mine || mine.1.len() != self.nodes.len() {
+                    return Some(format!("{wish}: {first:?} and {} {mine:?}", name(i)));
+                }
+            }
+        }
+        None
+    }
+}
+
+fn name(node: usize) -> String {
+    format!("r{}", node + 1)
+}
+
+fn index(member: &MemberId) -> usize {
+    member.name[1..].parse::<usize>().expect("our own name") - 1
+}
