@@ -429,7 +429,7 @@ impl Endpoint {
             }
             (Some(loading), Some(_)) => {
                 // All donors are gone: the state of this view comes instead, and what happened before is in it.
-                self.forget_what_the_state_holds();
+                self.forget_what_the_state_holds(cx);
                 self.load = Some(Load::new(cx.now, loading));
             }
             (Some(loading), None) if joined => self.load = Some(Load::new(cx.now, loading)),
@@ -437,7 +437,7 @@ impl Endpoint {
             (Some(_), None) => {}
             (None, _) => {
                 if begun.init.as_ref() == Some(&self.me) {
-                    self.forget_what_the_state_holds();
+                    self.forget_what_the_state_holds(cx);
                     self.load = None;
                     self.tell(cx, GroupEvent::Init);
                     self.release(cx);
@@ -446,9 +446,20 @@ impl Endpoint {
         }
     }
 
-    fn forget_what_the_state_holds(&mut self) {
-        self.buffered
-            .retain(|e| matches!(e, GroupEvent::Message(m) if m.order.is_none()));
+    fn forget_what_the_state_holds(&mut self, cx: &mut Cx<'_>) {
+        for event in std::mem::take(&mut self.buffered) {
+            match event {
+                GroupEvent::Message(m) if m.order.is_none() => {
+                    self.buffered.push_back(GroupEvent::Message(m));
+                }
+                // The program never sees it, so no answer will come.
+                GroupEvent::Message(Message { call: Some(to), .. }) => {
+                    let declined = self.reply(cx, &to, None);
+                    declined.expect("an empty reply is not too large");
+                }
+                _ => {}
+            }
+        }
     }
 
     /// Lets go what waited for the state.

@@ -13,7 +13,7 @@ use crate::sim::network::{Network, below, chance};
 use crate::sim::plan::Options;
 use crate::sim::registry::{self, Registry};
 use crate::sim::world::Outcome;
-use crate::sim::{app, plan};
+use crate::sim::app;
 use crate::time::Instant;
 use crate::view::MemberId;
 use bytes::Bytes;
@@ -21,8 +21,10 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
 const NAMES: [&str; 3] = ["a", "b", "c"];
+/// When all is healed.
+const HEALED_AT: u64 = 900_000;
 /// After healing, programs go on sending for this long.
-const QUIET_AT: u64 = plan::HEALED_AT + 600_000;
+const QUIET_AT: u64 = HEALED_AT + 200_000;
 const LIVE_WITHIN: u64 = 10_000_000;
 const INBOX_MAX: usize = 3000;
 
@@ -121,7 +123,7 @@ pub fn run_groups(options: &Options) -> GroupReport {
         if matches!(what, Happening::Check) {
             match w.not_well() {
                 None => break,
-                Some(what) if at > plan::HEALED_AT + LIVE_WITHIN => w.fail("liveness", what),
+                Some(what) if at > HEALED_AT + LIVE_WITHIN => w.fail("liveness", what),
                 Some(_) => w.after(10_000, Happening::Check),
             }
             continue;
@@ -188,10 +190,10 @@ impl World {
             w.after(at + 1000, Happening::Act { node });
         }
         for _ in 0..2 + below(&mut w.rng, 6) {
-            let at = 150_000 + below(&mut w.rng, plan::HEALED_AT - 300_000);
+            let at = 100_000 + below(&mut w.rng, HEALED_AT - 150_000);
             w.after(at, Happening::Trouble);
         }
-        w.after(plan::HEALED_AT, Happening::Heal);
+        w.after(HEALED_AT, Happening::Heal);
         w
     }
 
@@ -290,7 +292,7 @@ impl World {
                     self.start(node);
                     self.connect(node);
                 }
-                self.after(QUIET_AT - plan::HEALED_AT + 100_000, Happening::Check);
+                self.after(QUIET_AT - HEALED_AT + 100_000, Happening::Check);
             }
             Happening::Check => unreachable!("the loop takes it"),
         }
@@ -531,7 +533,7 @@ impl World {
             0..=3 => {
                 self.log(|| format!("{} dies", name(node)));
                 self.end_process(node);
-                let us = 2000 + below(&mut self.rng, 500_000);
+                let us = 2000 + below(&mut self.rng, 300_000);
                 self.after(us, Happening::Restart { node });
                 if chance(&mut self.rng, 300) {
                     self.after(below(&mut self.rng.clone(), 3000), Happening::Trouble);
