@@ -70,8 +70,6 @@ pub struct Process {
     ledger: Ledger,
     /// Events of the site group up to this one are in the ledger.
     applied: u64,
-    /// Views of sites that take effect when the ledger is at their cut.
-    site_views: VecDeque<(u64, Vec<MemberId>)>,
     /// Leader: entries that are not stable yet.
     appended: VecDeque<(u64, Entry)>,
     /// Leader: of each site, the number of its last request that was appended.
@@ -112,7 +110,6 @@ impl Process {
             role: None,
             ledger: Ledger::default(),
             applied: 0,
-            site_views: VecDeque::new(),
             appended: VecDeque::new(),
             asked: BTreeMap::new(),
             flushes: Flushes::default(),
@@ -334,7 +331,7 @@ impl Process {
             self.say_to_leader();
             self.end_views();
         }
-        if let Some(output) = self.core.poll_output() {
+        while let Some(output) = self.core.poll_output() {
             self.draining = true;
             self.on_core(output);
             self.draining = false;
@@ -365,12 +362,8 @@ impl Process {
                     Ok(entry) => self.apply(number, &entry),
                     Err(_) => return self.become_gone(),
                 }
-                self.settle_site_views();
             }
-            Of::Stable { number } => {
-                self.apply_appended(number);
-                self.settle_site_views();
-            }
+            Of::Stable { number } => self.apply_appended(number),
             Of::Wedged => {}
             Of::Install(installed) => self.on_install(&installed),
             Of::Outside => self.become_gone(),
@@ -415,7 +408,6 @@ impl Process {
                     .iter()
                     .filter(|(_, g)| g.change.is_some());
                 self.changing = changing.map(|(id, _)| *id).collect();
-                self.settle_site_views();
                 let ready = self
                     .core
                     .handle_command(self.now, output::Command::ReadyToBeFull);
@@ -439,33 +431,17 @@ impl Process {
             self.appended.is_empty(),
             "a survivor's events are within the cut"
         );
-        match (first, installed.role) {
-            // The checkpoint has this view in it.
-            (true, Role::Joining) => {}
-            (true, Role::Leader | Role::Backup) => {
-                self.applied = installed.cut;
-                self.ledger = Ledger::of_generation(view.generation);
-                self.site_views
-                    .push_back((installed.cut, view.full.clone()));
-            }
-            (false, _) => self.site_views.push_back((view.cut, view.full.clone())),
+        if first && installed.role == Role::Leader {
+            self.applied = installed.cut;
+            self.ledger = Ledger::of_generation(view.generation);
         }
         self.asked = self.ledger.asked.clone();
         self.flushes = Flushes::default();
-        self.settle_site_views();
         self.reported.clear();
         self.speak = true;
-    }
-
-    /// Views of sites take effect at their cuts.
-    fn settle_site_views(&mut self) {
-        // A joiner's ledger is empty until its checkpoint has come.
-        while let Some((cut, _)) = self.site_views.front()
-            && *cut <= self.applied
-        {
-            let (_, sites) = self.site_views.pop_front().expect("looked at above");
-            let effects = self.ledger.on_sites(&sites);
-            self.carry_out(effects);
+        if installed.role == Role::Leader {
+            // Who takes part is an entry like any other, so that joiners, who do not see every view, read the same.
+            self.append(Entry::Sites(view.full.clone()));
         }
     }
 
@@ -599,6 +575,7 @@ impl Process {
             return;
         }
         self.repeat_at.get_or_insert(self.now + REPEAT_AFTER);
+        self.wait_for_survivors_only();
         if self.core.can_multicast() {
             let (first, ops) = (self.first_request, self.requests.clone());
             let me = self.me.clone();
@@ -615,6 +592,20 @@ impl Process {
         let most = self.core.unicast_bytes_max();
         for words in gbcast::to_leader(self.first_request, &self.requests, &reports, most) {
             self.core.send_to_leader(self.now, &words);
+        }
+    }
+
+    /// Those that depart hold nobody up any more.
+    fn wait_for_survivors_only(&mut self) {
+        for id in &self.changing {
+            if let (Some(endpoint), Some(group)) =
+                (self.endpoints.get_mut(id), self.ledger.group(*id))
+            {
+                let news = endpoint.wait_for_only(&group.survivors().collect());
+                if news {
+                    self.touched.insert(*id);
+                }
+            }
         }
     }
 

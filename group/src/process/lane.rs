@@ -34,6 +34,8 @@ pub(crate) struct Outgoing {
     probes: u32,
     /// What each receiver holds.
     held: Vec<u64>,
+    /// Receivers that depart.
+    gone: Vec<bool>,
     /// The window has been full since, without an acknowledgement by the slowest.
     pub(crate) stalled_since: Option<Instant>,
 }
@@ -47,6 +49,7 @@ impl Outgoing {
             probe_at: None,
             probes: 0,
             held: vec![0; receivers],
+            gone: vec![false; receivers],
             stalled_since: None,
         }
     }
@@ -67,8 +70,15 @@ impl Outgoing {
 
     /// The highest that all receivers hold.
     pub(crate) fn all_hold(&self) -> u64 {
-        let least = self.held.iter().min().copied();
+        let there = self.held.iter().zip(&self.gone).filter(|(_, gone)| !**gone);
+        let least = there.map(|(held, _)| *held).min();
         least.unwrap_or_else(|| self.log.held())
+    }
+
+    /// This receiver departs: it is not waited for. Whether that is news.
+    pub(crate) fn give_up(&mut self, receiver: usize) -> bool {
+        let gone = self.gone.get_mut(receiver);
+        gone.is_some_and(|gone| !std::mem::replace(gone, true))
     }
 
     /// The highest that `k` receivers hold, at most all.

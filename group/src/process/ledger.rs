@@ -1,5 +1,5 @@
 //! The ledger: which groups there are and who is in them. The same on every site, because it is changed only by events of
-//! the site group, in their order, and by its views.
+//! the site group, in their order. The leader of each view of sites enters first who takes part.
 //!
 //! A change of a group (somebody joins, leaves or died, or a gbcast was sent) begins with `Block`: the survivors of its view
 //! send nothing new and deliver nothing more in it, and report to the site leader what they hold of each other's lanes. When
@@ -15,7 +15,7 @@ use std::collections::{BTreeMap, BTreeSet};
 /// Members that keep the state for a joiner: a second one goes on where the first died.
 pub(crate) const DONORS: usize = 2;
 
-/// What a site has to do because of an entry or of a view of sites.
+/// What a site has to do because of an entry.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Effect {
     /// The view of this group is being left.
@@ -126,6 +126,7 @@ impl Ledger {
                     self.on_op(by, op, &mut effects);
                 }
             }
+            Entry::Sites(sites) => return self.on_sites(sites),
             Entry::Cut { group, epoch, cut } => {
                 let current = self.groups.get(group).filter(|g| {
                     g.change.as_ref().is_some_and(|c| c.epoch == *epoch)
@@ -139,8 +140,8 @@ impl Ledger {
         effects
     }
 
-    /// A view of sites was installed: these take part.
-    pub(crate) fn on_sites(&mut self, sites: &[MemberId]) -> Vec<Effect> {
+    /// These take part from now on.
+    fn on_sites(&mut self, sites: &[MemberId]) -> Vec<Effect> {
         let mut effects = Vec::new();
         self.sites = sites.iter().cloned().collect();
         self.asked.retain(|m, _| sites.contains(m));

@@ -192,6 +192,8 @@ pub(crate) enum Op {
 /// An entry of the ledger's log: an event of the site group.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Entry {
+    /// Of the leader of a new view of sites: these take part.
+    Sites(Vec<MemberId>),
     /// Of a process.
     Asked { by: MemberId, number: u64, op: Op },
     /// Every survivor holds all lanes up to here: the view ends.

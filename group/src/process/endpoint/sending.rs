@@ -9,6 +9,7 @@ use crate::process::wire::{DIRECT, Envelope, Header, Kind, Op, Small};
 use crate::time::Instant;
 use crate::view::MemberId;
 use bytes::Bytes;
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 /// Lanes acknowledged in one datagram.
@@ -424,6 +425,17 @@ impl Endpoint {
                 member,
             });
         }
+    }
+
+    /// The view is being left: what others do not acknowledge fills no window. Whether somebody is given up who was not.
+    pub(crate) fn wait_for_only(&mut self, survivors: &BTreeSet<&MemberId>) -> bool {
+        let mut news = false;
+        for (receiver, m) in self.others.iter().enumerate() {
+            if !survivors.contains(m) {
+                news |= self.out.give_up(receiver);
+            }
+        }
+        news
     }
 
     /// The site leader says where to get what is missing.

@@ -9,11 +9,11 @@ use crate::process::{
     Refused, Request, Stability, ThreadId, Want,
 };
 use crate::rng::Rng;
+use crate::sim::app;
 use crate::sim::network::{Network, below, chance};
 use crate::sim::plan::Options;
 use crate::sim::registry::{self, Registry};
 use crate::sim::world::Outcome;
-use crate::sim::app;
 use crate::time::Instant;
 use crate::view::MemberId;
 use bytes::Bytes;
