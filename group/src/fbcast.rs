@@ -302,6 +302,12 @@ impl Assembler {
         true
     }
 
+    /// Bytes that came out of order and wait.
+    #[cfg(test)]
+    pub(crate) fn kept_bytes(&self) -> usize {
+        self.kept_bytes
+    }
+
     /// The sender says that it has sent everything up to `number`.
     pub(crate) fn announce(&mut self, number: u64) {
         self.announced = self.announced.max(number);

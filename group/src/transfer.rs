@@ -154,6 +154,7 @@ impl Receiving {
                 self.at += new.len() as u64;
             }
         }
+        self.asked = self.asked.max(self.at); // more may have come than was asked for
         if !out.is_empty() {
             self.retry_at = now + PIECE_RETRY;
         }

@@ -28,6 +28,10 @@ pub(crate) const COPY: u8 = 8;
 /// The sender leads this view: `stable`, `trim` and `sent` are meant.
 pub(crate) const LEADER: u8 = 16;
 
+/// Largest number of an event or a view, of a byte of a checkpoint, and largest clock in microseconds, that is believed:
+/// no group comes near it, and one more, or a lease more, never overflows.
+pub(crate) const NUMBER_MAX: u64 = 1 << 62;
+
 /// What every datagram says.
 #[derive(Copy, Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Header {
@@ -128,6 +132,30 @@ pub(crate) enum Message {
     PiecesWanted { since: u64, offset: u64, len: u32 },
 }
 
+impl Message {
+    /// Whether its numbers are ones that a sound peer can have.
+    fn is_plausible(&self) -> bool {
+        match self {
+            Self::Nak { ranges } => ranges
+                .iter()
+                .all(|(a, b)| a.number.max(b.number) <= NUMBER_MAX),
+            Self::WedgeAck { held, clock_us, .. } => (*held).max(*clock_us) <= NUMBER_MAX,
+            // Times here are only compared; the others have none.
+            Self::Heartbeat { .. }
+            | Self::Alive { .. }
+            | Self::PreVote
+            | Self::PreVoteAnswer { .. }
+            | Self::Wedge
+            | Self::NewView { .. }
+            | Self::WantView
+            | Self::JoinRequest
+            | Self::JoinReady
+            | Self::LeaveRequest
+            | Self::PiecesWanted { .. } => true,
+        }
+    }
+}
+
 /// What a body holds.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Item<'a> {
@@ -205,7 +233,7 @@ pub(crate) struct Reader<'a> {
 }
 
 impl<'a> Reader<'a> {
-    /// The header and the items after it; `None` when there is not even a header of this format.
+    /// The header and the items after it; `None` when there is not even a header of this format, or an absurd one.
     pub(crate) fn new(body: &'a [u8]) -> Option<(Header, Self)> {
         let mut r = Self {
             rest: body,
@@ -216,11 +244,11 @@ impl<'a> Reader<'a> {
         }
         let header = Header {
             flags: r.u8()?,
-            view_id: r.u64()?,
-            clock_us: r.u64()?,
-            held: r.u64()?,
-            stable: r.u64()?,
-            trim: r.u64()?,
+            view_id: r.number()?,
+            clock_us: r.number()?,
+            held: r.number()?,
+            stable: r.number()?,
+            trim: r.number()?,
         };
         Some((header, r))
     }
@@ -251,6 +279,10 @@ impl<'a> Reader<'a> {
         self.array().map(u64::from_le_bytes)
     }
 
+    fn number(&mut self) -> Option<u64> {
+        self.u64().filter(|n| *n <= NUMBER_MAX)
+    }
+
     fn bytes(&mut self) -> Option<&'a [u8]> {
         let n = u16::from_le_bytes(self.array()?);
         self.take(usize::from(n))
@@ -259,7 +291,7 @@ impl<'a> Reader<'a> {
     fn item(&mut self) -> Option<Item<'a>> {
         Some(match self.u8()? {
             KIND_CHUNK => {
-                let number = self.u64()?;
+                let number = self.number()?;
                 let total = self.u32()?;
                 let offset = self.u32()?;
                 let bytes = self.bytes()?;
@@ -274,13 +306,16 @@ impl<'a> Reader<'a> {
                 })
             }
             KIND_PIECE => Item::Piece(Piece {
-                since: self.u64()?,
-                offset: self.u64()?,
-                total: self.u64()?,
+                since: self.number()?,
+                offset: self.number()?,
+                total: self.number()?,
                 bytes: self.bytes()?,
             }),
             KIND_UNICAST => Item::Unicast(self.bytes()?),
-            KIND_MESSAGE => Item::Message(postcard::from_bytes(self.bytes()?).ok()?),
+            KIND_MESSAGE => {
+                let message: Message = postcard::from_bytes(self.bytes()?).ok()?;
+                Item::Message(Some(message).filter(Message::is_plausible)?)
+            }
             _ => return None,
         })
     }
