@@ -254,6 +254,25 @@ mod tests {
     use crate::wire::{Item, Reader};
 
     #[test]
+    fn more_than_was_asked_for_is_taken_and_asked_on_from_there() {
+        let limits = Limits {
+            transfer_window_bytes: 1000,
+            ..Limits::default()
+        };
+        let now = Instant::from_micros(0);
+        let mut receiving = Receiving::new(now);
+        assert_eq!(receiving.want(now, &limits), Some((0, 1000)));
+        let piece = Piece {
+            since: 1,
+            offset: 0,
+            total: 9000,
+            bytes: &[7; 1800],
+        };
+        assert_eq!(receiving.take(now, &piece, &limits).len(), 1);
+        assert_eq!(receiving.want(now, &limits), Some((1800, 500)));
+    }
+
+    #[test]
     fn a_checkpoint_arrives_whole_through_loss() {
         let limits = Limits {
             datagram_bytes_max: 200,
