@@ -197,7 +197,7 @@ mod tests {
         let mut pacer = pacer(3, 4000, 20_000);
         let (mut now, mut gone) = (1, Vec::new());
         for _ in 0..20_000 {
-            let idle = if rng.next_u64() % 100 == 0 {
+            let idle = if rng.next_u64().is_multiple_of(100) {
                 20_000
             } else {
                 300
