@@ -315,6 +315,12 @@ impl Assembler {
         true
     }
 
+    /// Bytes that came out of order and wait.
+    #[cfg(test)]
+    pub(crate) fn kept_bytes(&self) -> usize {
+        self.kept_bytes
+    }
+
     /// The sender says that it has sent everything up to `number`.
     pub(crate) fn announce(&mut self, number: u64) {
         self.announced = self.announced.max(number);
@@ -408,6 +414,27 @@ mod tests {
                 a.take(&c, to, &limits());
             }
         }
+    }
+
+    #[test]
+    fn what_comes_out_of_order_is_kept_up_to_a_bound() {
+        let limits = Limits {
+            reorder_bytes_max: 1000,
+            ..limits()
+        };
+        let mut log = EventLog::starting_after(0);
+        let mut assembler = Assembler::starting_after(0);
+        let chunk = |number| Chunk {
+            pos: Pos::start(number),
+            total: 100,
+            bytes: &[1; 100],
+        };
+        let taken = |number| assembler.take(&chunk(number), &mut log, &limits);
+        assert_eq!((2..100).map(taken).filter(|new| *new).count(), 8);
+        assert!(assembler.kept_bytes() <= 1000);
+        // The event that is missing is taken all the same, and what waited follows.
+        assert!(assembler.take(&chunk(1), &mut log, &limits));
+        assert_eq!((log.held(), assembler.kept_bytes()), (9, 0));
     }
 
     #[test]

@@ -9,6 +9,9 @@ use crate::wire::{self, Chunk, Header, Item, Message, Pos};
 use bytes::Bytes;
 use std::time::Duration;
 
+#[cfg(test)]
+mod tests;
+
 /// An amortised acknowledgement waits at most this long.
 const ACK_DELAY: Duration = Duration::from_millis(1);
 /// Bytes sent again for one request.

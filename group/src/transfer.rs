@@ -154,6 +154,7 @@ impl Receiving {
                 self.at += new.len() as u64;
             }
         }
+        self.asked = self.asked.max(self.at); // more may have come than was asked for
         if !out.is_empty() {
             self.retry_at = now + PIECE_RETRY;
         }
@@ -251,6 +252,25 @@ impl Core {
 mod tests {
     use super::*;
     use crate::wire::{Header, Item, Reader};
+
+    #[test]
+    fn more_than_was_asked_for_is_taken_and_asked_on_from_there() {
+        let limits = Limits {
+            transfer_window_bytes: 1000,
+            ..Limits::default()
+        };
+        let now = Instant::from_micros(0);
+        let mut receiving = Receiving::new(now);
+        assert_eq!(receiving.want(now, &limits), Some((0, 1000)));
+        let piece = Piece {
+            since: 1,
+            offset: 0,
+            total: 9000,
+            bytes: &[7; 1800],
+        };
+        assert_eq!(receiving.take(now, &piece, &limits).len(), 1);
+        assert_eq!(receiving.want(now, &limits), Some((1800, 500)));
+    }
 
     #[test]
     fn a_checkpoint_arrives_whole_through_loss() {

@@ -1,5 +1,6 @@
 //! Members and views: who takes part, who leads, and where the view before was cut.
 
+use crate::wire::NUMBER_MAX;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::time::Duration;
@@ -107,6 +108,8 @@ pub enum ViewDecodeError {
 
 const MAGIC: [u8; 3] = *b"UBV";
 const FORMAT: u8 = 1;
+/// The last event of the generation before is numbered by it (`GENERATION_EVENTS`), far below [`NUMBER_MAX`].
+const GENERATION_MAX: u32 = 1 << 20;
 
 impl View {
     /// The leader: the first full member.
@@ -172,7 +175,12 @@ impl View {
         let mut names: Vec<&str> = view.members().map(|m| m.name.as_str()).collect();
         names.sort_unstable();
         let distinct = names.windows(2).all(|w| w[0] != w[1]);
-        if view.full.is_empty() || !distinct || usize::from(view.k) >= view.full.len() {
+        let numbers = [view.id.0, view.cut, view.clock_us, view.lease_us];
+        let joiners = view.joining.iter().map(|j| j.since.0.max(j.cut));
+        let absurd = numbers.into_iter().chain(joiners).any(|n| n > NUMBER_MAX)
+            || view.generation > GENERATION_MAX;
+        let few = usize::from(view.k) >= view.full.len();
+        if view.full.is_empty() || !distinct || few || absurd {
             return Err(ViewDecodeError::Inconsistent);
         }
         Ok(view)

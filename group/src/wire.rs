@@ -30,6 +30,10 @@ pub(crate) const COPY: u8 = 8;
 /// The sender leads this view: `stable`, `trim` and `sent` are meant.
 pub(crate) const LEADER: u8 = 16;
 
+/// Largest number of an event or a view, of a byte of a checkpoint, and largest clock in microseconds, that is believed:
+/// no group comes near it, and one more, or a lease more, never overflows.
+pub(crate) const NUMBER_MAX: u64 = 1 << 62;
+
 /// What every datagram says.
 #[derive(Copy, Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Header {
@@ -137,6 +141,30 @@ pub(crate) enum Message {
     PiecesWanted { since: u64, offset: u64, len: u32 },
 }
 
+impl Message {
+    /// Whether its numbers are ones that a sound peer can have.
+    fn is_plausible(&self) -> bool {
+        match self {
+            Self::Nak { ranges } => ranges
+                .iter()
+                .all(|(a, b)| a.number.max(b.number) <= NUMBER_MAX),
+            Self::WedgeAck { held, clock_us, .. } => (*held).max(*clock_us) <= NUMBER_MAX,
+            // Times here are only compared; the others have none.
+            Self::Heartbeat { .. }
+            | Self::Alive { .. }
+            | Self::PreVote
+            | Self::PreVoteAnswer { .. }
+            | Self::Wedge
+            | Self::NewView { .. }
+            | Self::WantView
+            | Self::JoinRequest
+            | Self::JoinReady
+            | Self::LeaveRequest
+            | Self::PiecesWanted { .. } => true,
+        }
+    }
+}
+
 /// What a body holds.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Item<'a, M = Message> {
@@ -216,7 +244,7 @@ pub(crate) struct Reader<'a, M = Message> {
 }
 
 impl<'a> Reader<'a> {
-    /// The header and the items after it; `None` when there is not even a header of this format.
+    /// The header and the items after it; `None` when there is not even a header of this format, or an absurd one.
     pub(crate) fn new(body: &'a [u8]) -> Option<(Header, Self)> {
         let mut r = Self::over(body);
         if r.u8()? != FORMAT {
@@ -224,11 +252,11 @@ impl<'a> Reader<'a> {
         }
         let header = Header {
             flags: r.u8()?,
-            view_id: r.u64()?,
-            clock_us: r.u64()?,
-            held: r.u64()?,
-            stable: r.u64()?,
-            trim: r.u64()?,
+            view_id: r.number()?,
+            clock_us: r.number()?,
+            held: r.number()?,
+            stable: r.number()?,
+            trim: r.number()?,
         };
         Some((header, r))
     }
@@ -270,6 +298,10 @@ impl<'a, M: DeserializeOwned> Reader<'a, M> {
         self.array().map(u64::from_le_bytes)
     }
 
+    fn number(&mut self) -> Option<u64> {
+        self.u64().filter(|n| *n <= NUMBER_MAX)
+    }
+
     fn bytes(&mut self) -> Option<&'a [u8]> {
         let n = u16::from_le_bytes(self.array()?);
         self.take(usize::from(n))
@@ -278,7 +310,7 @@ impl<'a, M: DeserializeOwned> Reader<'a, M> {
     fn item(&mut self) -> Option<Item<'a, M>> {
         Some(match self.u8()? {
             KIND_CHUNK => {
-                let number = self.u64()?;
+                let number = self.number()?;
                 let total = self.u32()?;
                 let offset = self.u32()?;
                 let bytes = self.bytes()?;
@@ -293,13 +325,16 @@ impl<'a, M: DeserializeOwned> Reader<'a, M> {
                 })
             }
             KIND_PIECE => Item::Piece(Piece {
-                since: self.u64()?,
-                offset: self.u64()?,
-                total: self.u64()?,
+                since: self.number()?,
+                offset: self.number()?,
+                total: self.number()?,
                 bytes: self.bytes()?,
             }),
             KIND_UNICAST => Item::Unicast(self.bytes()?),
-            KIND_MESSAGE => Item::Message(postcard::from_bytes(self.bytes()?).ok()?),
+            KIND_MESSAGE => {
+                let message: Message = postcard::from_bytes(self.bytes()?).ok()?;
+                Item::Message(Some(message).filter(Message::is_plausible)?)
+            }
             _ => return None,
         })
     }

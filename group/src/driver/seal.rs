@@ -33,10 +33,22 @@ impl GroupKey {
         LessSafeKey::new(UnboundKey::new(&AES_256_GCM, &key).expect("AES-256 takes 32 bytes"))
     }
 
-    /// The key of one life of one member in one group.
-    pub(super) fn sender(&self, instance: u128, name: &str, incarnation: u128) -> LessSafeKey {
-        let (instance, incarnation) = (instance.to_le_bytes(), incarnation.to_le_bytes());
-        self.derive(&[b"datagram", &instance, &incarnation, name.as_bytes()])
+    /// The key of one life of one member in one group, for one epoch. The name is last: all before it has a fixed
+    /// length, so that no two senders have the same input.
+    pub(super) fn sender(
+        &self,
+        instance: u128,
+        name: &str,
+        incarnation: u128,
+        epoch: u64,
+    ) -> LessSafeKey {
+        self.derive(&[
+            b"datagram",
+            &instance.to_le_bytes(),
+            &incarnation.to_le_bytes(),
+            &epoch.to_le_bytes(),
+            name.as_bytes(),
+        ])
     }
 
     /// The key under which a member answers a challenge on its control connections.
@@ -73,100 +85,14 @@ pub(super) fn open<'a>(
         .map(|plain| &*plain)
 }
 
-const WINDOW_WORDS: usize = 64;
-const WINDOW: u64 = 64 * WINDOW_WORDS as u64;
-
-/// Which of a sender's numbers have been seen: a number is accepted once, and only while it is not
-/// older than the newest by 4096 (the sliding window of RFC 6479).
-#[derive(Clone)]
-pub(super) struct ReplayWindow {
-    newest: u64,
-    bits: [u64; WINDOW_WORDS],
-}
-
-impl Default for ReplayWindow {
-    fn default() -> Self {
-        Self {
-            newest: 0,
-            bits: [0; WINDOW_WORDS],
-        }
-    }
-}
-
-impl ReplayWindow {
-    fn place(counter: u64) -> (usize, u64) {
-        let word = (counter / 64) % WINDOW_WORDS as u64;
-        (
-            usize::try_from(word).expect("below 64"),
-            1 << (counter % 64),
-        )
-    }
-
-    /// Whether `counter` would be accepted.
-    pub(super) fn fresh(&self, counter: u64) -> bool {
-        if counter > self.newest {
-            return true;
-        }
-        // One word less than the window: the newest number's own word is being filled.
-        if self.newest - counter >= WINDOW - 64 {
-            return false;
-        }
-        let (word, bit) = Self::place(counter);
-        self.bits[word] & bit == 0
-    }
-
-    /// Notes an accepted number.
-    pub(super) fn note(&mut self, counter: u64) {
-        if counter > self.newest {
-            let (from, to) = (self.newest / 64, counter / 64);
-            for word in (from + 1..=to).take(WINDOW_WORDS) {
-                let place = usize::try_from(word % WINDOW_WORDS as u64).expect("below 64");
-                self.bits[place] = 0;
-            }
-            self.newest = counter;
-        }
-        let (word, bit) = Self::place(counter);
-        self.bits[word] |= bit;
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn each_number_once() {
-        let mut window = ReplayWindow::default();
-        for counter in [1, 2, 5, 4, 3, 4000, 70, 9000, 8990] {
-            if window.newest >= WINDOW && counter + WINDOW - 64 <= window.newest {
-                continue;
-            }
-            assert!(window.fresh(counter), "{counter}");
-            window.note(counter);
-            assert!(!window.fresh(counter), "{counter} again");
-        }
-        assert!(!window.fresh(70), "too old");
-        assert!(window.fresh(8991));
-    }
-
-    #[test]
-    fn a_jump_over_the_whole_window_forgets_it() {
-        let mut window = ReplayWindow::default();
-        for counter in 1..=200 {
-            window.note(counter);
-        }
-        window.note(1_000_000);
-        for counter in 1_000_000 - 4000..1_000_000 {
-            assert!(window.fresh(counter), "{counter}");
-        }
-        assert!(!window.fresh(1_000_000));
-        assert!(!window.fresh(200));
-    }
-
-    #[test]
-    fn nothing_opens_under_another_life_head_or_number() {
+    fn nothing_opens_under_another_life_epoch_head_or_number() {
         let key = GroupKey::new(&[7; 32]);
-        let sender = key.sender(1, "r1", 2);
+        let sender = key.sender(1, "r1", 2, 3);
         let mut sealed = b"headbody".to_vec();
         seal(&sender, 9, &mut sealed, 0, 4);
         let opens = |key: &LessSafeKey, counter, head: &[u8]| {
@@ -177,10 +103,11 @@ mod tests {
         assert_eq!(opens(&sender, 8, b"head"), None);
         assert_eq!(opens(&sender, 9, b"heaD"), None);
         for other in [
-            key.sender(2, "r1", 2),
-            key.sender(1, "r2", 2),
-            key.sender(1, "r1", 3),
-            GroupKey::new(&[8; 32]).sender(1, "r1", 2),
+            key.sender(2, "r1", 2, 3),
+            key.sender(1, "r2", 2, 3),
+            key.sender(1, "r1", 3, 3),
+            key.sender(1, "r1", 2, 4),
+            GroupKey::new(&[8; 32]).sender(1, "r1", 2, 3),
         ] {
             assert_eq!(opens(&other, 9, b"head"), None);
         }

@@ -278,10 +278,14 @@ impl Node {
                 continue;
             }
             match output {
-                Output::Send { to, bodies } => self.driver.sender.send(GROUP, &to, &bodies),
+                Output::Send { to, bodies } => {
+                    let at = now(self.started);
+                    self.driver.sender.send(at, GROUP, &to, &bodies);
+                }
                 Output::Deliver { number, payload } => self.apply(number, &payload),
                 Output::Stable { number } => self.mine.stable = number,
                 Output::Install(i) => {
+                    self.driver.set_epoch(GROUP, i.view.id.0);
                     self.mine.role = Some(i.role);
                     self.mine.full = i.view.full.len();
                     self.mine.view = i.view.id.0;

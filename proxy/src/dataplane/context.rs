@@ -7,9 +7,11 @@ use mio::Registry;
 use tokio::sync::mpsc::UnboundedSender;
 use tracing::{debug, info, warn};
 use unbroken_group::driver::Sender;
-use unbroken_group::{MemberId, Notice};
+use unbroken_group::{MemberId, Notice, ViewId};
 
 use super::Note;
+use super::plane::group_time;
+use crate::clock::BootTime;
 use crate::registry::Request;
 
 /// The thread's shared parts, lent to one plane for one turn.
@@ -33,8 +35,14 @@ pub(crate) enum Deferred {
 
 impl Context<'_> {
     /// Sends datagrams of a plane's group.
-    pub(crate) fn send(&mut self, plane: usize, to: &[MemberId], bodies: &[Bytes]) {
-        self.sender.send(group_id(plane), to, bodies);
+    pub(crate) fn send(&mut self, now: BootTime, plane: usize, to: &[MemberId], bodies: &[Bytes]) {
+        self.sender
+            .send(group_time(now), group_id(plane), to, bodies);
+    }
+
+    /// A view is installed: what follows is sealed in its epoch.
+    pub(crate) fn set_epoch(&mut self, plane: usize, view_id: ViewId) {
+        self.sender.set_epoch(group_id(plane), view_id.0);
     }
 
     /// The group's keys can be derived.

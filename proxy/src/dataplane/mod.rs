@@ -201,6 +201,7 @@ impl Dataplane {
             self.receive_control(now);
             self.receive_inputs(now);
             self.each_plane(now, Plane::turn);
+            self.driver.sender.handle_timeout(group_time(now));
             self.arm_writable();
             self.settle_deferred();
             self.reporter.report(now, &mut self.planes, &self.notes);

@@ -372,7 +372,7 @@ impl Plane {
         while let Some(output) = self.group.poll_output() {
             any = true;
             match output {
-                GroupOutput::Send { to, bodies } => cx.send(self.config.index, &to, &bodies),
+                GroupOutput::Send { to, bodies } => cx.send(now, self.config.index, &to, &bodies),
                 GroupOutput::Deliver { number, payload } => {
                     self.deliver(now, EventNo(number), &payload, cx);
                 }
@@ -380,7 +380,10 @@ impl Plane {
                 // answer must neither follow a wedge nor get into a checkpoint at the cut.
                 GroupOutput::Stable { number } => self.stable = EventNo(number),
                 GroupOutput::Wedged => self.wedge(),
-                GroupOutput::Install(installed) => self.install(now, &installed, cx),
+                GroupOutput::Install(installed) => {
+                    cx.set_epoch(self.config.index, installed.view.id);
+                    self.install(now, &installed, cx);
+                }
                 GroupOutput::Outside => self.outside(now, cx),
                 GroupOutput::Instance(instance) => cx.set_instance(self.config.index, instance),
                 GroupOutput::ReadView => self.ask(cx, Node::View, Operation::Read),
