@@ -136,16 +136,24 @@ pub enum CommandError {
     Failed,
 }
 
+/// An update that waits.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Held {
+    update: Update,
+    /// Encoded size.
+    bytes: usize,
+}
+
 /// What is known of one member's updates.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 struct Sender {
     /// Number of its last update that was applied.
     applied: u64,
     /// Invariant: consecutive, the first has `applied + 1`.
-    held: VecDeque<Update>,
+    held: VecDeque<Held>,
     /// How many of `held` are the last part of a release.
     whole: usize,
-    /// Encoded size of `held`.
+    /// Of all in `held`.
     held_bytes: usize,
 }
 
@@ -167,12 +175,12 @@ struct Barrier {
 }
 
 /// This process and a lock.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Mine {
     /// The request is under way, or queued.
     Requested,
     /// First in the queue, but updates on the path are missing.
-    Waiting { path: Vector, abandoned: bool },
+    Waiting,
     /// The application goes on.
     Held,
 }
@@ -186,8 +194,7 @@ enum Stop {
     Waiting { path: Vector },
 }
 
-/// A defect on purpose: the simulation has to find each.
-#[cfg(test)]
+/// A defect that can be planted in tests: the simulation has to find each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Fault {
     /// A lock is held as soon as it is this process's turn.
@@ -344,7 +351,10 @@ impl DsmCore {
             Some(update) if update.number == expected && update.diffs.iter().all(within) => {
                 sender.held_bytes += bytes.len();
                 sender.whole += usize::from(update.last);
-                sender.held.push_back(update);
+                sender.held.push_back(Held {
+                    update,
+                    bytes: bytes.len(),
+                });
                 self.apply_what_may_be();
                 if self.others[from].held_bytes > self.config.held_bytes_max {
                     let member = from.clone();
@@ -395,38 +405,22 @@ impl DsmCore {
                 lock.abandoned |= !stays(holder);
             }
         }
-        #[cfg(test)]
-        if self.fault == Some(Fault::KeepOrphans) {
+        if self.has(Fault::KeepOrphans) {
             self.apply_orphans(members);
         }
         self.others.retain(|m, _| stays(m));
         for member in members.iter().filter(|m| **m != self.me) {
             self.others.entry(member.clone()).or_default();
         }
-        // Nobody waits for what is gone.
+        // Nobody waits for what is gone: `covers` passes over it.
         self.seen.retain(stays);
-        for sender in self.others.values_mut() {
-            for update in &mut sender.held {
-                update.after.retain(stays);
-            }
-        }
-        for mine in self.mine.values_mut() {
-            if let Mine::Waiting { path, .. } = mine {
-                path.retain(stays);
-            }
-        }
-        for stop in self.stops.values_mut() {
-            if let Stop::Waiting { path } = stop {
-                path.retain(stays);
-            }
-        }
         self.apply_what_may_be();
 
+        let keep_lock = self.has(Fault::KeepLockOfDeparted);
         let mut passed_on = Vec::new();
         for (&id, lock) in &mut self.locks {
             lock.path.retain(stays);
-            #[cfg(test)]
-            if self.fault == Some(Fault::KeepLockOfDeparted) {
+            if keep_lock {
                 continue;
             }
             let holder = lock.queue.front().cloned();
@@ -470,8 +464,7 @@ impl DsmCore {
 
     /// What the next holder of a lock that this process passes on must have applied.
     fn path(&self) -> Vector {
-        #[cfg(test)]
-        if self.fault == Some(Fault::PathOfOneMember) {
+        if self.has(Fault::PathOfOneMember) {
             let mut path = Vector::default();
             path.raise(&self.me, self.sent);
             return path;
@@ -485,7 +478,9 @@ impl DsmCore {
         if !diffs.iter().all(within) {
             return Err(CommandError::OutOfRange);
         }
-        let mut parts = split(diffs, self.config.update_bytes_max).into_iter().peekable();
+        let mut parts = split(diffs, self.config.update_bytes_max)
+            .into_iter()
+            .peekable();
         let mut after = self.path().without(&self.me);
         while let Some(diffs) = parts.next() {
             self.sent += 1;
@@ -532,13 +527,8 @@ impl DsmCore {
         let Some(first) = sender.held.front() else {
             return false;
         };
-        #[cfg(test)]
-        match self.fault {
-            Some(Fault::ApplyAsTheyCome) => return sender.whole > 0,
-            Some(Fault::ApplyParts) => return self.covers(&first.after),
-            _ => {}
-        }
-        sender.whole > 0 && self.covers(&first.after)
+        let whole = sender.whole > 0 || self.has(Fault::ApplyParts);
+        whole && (self.covers(&first.update.after) || self.has(Fault::ApplyAsTheyCome))
     }
 
     fn apply_what_may_be(&mut self) {
@@ -555,8 +545,10 @@ impl DsmCore {
 
     /// Applies the oldest release of a member: all its parts.
     fn apply_oldest(&mut self, member: &MemberId) {
+        let one_part = self.has(Fault::ApplyParts);
         let sender = self.others.get_mut(member).expect("found just now");
-        while let Some(update) = sender.held.pop_front() {
+        while let Some(Held { update, bytes }) = sender.held.pop_front() {
+            sender.held_bytes -= bytes;
             sender.applied = update.number;
             self.outputs
                 .extend(update.diffs.into_iter().map(Output::Apply));
@@ -564,17 +556,13 @@ impl DsmCore {
                 sender.whole -= 1;
                 break;
             }
-            #[cfg(test)]
-            if self.fault == Some(Fault::ApplyParts) {
+            if one_part {
                 break;
             }
         }
-        if sender.held.is_empty() {
-            sender.held_bytes = 0;
-        }
     }
 
-    #[cfg(test)]
+    /// A planted defect.
     fn apply_orphans(&mut self, members: &[MemberId]) {
         let departed: Vec<_> = self.others.keys().cloned().collect();
         for member in departed.iter().filter(|m| !members.contains(m)) {
@@ -639,10 +627,7 @@ impl DsmCore {
         if state.queue.front() == Some(&self.me)
             && let Some(mine @ Mine::Requested) = self.mine.get_mut(&lock)
         {
-            *mine = Mine::Waiting {
-                path: state.path.clone(),
-                abandoned: state.abandoned,
-            };
+            *mine = Mine::Waiting;
         }
     }
 
@@ -663,44 +648,48 @@ impl DsmCore {
 
     /// Lets the application go on where nothing is missing any more.
     fn go_on(&mut self) {
-        let ready = |core: &Self, path| {
-            #[cfg(test)]
-            if core.fault == Some(Fault::GrantWithoutUpdates) {
-                return true;
+        let waits = |(lock, mine): (&LockId, &Mine)| (*mine == Mine::Waiting).then_some(*lock);
+        let waiting: Vec<LockId> = self.mine.iter().filter_map(waits).collect();
+        for lock in waiting {
+            let Lock {
+                path, abandoned, ..
+            } = &self.locks[&lock];
+            if self.covers(path) || self.has(Fault::GrantWithoutUpdates) {
+                let abandoned = *abandoned;
+                self.seen.join(path);
+                self.mine.insert(lock, Mine::Held);
+                self.outputs.push_back(Output::Granted { lock, abandoned });
             }
-            core.covers(path)
-        };
-        let mut granted = Vec::new();
-        for (&lock, mine) in &self.mine {
-            if let Mine::Waiting { path, abandoned } = mine
-                && ready(self, path)
-            {
-                granted.push((lock, path.clone(), *abandoned));
-            }
-        }
-        for (lock, path, abandoned) in granted {
-            self.mine.insert(lock, Mine::Held);
-            self.seen.join(&path);
-            self.outputs.push_back(Output::Granted { lock, abandoned });
         }
         let mut passed = Vec::new();
         for (&barrier, stop) in &self.stops {
-            if let Stop::Waiting { path } = stop {
-                let mut ready = self.covers(path);
-                #[cfg(test)]
-                {
-                    ready |= self.fault == Some(Fault::PassWithoutUpdates);
-                }
-                if std::mem::take(&mut ready) {
-                    passed.push((barrier, path.clone()));
-                }
+            if let Stop::Waiting { path } = stop
+                && (self.covers(path) || self.has(Fault::PassWithoutUpdates))
+            {
+                self.seen.join(path);
+                passed.push(barrier);
             }
         }
-        for (barrier, path) in passed {
+        for barrier in passed {
             self.stops.remove(&barrier);
-            self.seen.join(&path);
             self.outputs.push_back(Output::Passed(barrier));
         }
+    }
+
+    #[cfg(test)]
+    pub(super) fn config_mut(&mut self) -> &mut Config {
+        &mut self.config
+    }
+
+    #[cfg(test)]
+    fn has(&self, fault: Fault) -> bool {
+        self.fault == Some(fault)
+    }
+
+    #[cfg(not(test))]
+    #[expect(clippy::unused_self, reason = "tests have defects planted")]
+    const fn has(&self, _: Fault) -> bool {
+        false
     }
 }
 

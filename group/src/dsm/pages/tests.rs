@@ -40,7 +40,7 @@ fn the_first_write_to_a_page_is_noticed_and_collected_once() {
 fn runs_cross_pages_and_words_and_hold_only_what_changed() {
     let page = page_bytes();
     let region = Region::new(4 * page).unwrap();
-    let long: Vec<u8> = (0..page + 13).map(|n| (n % 250 + 1) as u8).collect();
+    let long: Vec<u8> = (1..=250).cycle().take(page + 13).collect();
     region.write(page - 5, &long);
     region.write(3 * page + 11, &[1]);
     region.write(3 * page + 13, &[2]);
@@ -238,6 +238,25 @@ fn places_in_the_table_are_used_again() {
         io::ErrorKind::InvalidInput
     );
     assert!(Region::new(usize::MAX).is_err());
+}
+
+#[test]
+fn one_region_too_many_is_refused() {
+    // In a process of its own: other tests need regions meanwhile.
+    if is_child("one_region_too_many_is_refused") {
+        let mut all: Vec<_> = (0..REGIONS_MAX).map(|_| Region::new(1).unwrap()).collect();
+        let refused = Region::new(1).unwrap_err().kind();
+        assert_eq!(refused, io::ErrorKind::QuotaExceeded);
+        all.pop();
+        all.push(Region::new(1).unwrap());
+        for region in &all {
+            region.write(0, &[1]);
+            assert_eq!(region.collect().len(), 1);
+        }
+        std::process::exit(44);
+    }
+    let (status, text) = child("one_region_too_many_is_refused");
+    assert_eq!(status.code(), Some(44), "{text}");
 }
 
 #[test]
