@@ -292,7 +292,8 @@ impl Region {
             if index == run.end {
                 run.end += 1;
             } else {
-                // Protecting may need one mapping more than the kernel allows. Such pages just stay open, and dirty.
+                // The run is a mapping of its own already, so this asks for none more; a kernel without memory may refuse
+                // all the same. Such pages just stay open, and dirty.
                 if !protect(base + run.start * page, run.len() * page, libc::PROT_READ) {
                     for open in run.clone() {
                         self.dirty[open / 64].fetch_or(1 << (open % 64), Ordering::Relaxed);

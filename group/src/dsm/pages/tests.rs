@@ -225,6 +225,35 @@ fn collecting_and_applying_meets_writers_without_loss() {
     }
 }
 
+/// A page that was writable without being noted would stay so, and its writes would never be found again. The window
+/// is too small for chance to hit it often: so the turn is held, and nobody else may come through.
+#[test]
+fn protection_and_note_change_together() {
+    let region = Region::new(2 * page_bytes()).unwrap();
+    region.write(0, &[1]);
+    let through = AtomicUsize::new(0);
+    let diffs = std::thread::scope(|scope| {
+        let turn = region.slot.turn();
+        let collected = scope.spawn(|| {
+            let diffs = region.collect();
+            through.fetch_add(1, Ordering::SeqCst);
+            diffs
+        });
+        scope.spawn(|| {
+            region.write(page_bytes(), &[1]);
+            through.fetch_add(1, Ordering::SeqCst);
+        });
+        for _ in 0..20_000 {
+            std::thread::yield_now();
+        }
+        assert_eq!(through.load(Ordering::SeqCst), 0);
+        assert_eq!(region.dirty_pages(), 1);
+        drop(turn);
+        collected.join().unwrap()
+    });
+    assert_eq!(diffs.len() + region.collect().len(), 2);
+}
+
 #[test]
 fn places_in_the_table_are_used_again() {
     // Other tests hold regions meanwhile.
