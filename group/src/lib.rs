@@ -30,6 +30,7 @@ mod config;
 mod core;
 mod detector;
 pub mod driver;
+pub mod dsm;
 mod fbcast;
 mod flush;
 mod membership;
