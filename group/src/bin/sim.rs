@@ -14,6 +14,7 @@ Simulates process groups: one seed, one run. Prints each seed that violates an i
   --nodes N     members (chosen by the seed)
   --fault NAME  plant a defect, e.g. skip-lease-wait
   --trace       print what happens
+  --twins       at every input, go on with a core restored from a snapshot, beside one that never was
 ";
 
 fn fault(name: &str) -> Option<unbroken_group::Fault> {
@@ -49,6 +50,10 @@ fn main() -> ExitCode {
                 .is_some(),
             "--trace" => {
                 options.trace = true;
+                true
+            }
+            "--twins" => {
+                options.twins = true;
                 true
             }
             "--fault" => {
