@@ -18,6 +18,7 @@ use crate::transfer::{Donor, Receiving};
 use crate::view::{MemberId, View};
 use crate::wire::{self, Header, Message, Pos, Reader};
 use bytes::{Bytes, BytesMut};
+use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
@@ -32,7 +33,7 @@ const BURST_BYTES: usize = 60 * 1024;
 pub(crate) const TELL_INTERVAL: Duration = Duration::from_millis(5);
 
 /// Where this member stands.
-#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+#[derive(Copy, Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Phase {
     /// Made, and not told to join.
     Idle,
@@ -49,7 +50,7 @@ pub(crate) enum Phase {
 }
 
 /// Service clock: microseconds that never go back, across any number of leaders.
-#[derive(Copy, Clone, Debug, Default)]
+#[derive(Copy, Clone, Debug, Default, Serialize, Deserialize)]
 pub(crate) struct ServiceClock {
     seen_us: u64,
     running_since: Option<(Instant, u64)>,
@@ -80,7 +81,7 @@ impl ServiceClock {
 }
 
 /// Acknowledgements that a receiver owes its leader.
-#[derive(Default)]
+#[derive(Default, Serialize, Deserialize)]
 pub(crate) struct AckDebt {
     pub(crate) at_once: bool,
     pub(crate) bytes: usize,
@@ -91,7 +92,12 @@ pub(crate) struct AckDebt {
 ///
 /// No I/O, no clock, no randomness. Call one entry point, drain [`Core::poll_output`] to `None` and execute in order,
 /// then read [`Core::poll_timeout`]. One core is one incarnation; after [`Output::Outside`] it is spent.
+///
+/// Its serde form is the inside of an image, without the checks: [`Core::snapshot`] and [`Core::restore`] are the way.
+/// A field that is added here is in the image; raise the format's number in `snapshot.rs`.
+#[derive(Serialize, Deserialize)]
 pub struct Core {
+    #[serde(with = "crate::snapshot::identity")]
     pub(crate) config: Config,
     pub(crate) rng: Rng,
     pub(crate) now: Instant,
@@ -151,6 +157,8 @@ pub struct Core {
     pub(crate) instance: Option<u128>,
     pub(crate) tick_at: Instant,
     pub(crate) due: Option<Instant>,
+    /// Empty whenever an image is taken.
+    #[serde(skip)]
     pub(crate) outputs: VecDeque<Output>,
     pub(crate) counters: Counters,
 }

@@ -3,10 +3,11 @@
 use crate::output::{ControlEvent, Lag};
 use crate::time::Instant;
 use crate::view::MemberId;
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
 /// What is known of one other member of the installed view.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Peer {
     /// Last valid datagram of this view.
     pub(crate) heard: Instant,
@@ -38,7 +39,7 @@ impl Peer {
     }
 }
 
-#[derive(Copy, Clone, Debug)]
+#[derive(Copy, Clone, Debug, Serialize, Deserialize)]
 struct End {
     incarnation: u128,
     /// By the driver.
@@ -47,7 +48,7 @@ struct End {
     heard: Instant,
 }
 
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 struct Control {
     /// The incarnation that holds the listener, and when it was challenged.
     current: Option<(u128, Instant)>,
@@ -62,7 +63,7 @@ struct Control {
 ///
 /// A proof must be younger than the knowledge of the incarnation that it is about: an answer that lay in a socket buffer
 /// while its sender died and a successor joined would else prove the successor dead.
-#[derive(Default)]
+#[derive(Default, Serialize, Deserialize)]
 pub(crate) struct Proofs {
     controls: BTreeMap<String, Control>,
     known: BTreeMap<MemberId, Instant>,

@@ -8,6 +8,7 @@ use crate::config::Limits;
 use crate::time::Instant;
 use crate::wire::{self, Chunk, Pos};
 use bytes::{Bytes, BytesMut};
+use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
@@ -18,6 +19,7 @@ pub(crate) const NAK_RANGES_MAX: usize = 32;
 /// What every event counts besides its payload, so that empty events are bounded too.
 const EVENT_OVERHEAD_BYTES: u64 = 64;
 
+#[derive(Serialize, Deserialize)]
 struct Entry {
     payload: Bytes,
     /// Bytes of all events up to and including this one, since the log began.
@@ -27,6 +29,7 @@ struct Entry {
 /// Events in order, from the oldest that somebody may miss to the newest held here.
 ///
 /// Invariant: holds exactly the events `first..next`, contiguous.
+#[derive(Serialize, Deserialize)]
 pub(crate) struct EventLog {
     entries: VecDeque<Entry>,
     first: u64,
@@ -195,6 +198,7 @@ impl EventLog {
     }
 }
 
+#[derive(Serialize, Deserialize)]
 struct Kept {
     total: u32,
     bytes: Bytes,
@@ -203,6 +207,7 @@ struct Kept {
 /// Puts chunks together in order.
 ///
 /// Invariant: `at` is the first byte that is missing; nothing kept lies before it.
+#[derive(Serialize, Deserialize)]
 pub(crate) struct Assembler {
     at: Pos,
     partial: BytesMut,

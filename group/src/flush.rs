@@ -9,6 +9,7 @@ use crate::time::{Instant, micros};
 use crate::view::{Joiner, MemberId, View, ViewId};
 use crate::wire::{self, Message, Pos};
 use bytes::Bytes;
+use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
@@ -22,6 +23,7 @@ const LAG_STEP_BYTES: u64 = 1 << 20;
 pub(crate) const JOINER_GAP_BYTES: u64 = 1 << 20;
 
 /// One attempt to leave the installed view.
+#[derive(Serialize, Deserialize)]
 pub(crate) struct Proposal {
     stage: Stage,
     began: Instant,
@@ -31,6 +33,7 @@ pub(crate) struct Proposal {
     lease_over_at: Option<Instant>,
 }
 
+#[derive(Serialize, Deserialize)]
 enum Stage {
     /// A leader first sees that the coordinator answers and that its view is the newest.
     Checking,
@@ -43,7 +46,7 @@ enum Stage {
 }
 
 /// A wedge-acknowledgement.
-#[derive(Clone)]
+#[derive(Clone, Serialize, Deserialize)]
 struct Promise {
     held: u64,
     /// No heartbeat of the old view was answered after this moment of the proposer's clock.

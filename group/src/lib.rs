@@ -40,6 +40,7 @@ mod receiving;
 mod rng;
 #[cfg(any(test, feature = "faults"))]
 pub mod sim;
+mod snapshot;
 mod stability;
 mod time;
 mod transfer;
@@ -54,5 +55,6 @@ pub use output::{
     CasResult, Command, CommandError, ControlEvent, Counters, GroupStatus, Installed, Lag,
     MemberStatus, Notice, Output, ReadResult, RegistryReply, Role,
 };
+pub use snapshot::SnapshotError;
 pub use time::Instant;
 pub use view::{Joiner, MemberId, View, ViewDecodeError, ViewId};

@@ -12,6 +12,7 @@ use crate::transfer::{Donor, Receiving};
 use crate::view::{MemberId, View, ViewId};
 use crate::wire::Message;
 use bytes::Bytes;
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::time::Duration;
 
@@ -29,7 +30,7 @@ const GENERATION_CLOCK_STEP: Duration = Duration::from_secs(3600);
 const TOLD_MAX: usize = 64;
 
 /// What one outside all views knows.
-#[derive(Default)]
+#[derive(Default, Serialize, Deserialize)]
 pub(crate) struct Seeking {
     seen: Option<(View, i32)>,
     founding: Option<View>,
@@ -44,7 +45,7 @@ pub(crate) struct Seeking {
 }
 
 /// The lease node of a lone leader, watched for signs of life.
-#[derive(Default)]
+#[derive(Default, Serialize, Deserialize)]
 struct LeaseWatch {
     reading: bool,
     read_at: Instant,

@@ -30,7 +30,7 @@ pub enum Role {
 }
 
 /// A view as it is installed here.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Installed {
     /// The view.
     pub view: View,
@@ -79,7 +79,7 @@ pub enum Notice {
 }
 
 /// What the core asks of its driver. Execute in order.
-#[derive(Debug)]
+#[derive(Debug, PartialEq, Eq)]
 #[must_use]
 pub enum Output {
     /// Send these datagram bodies, encrypted once, to each of these members. All but the last are of equal size.
@@ -265,7 +265,7 @@ pub enum CommandError {
 }
 
 /// Counters of one core, monotone.
-#[derive(Copy, Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Copy, Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Counters {
     /// Datagram bodies that could not be read.
     pub malformed: u64,
@@ -301,7 +301,7 @@ pub struct MemberStatus {
 }
 
 /// A snapshot for status and metrics.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GroupStatus {
     /// The installed view.
     pub view: Option<View>,

@@ -1,7 +1,9 @@
 //! The core's only source of chance: a generator seeded by its caller.
 
+use serde::{Deserialize, Serialize};
+
 /// SplitMix64: small, and the same everywhere.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Rng(u64);
 
 impl Rng {

@@ -11,6 +11,7 @@ mod network;
 mod plan;
 mod processes;
 mod registry;
+mod twin;
 mod world;
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
 //! The core's time: microseconds of a clock that the caller reads and the core never does.
 
+use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::ops::{Add, AddAssign, Sub};
 use std::time::Duration;
@@ -7,7 +8,7 @@ use std::time::Duration;
 /// A moment on the caller's monotonic clock, in microseconds.
 ///
 /// The clock must go on while the machine is suspended (CLOCK_BOOTTIME on Linux): leases are judged by it.
-#[derive(Copy, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+#[derive(Copy, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
 pub struct Instant(u64);
 
 impl Instant {

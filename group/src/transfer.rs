@@ -8,6 +8,7 @@ use crate::time::Instant;
 use crate::view::MemberId;
 use crate::wire::{self, Message, Piece};
 use bytes::{Bytes, BytesMut};
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::time::Duration;
 
@@ -15,6 +16,7 @@ use std::time::Duration;
 pub(crate) const PIECE_RETRY: Duration = Duration::from_millis(5);
 
 /// The leader's side: one checkpoint, kept until its joiner is full or gone.
+#[derive(Serialize, Deserialize)]
 pub(crate) struct Donor {
     segments: Vec<(u64, Bytes)>,
     total: u64,
@@ -95,6 +97,7 @@ impl Donor {
 /// The joiner's side.
 ///
 /// Invariant: `at <= asked`; nothing kept begins before `at`.
+#[derive(Serialize, Deserialize)]
 pub(crate) struct Receiving {
     pub(crate) at: u64,
     total: Option<u64>,

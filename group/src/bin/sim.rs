@@ -15,6 +15,7 @@ Simulates process groups: one seed, one run. Prints each seed that violates an i
   --fault NAME  plant a defect, e.g. skip-lease-wait
   --groups      whole processes with many groups (multicasts, state transfer, calls), not the site group alone
   --trace       print what happens
+  --twins       at every input, go on with a core restored from a snapshot, beside one that never was
 ";
 
 fn fault(name: &str) -> Option<unbroken_group::Fault> {
@@ -54,6 +55,10 @@ fn main() -> ExitCode {
             }
             "--trace" => {
                 options.trace = true;
+                true
+            }
+            "--twins" => {
+                options.twins = true;
                 true
             }
             "--fault" => {

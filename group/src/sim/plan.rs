@@ -12,6 +12,9 @@ pub struct Options {
     pub nodes: usize,
     /// Print what happens.
     pub trace: bool,
+    /// At every input, put a core restored from a snapshot in the place of the one before, and compare what it does with
+    /// one that was never restored.
+    pub twins: bool,
     /// A defect to plant.
     #[cfg(any(test, feature = "faults"))]
     pub fault: Option<crate::config::Fault>,

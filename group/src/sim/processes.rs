@@ -137,8 +137,12 @@ impl World {
             config.fault = self.options.fault;
         }
         let now = self.local(node, self.now);
-        let core = Core::new(config, self.rng.next_u64(), now);
+        let seed = self.rng.next_u64();
+        let twins = self.options.twins;
+        let uncut = twins.then(|| Core::new(config.clone(), seed, now));
+        let core = Core::new(config, seed, now);
         let n = &mut self.nodes[node];
+        n.uncut = uncut;
         n.core = Some(core);
         n.epoch += 1;
         n.app = App::default();
@@ -172,6 +176,7 @@ impl World {
         n.alive = false;
         n.stopped = false;
         n.core = None;
+        n.uncut = None;
         n.life += 1;
         n.epoch += 1;
         n.inbox.clear();

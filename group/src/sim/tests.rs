@@ -1,7 +1,12 @@
 //! The simulator as a test: many seeds pass; the same seed is the same run; each planted fault is found.
 
+use super::world::run_forgetting;
 use super::{Options, Outcome, run};
 use crate::config::Fault;
+use crate::core::{AckDebt, Core};
+use crate::rng::Rng;
+use crate::wire::Pos;
+use std::collections::BTreeSet;
 
 fn seeds(from: u64, count: u64) {
     for seed in from..from + count {
@@ -118,4 +123,56 @@ fn a_service_clock_that_forgets_the_lease_is_found() {
 #[test]
 fn forgetting_events_too_early_is_found() {
     found(Fault::EarlyTrim, &["liveness", "view synchrony", "fifo"]);
+}
+
+fn with_twins(seed: u64) -> Options {
+    Options {
+        seed,
+        twins: true,
+        ..Options::default()
+    }
+}
+
+#[test]
+fn a_run_cut_at_every_step_is_the_uncut_run() {
+    for seed in 1..=12 {
+        let uncut = Options {
+            twins: false,
+            ..with_twins(seed)
+        };
+        assert_eq!(run(&with_twins(seed)), run(&uncut), "seed {seed}");
+    }
+}
+
+/// What a snapshot that forgot this would do to a restored core.
+macro_rules! forgetting {
+    ($($field:ident: $value:expr),* $(,)?) => {
+        [$((stringify!($field), (|core| core.$field = $value) as fn(&mut Core))),*]
+    };
+}
+
+#[test]
+fn a_snapshot_that_forgets_is_found() {
+    let fields = forgetting![
+        rng: Rng::new(0),
+        version: 0,
+        proposal: None,
+        next_send: Pos::start(1),
+        probe_at: None,
+        ack: AckDebt::default(),
+        answered_leader: None,
+        reading: false,
+        leaving: false,
+        handing_over: false,
+        ready: false,
+        suspected: BTreeSet::new(),
+        due: None,
+    ];
+    for (field, forget) in fields {
+        let found = (1..=12).any(|seed| {
+            let outcome = run_forgetting(&with_twins(seed), forget).outcome;
+            matches!(outcome, Outcome::Failed { invariant, .. } if invariant == "twin")
+        });
+        assert!(found, "{field} was not missed");
+    }
 }

@@ -6,6 +6,7 @@ use super::invariants::{self, Invariant, Observed};
 use super::network::{Network, below, chance};
 use super::plan::{self, HEALED_AT, Options, Trouble};
 use super::registry::{Registry, Request};
+use super::twin::Pair;
 use crate::core::Core;
 use crate::output::{Command, ControlEvent, Output, RegistryReply, Role};
 use crate::rng::Rng;
@@ -119,6 +120,8 @@ pub(super) enum Incoming {
 pub(super) struct Node {
     pub(super) name: String,
     pub(super) core: Option<Core>,
+    /// In a run with twins, the core that was never restored.
+    pub(super) uncut: Option<Core>,
     /// Counts cores; what belongs to an older one is void.
     pub(super) epoch: u64,
     /// Counts processes.
@@ -156,11 +159,19 @@ pub(super) struct World {
     pub(super) healed: bool,
     pub(super) spoke_at: u64,
     pub(super) longest_silence_us: u64,
+    /// Done to every twin: what a snapshot would forget.
+    pub(super) forget: fn(&mut Core),
 }
 
 /// Runs one seed to its end.
 pub fn run(options: &Options) -> Report {
+    run_forgetting(options, |_| {})
+}
+
+/// Runs one seed; its twins forget something.
+pub(super) fn run_forgetting(options: &Options, forget: fn(&mut Core)) -> Report {
     let mut w = World::new(options.clone());
+    w.forget = forget;
     while w.failure.is_none() {
         let Some(((at, _), what)) = w.queue.pop_first() else {
             break;
@@ -209,6 +220,7 @@ impl World {
         let nodes = (0..count).map(|i| Node {
             name: format!("r{}", i + 1),
             core: None,
+            uncut: None,
             epoch: 0,
             life: 0,
             alive: false,
@@ -244,6 +256,7 @@ impl World {
             healed: false,
             spoke_at: 0,
             longest_silence_us: 0,
+            forget: |_| {},
         };
         for (at, trouble) in plan::draw(&mut w.rng, count) {
             w.at(at, Happening::Trouble(trouble));
@@ -411,24 +424,36 @@ impl World {
             }
             Incoming::Registry { epoch, reply } => {
                 if self.nodes[node].epoch == epoch {
-                    self.call(node, |core, now| core.handle_registry(now, reply));
+                    self.call(node, |core, now| core.handle_registry(now, reply.clone()));
                 }
             }
         }
     }
 
-    pub(super) fn call(&mut self, node: usize, f: impl FnOnce(&mut Core, Instant)) {
+    pub(super) fn call(&mut self, node: usize, f: impl Fn(&mut Core, Instant)) {
         if !self.nodes[node].alive || self.nodes[node].stopped {
             return;
         }
         let now = self.local(node, self.now);
-        let Some(mut core) = self.nodes[node].core.take() else {
+        let Some(core) = self.nodes[node].core.take() else {
             return;
         };
-        f(&mut core, now);
-        while let Some(output) = core.poll_output() {
-            self.execute(node, &mut core, now, output);
+        let uncut = self.nodes[node].uncut.take();
+        let mut pair = Pair::new(core, uncut, now, self.forget);
+        pair.give(|core| f(core, now));
+        while let Some(output) = pair.poll_output() {
+            if let Some(command) = self.execute(node, &pair.core, output) {
+                pair.give(|core| {
+                    core.handle_command(now, command.clone())
+                        .expect("the checkpoint was asked for");
+                });
+            }
         }
+        if let Some(what) = pair.difference() {
+            self.fail("twin", what);
+        }
+        let core = pair.core;
+        self.nodes[node].uncut = pair.uncut;
         let epoch = self.nodes[node].epoch;
         if let Some(t) = core.poll_timeout() {
             let late = below(&mut self.rng, 200);
@@ -441,7 +466,8 @@ impl World {
         self.nodes[node].core = Some(core);
     }
 
-    fn execute(&mut self, node: usize, core: &mut Core, now: Instant, output: Output) {
+    /// Gives the command that answers the output, if one does.
+    fn execute(&mut self, node: usize, core: &Core, output: Output) -> Option<Command> {
         let me = core.me().clone();
         match output {
             Output::Send { to, bodies } => {
@@ -501,8 +527,7 @@ impl World {
                         chain,
                     },
                 );
-                core.handle_command(now, Command::Checkpoint { joiner, segments })
-                    .expect("the checkpoint was asked for");
+                return Some(Command::Checkpoint { joiner, segments });
             }
             Output::CheckpointChunk {
                 offset,
@@ -520,7 +545,8 @@ impl World {
                 let n = &mut self.nodes[node];
                 let total = n.checkpoint_bytes.take();
                 if let Err(what) = n.app.restore(total) {
-                    return self.fail("joiner state", what);
+                    self.fail("joiner state", what);
+                    return None;
                 }
                 let (applied, chain) = (n.app.applied, n.app.now());
                 let epoch = n.epoch;
@@ -536,6 +562,7 @@ impl World {
             | Output::ReadLease
             | Output::RenewLease { .. }) => self.ask_registry(node, &request),
         }
+        None
     }
 
     fn observe(&mut self, who: &MemberId, what: &Observed<'_>) {
@@ -701,7 +728,7 @@ impl World {
                 // The leader applies its own events itself, and at once.
                 self.nodes[node].app.apply(number, &payload);
                 self.call(node, |core, now| {
-                    core.multicast(now, number, payload, urgent)
+                    core.multicast(now, number, payload.clone(), urgent)
                 });
             }
         }
