@@ -360,7 +360,7 @@ impl Process {
                 // What a leader entered can be read, or its version is another: then this process cannot take part.
                 match postcard::from_bytes::<Entry>(&payload) {
                     Ok(entry) => self.apply(number, &entry),
-                    Err(_) => return self.become_gone(),
+                    Err(_) => self.become_gone(),
                 }
             }
             Of::Stable { number } => self.apply_appended(number),
@@ -515,6 +515,14 @@ impl Process {
                     self.changing.remove(&id);
                     self.reported.remove(&id);
                     self.flushes.ended(id);
+                    let survives = begun.view.members.contains(&self.me);
+                    let endpoint = self.endpoints.get(&id).filter(|_| survives);
+                    if let (Some(endpoint), Some(cut)) = (endpoint, &begun.cut)
+                        && !endpoint.holds(cut)
+                    {
+                        // The leader is at fault. Without the others' messages this process cannot go on.
+                        return self.become_gone();
+                    }
                     match self.at(id, |e, cx| e.install(cx, &begun)) {
                         Some(true) => {}
                         Some(false) => {

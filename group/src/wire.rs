@@ -141,8 +141,13 @@ pub(crate) enum Message {
     PiecesWanted { since: u64, offset: u64, len: u32 },
 }
 
-impl Message {
+/// A small message that comes from a peer.
+pub(crate) trait Small {
     /// Whether its numbers are ones that a sound peer can have.
+    fn is_plausible(&self) -> bool;
+}
+
+impl Small for Message {
     fn is_plausible(&self) -> bool {
         match self {
             Self::Nak { ranges } => ranges
@@ -262,7 +267,7 @@ impl<'a> Reader<'a> {
     }
 }
 
-impl<'a, M: DeserializeOwned> Reader<'a, M> {
+impl<'a, M: DeserializeOwned + Small> Reader<'a, M> {
     /// What follows a header that was read elsewhere.
     pub(crate) fn over(rest: &'a [u8]) -> Self {
         Self {
@@ -332,15 +337,15 @@ impl<'a, M: DeserializeOwned> Reader<'a, M> {
             }),
             KIND_UNICAST => Item::Unicast(self.bytes()?),
             KIND_MESSAGE => {
-                let message: Message = postcard::from_bytes(self.bytes()?).ok()?;
-                Item::Message(Some(message).filter(Message::is_plausible)?)
+                let message: M = postcard::from_bytes(self.bytes()?).ok()?;
+                Item::Message(Some(message).filter(|m| m.is_plausible())?)
             }
             _ => return None,
         })
     }
 }
 
-impl<'a, M: DeserializeOwned> Iterator for Reader<'a, M> {
+impl<'a, M: DeserializeOwned + Small> Iterator for Reader<'a, M> {
     type Item = Item<'a, M>;
 
     fn next(&mut self) -> Option<Item<'a, M>> {

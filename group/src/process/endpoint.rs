@@ -322,6 +322,15 @@ impl Endpoint {
         )
     }
 
+    /// Whether this member holds what a leader says that every survivor holds.
+    pub(crate) fn holds(&self, cut: &[u64]) -> bool {
+        cut.len() == self.view.members.len()
+            && cut
+                .iter()
+                .enumerate()
+                .all(|(rank, last)| self.held_of(rank) >= *last)
+    }
+
     /// The next view begins. `false`: without this member.
     pub(crate) fn install(&mut self, cx: &mut Cx<'_>, begun: &Begun) -> bool {
         let stays = begun.view.members.contains(&self.me);

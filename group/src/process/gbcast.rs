@@ -8,7 +8,7 @@
 use super::Process;
 use super::ledger::Ledger;
 use super::types::{GroupId, Output};
-use super::wire::{self, Entry, FROM_LEADER, Header, Op, Report, Small, ToLeader};
+use super::wire::{self, Entry, FROM_LEADER, Header, Lack, Op, Report, Small, ToLeader};
 use crate::time::Instant;
 use crate::view::MemberId;
 use bytes::Bytes;
@@ -35,7 +35,7 @@ struct Flush {
 /// What to do for a group.
 enum Step {
     Wait,
-    Fetch(Vec<(MemberId, Vec<(u8, u64, u8)>)>),
+    Fetch(Vec<(MemberId, Vec<Lack>)>),
     Enter(Vec<u64>),
 }
 
@@ -168,7 +168,7 @@ impl Process {
         self.drain_core();
     }
 
-    fn tell_to_fetch(&mut self, group: GroupId, to: &MemberId, wants: Vec<(u8, u64, u8)>) {
+    fn tell_to_fetch(&mut self, group: GroupId, to: &MemberId, wants: Vec<Lack>) {
         let now = self.now;
         let flush = self.flushes.0.get_mut(&group).expect("it made a step");
         flush.told.insert(to.clone(), now);

@@ -171,6 +171,7 @@ mod tests {
             now,
             &calling(Want::All, 0),
             &[member(1), member(2), member(3)],
+            false,
         );
         assert_eq!(c.on_reply(5, &member(1), Some(Bytes::new())).len(), 1);
         assert_eq!(c.on_reply(5, &member(1), Some(Bytes::new())), [], "twice");

@@ -6,7 +6,7 @@
 use super::types::{Calling, GroupId, ThreadId};
 use super::vclock::VClock;
 use crate::view::MemberId;
-use crate::wire::Pos;
+use crate::wire::{self, NUMBER_MAX, Pos};
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use serde::{Deserialize, Serialize};
 
@@ -62,9 +62,13 @@ impl Header {
             stable: body.get_u64_le(),
             trim: body.get_u64_le(),
         };
-        Some((header, body))
+        let plausible = header.sent.max(header.stable).max(header.trim) <= NUMBER_MAX;
+        plausible.then_some((header, body))
     }
 }
+
+/// What a member lacks: a lane, up to which number, and the rank of one that holds it.
+pub(crate) type Lack = (u8, u64, u8);
 
 /// Everything that is small.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -76,10 +80,7 @@ pub(crate) enum Small {
     /// Of the header's lane these ranges are missing.
     Nak(Vec<(Pos, Pos)>),
     /// The site leader: get the lanes that you lack from these members (lane, up to, holder's rank), so that the view can end.
-    Fetch {
-        epoch: u64,
-        wants: Vec<(u8, u64, u8)>,
-    },
+    Fetch { epoch: u64, wants: Vec<Lack> },
     /// Joiner: this part of the state at the beginning of view `since`, if its checksum is this one.
     StateWanted {
         since: u64,
@@ -89,6 +90,22 @@ pub(crate) enum Small {
     },
     /// Donor: the state has this checksum.
     StateIs { since: u64, image: u32 },
+}
+
+impl wire::Small for Small {
+    fn is_plausible(&self) -> bool {
+        match self {
+            Self::Nak(ranges) => ranges
+                .iter()
+                .all(|(a, b)| a.number.max(b.number) <= NUMBER_MAX),
+            Self::Fetch { wants, .. } => wants.iter().all(|(_, until, _)| *until <= NUMBER_MAX),
+            // Held is compared with what was sent; an offset with what there is.
+            Self::Acks(_)
+            | Self::DirectAck(_)
+            | Self::StateWanted { .. }
+            | Self::StateIs { .. } => true,
+        }
+    }
 }
 
 /// What stands before the body of a message in a lane.

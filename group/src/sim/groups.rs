@@ -1,6 +1,7 @@
 //! The simulator of whole groups: processes with several groups each, on a network that loses, doubles and delays, through
 //! crashes, pauses, partitions and an unreachable coordinator. One seed, one run.
 
+mod acts;
 mod invariants;
 mod program;
 #[cfg(test)]

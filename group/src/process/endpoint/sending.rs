@@ -5,7 +5,7 @@ use crate::process::lane;
 use crate::process::types::{
     CallRef, GroupEvent, Message, Multicast, Order, Output, Refused, Stability,
 };
-use crate::process::wire::{DIRECT, Envelope, Header, Kind, Op, Small};
+use crate::process::wire::{DIRECT, Envelope, Header, Kind, Lack, Op, Small};
 use crate::time::Instant;
 use crate::view::MemberId;
 use bytes::Bytes;
@@ -439,7 +439,7 @@ impl Endpoint {
     }
 
     /// The site leader says where to get what is missing.
-    pub(crate) fn on_fetch(&mut self, wants: &[(u8, u64, u8)]) {
+    pub(crate) fn on_fetch(&mut self, wants: &[Lack]) {
         let Some(Blocked { holders }) = &mut self.blocked else {
             return;
         };

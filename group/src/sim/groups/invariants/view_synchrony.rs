@@ -17,10 +17,8 @@ impl Invariant for ViewSynchrony {
         match seen {
             Seen::Delivered {
                 id, order: Some(_), ..
-            } => {
-                if !self.delivered.entry(who.clone()).or_default().insert(*id) {
-                    return Err(format!("{id:?} twice"));
-                }
+            } if !self.delivered.entry(who.clone()).or_default().insert(*id) => {
+                return Err(format!("{id:?} twice"));
             }
             Seen::View { view: next, .. } => {
                 let mine = self.delivered.remove(who).unwrap_or_default();
