@@ -34,9 +34,11 @@ pub mod dsm;
 mod fbcast;
 mod flush;
 mod membership;
+pub mod node;
 mod output;
 pub mod process;
 mod receiving;
+pub mod registry;
 mod rng;
 #[cfg(any(test, feature = "faults"))]
 pub mod sim;

@@ -1,0 +1,342 @@
+//! A program's handle of a group.
+
+use super::worker::{Input, Joined, ReplyEvent, Sending};
+use super::{Events, Inputs, Node};
+use crate::process::{
+    Calling, Command, GroupId, GroupView, Multicast, Order, Refused, Stability, ThreadId, Want,
+};
+use crate::view::MemberId;
+use bytes::Bytes;
+use std::sync::Arc;
+use std::time::Duration;
+use thiserror::Error;
+use tokio::sync::mpsc::{self, UnboundedReceiver};
+use tokio::sync::{Notify, oneshot, watch};
+
+/// Why a group was not joined.
+#[derive(Copy, Clone, Debug, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum JoinError {
+    /// The name is empty or too long, or this node is in too many groups.
+    #[error("this group cannot be joined")]
+    Refused,
+    /// This node is a member already, or is joining.
+    #[error("this node is in the group already")]
+    Already,
+    /// The node was stopped.
+    #[error("the node is gone")]
+    Gone,
+}
+
+/// Why a message was not sent.
+#[derive(Copy, Clone, Debug, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum SendError {
+    /// This node is not a member (any more), or the receiver is not.
+    #[error("not a member of this group")]
+    NotAMember,
+    /// The message is larger than an event may be.
+    #[error("the message is too large")]
+    TooLarge,
+    /// The node was stopped. Whether the message went out is not known.
+    #[error("the node is gone")]
+    Gone,
+}
+
+/// Why a call has no answer.
+pub type CallError = SendError;
+
+/// A membership. Clones are handles of the same.
+#[derive(Clone)]
+pub struct Group {
+    id: GroupId,
+    me: MemberId,
+    inputs: Inputs,
+    view: watch::Receiver<Option<GroupView>>,
+    progress: watch::Receiver<(u64, u64)>,
+    room: Arc<Notify>,
+}
+
+impl Group {
+    /// Joins the group of this name, or founds it. The first event is [`super::Event::Init`] or, when the state has come, [`super::Event::State`].
+    ///
+    /// # Errors
+    /// [`JoinError`].
+    pub async fn join(node: &Node, name: &str) -> Result<(Self, Events), JoinError> {
+        let (done, joined) = oneshot::channel();
+        if !node.inputs.put(Input::Join(name.to_owned(), done)) {
+            return Err(JoinError::Gone);
+        }
+        let joined: Joined = joined.await.map_err(|_| JoinError::Gone)??;
+        let group = Self {
+            id: joined.events.group,
+            me: joined.me,
+            inputs: node.inputs.clone(),
+            view: joined.view,
+            progress: joined.progress,
+            room: joined.room,
+        };
+        Ok((group, joined.events))
+    }
+
+    /// The group's number.
+    pub fn id(&self) -> GroupId {
+        self.id
+    }
+
+    /// This member.
+    pub fn me(&self) -> &MemberId {
+        &self.me
+    }
+
+    /// The newest view; it may be ahead of the events that the program has taken. `None` before the first.
+    pub fn view(&self) -> Option<GroupView> {
+        self.view.borrow().clone()
+    }
+
+    /// Bytes of the state that have come, and bytes in all; changes while a state is on its way.
+    pub fn progress(&self) -> watch::Receiver<(u64, u64)> {
+        self.progress.clone()
+    }
+
+    /// Waits until this member is in no view any more, and gives the view that it is not in; `None`: this node is out first.
+    pub async fn monitor(&self, member: &MemberId) -> Option<u64> {
+        let mut view = self.view.clone();
+        let gone = |v: &Option<GroupView>| v.as_ref().is_some_and(|v| v.rank(member).is_none());
+        let view = view.wait_for(gone).await.ok()?;
+        view.as_ref().map(|v| v.id)
+    }
+
+    /// Sends to all, FIFO. Returns when the message is on its way.
+    ///
+    /// # Errors
+    /// [`SendError`].
+    pub async fn fbcast(&self, body: impl Into<Bytes>) -> Result<(), SendError> {
+        self.send(Multicast::new(Order::Fifo, body)).await
+    }
+
+    /// Sends to all, FIFO. Returns when every member holds the message.
+    ///
+    /// # Errors
+    /// [`SendError`].
+    pub async fn fbcast_sync(&self, body: impl Into<Bytes>) -> Result<(), SendError> {
+        let message = Multicast::new(Order::Fifo, body);
+        self.send_stable(message, Stability::All).await
+    }
+
+    /// Sends to all, after what it may depend on in this causal thread.
+    ///
+    /// # Errors
+    /// [`SendError`].
+    pub async fn cbcast(&self, thread: ThreadId, body: impl Into<Bytes>) -> Result<(), SendError> {
+        self.send(Multicast::new(Order::Causal(thread), body)).await
+    }
+
+    /// Sends to all, in one order at all members.
+    ///
+    /// # Errors
+    /// [`SendError`].
+    pub async fn abcast(&self, body: impl Into<Bytes>) -> Result<(), SendError> {
+        let order = Order::Total(ThreadId::default());
+        self.send(Multicast::new(order, body)).await
+    }
+
+    /// Sends to all, between the same messages of all others everywhere.
+    ///
+    /// # Errors
+    /// [`SendError`].
+    pub async fn gbcast(&self, body: impl Into<Bytes>) -> Result<(), SendError> {
+        self.send(Multicast::new(Order::View, body)).await
+    }
+
+    /// Sends a message; waits for room.
+    ///
+    /// # Errors
+    /// [`SendError`].
+    pub async fn send(&self, message: Multicast) -> Result<(), SendError> {
+        let group = self.id;
+        self.retry(|| Sending {
+            group,
+            message: message.clone(),
+            done: None,
+            replies: None,
+        })
+        .await
+    }
+
+    /// Sends a message and waits until it is as stable as this.
+    ///
+    /// # Errors
+    /// [`SendError`].
+    pub async fn send_stable(
+        &self,
+        mut message: Multicast,
+        stability: Stability,
+    ) -> Result<(), SendError> {
+        let group = self.id;
+        message.done = Some((0, stability));
+        let (done, mut stable) = mpsc::unbounded_channel();
+        self.retry(|| Sending {
+            group,
+            message: message.clone(),
+            done: Some(done.clone()),
+            replies: None,
+        })
+        .await?;
+        drop(done);
+        stable.recv().await.ok_or(SendError::NotAMember)
+    }
+
+    /// Asks all, in this order, and gathers replies: as many as wanted, until all have answered or departed, or until the time
+    /// is over (`None`: without end).
+    ///
+    /// # Errors
+    /// [`CallError`].
+    pub async fn call(
+        &self,
+        order: Order,
+        body: impl Into<Bytes>,
+        want: Want,
+        timeout: Option<Duration>,
+    ) -> Result<Replies, CallError> {
+        let group = self.id;
+        let mut message = Multicast::new(order, body);
+        message.calling = Some(Calling {
+            call: 0,
+            want,
+            timeout_us: timeout.map_or(0, |t| u64::try_from(t.as_micros()).unwrap_or(0).max(1)),
+        });
+        let (replies, events) = mpsc::unbounded_channel();
+        self.retry(|| Sending {
+            group,
+            message: message.clone(),
+            done: None,
+            replies: Some(replies.clone()),
+        })
+        .await?;
+        Ok(Replies {
+            events,
+            failed: Vec::new(),
+            timed_out: false,
+        })
+    }
+
+    /// Sends to one member.
+    ///
+    /// # Errors
+    /// [`SendError`].
+    pub async fn send_to(&self, to: &MemberId, body: impl Into<Bytes>) -> Result<(), SendError> {
+        let body = body.into();
+        loop {
+            let room = self.room.notified();
+            let mut room = std::pin::pin!(room);
+            room.as_mut().enable();
+            let command = Command::Send {
+                group: self.id,
+                to: to.clone(),
+                body: body.clone(),
+            };
+            match self.command(command).await? {
+                Ok(()) => return Ok(()),
+                Err(Refused::Backlog) => room.await,
+                Err(refused) => return Err(error(refused)),
+            }
+        }
+    }
+
+    /// Makes another member leave.
+    ///
+    /// # Errors
+    /// [`SendError`].
+    pub async fn expel(&self, member: &MemberId) -> Result<(), SendError> {
+        let command = Command::Expel {
+            group: self.id,
+            member: member.clone(),
+        };
+        self.command(command).await?.map_err(error)
+    }
+
+    /// Leaves the group when all hold what was sent; [`super::Event::Left`] is the last event.
+    ///
+    /// # Errors
+    /// [`SendError`].
+    pub async fn leave(&self) -> Result<(), SendError> {
+        let command = Command::Leave { group: self.id };
+        self.command(command).await?.map_err(error)
+    }
+
+    async fn command(&self, command: Command) -> Result<Result<(), Refused>, SendError> {
+        let (done, result) = oneshot::channel();
+        if !self.inputs.put(Input::Command(command, Some(done))) {
+            return Err(SendError::Gone);
+        }
+        result.await.map_err(|_| SendError::Gone)
+    }
+
+    async fn retry(&self, sending: impl Fn() -> Sending) -> Result<(), SendError> {
+        loop {
+            // Before the attempt, so that no room is missed.
+            let room = self.room.notified();
+            let mut room = std::pin::pin!(room);
+            room.as_mut().enable();
+            let (done, result) = oneshot::channel();
+            if !self.inputs.put(Input::Send(sending(), done)) {
+                return Err(SendError::Gone);
+            }
+            match result.await.map_err(|_| SendError::Gone)? {
+                Ok(()) => return Ok(()),
+                Err(Refused::Backlog) => room.await,
+                Err(refused) => return Err(error(refused)),
+            }
+        }
+    }
+}
+
+fn error(refused: Refused) -> SendError {
+    match refused {
+        Refused::TooLarge => SendError::TooLarge,
+        Refused::NotAMember | Refused::Backlog | Refused::CannotJoin | Refused::NotWanted => {
+            SendError::NotAMember
+        }
+    }
+}
+
+/// The replies to a call, as they come.
+pub struct Replies {
+    events: UnboundedReceiver<ReplyEvent>,
+    failed: Vec<MemberId>,
+    timed_out: bool,
+}
+
+impl Replies {
+    /// The next reply, and who gave it; `None` when no more come.
+    pub async fn next(&mut self) -> Option<(MemberId, Bytes)> {
+        match self.events.recv().await? {
+            ReplyEvent::Reply(from, body) => Some((from, body)),
+            ReplyEvent::Over { failed, timed_out } => {
+                (self.failed, self.timed_out) = (failed, timed_out);
+                self.events.close();
+                None
+            }
+        }
+    }
+
+    /// All replies.
+    pub async fn all(&mut self) -> Vec<(MemberId, Bytes)> {
+        let mut replies = Vec::new();
+        while let Some(reply) = self.next().await {
+            replies.push(reply);
+        }
+        replies
+    }
+
+    /// Who departed without an answer; known when [`Replies::next`] gave `None`.
+    pub fn failed(&self) -> &[MemberId] {
+        &self.failed
+    }
+
+    /// Whether the time was over first; known when [`Replies::next`] gave `None`.
+    pub fn timed_out(&self) -> bool {
+        self.timed_out
+    }
+}

@@ -1,0 +1,479 @@
+//! The node's thread: sockets, clock and coordinator on one side, the process on the other.
+
+use super::{Event, Events, Inputs, JoinError, NodeConfig, Received, StartError, StateWanted, now};
+use crate::driver::{Driver, TOKENS};
+use crate::output::{GroupStatus, RegistryReply};
+use crate::process::{
+    Command, GroupEvent, GroupId, GroupView, Multicast, Output, Process, ProcessConfig, Refused,
+};
+use crate::registry::{Answer, Registry};
+use crate::time::Instant;
+use crate::view::MemberId;
+use bytes::Bytes;
+use mio::{Events as Ready, Poll, Token, Waker};
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, TryRecvError};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
+use tokio::sync::{Notify, oneshot, watch};
+
+/// Batches of datagrams taken before timers are looked at.
+const BATCHES_MAX: usize = 8;
+/// Inputs of programs taken before sockets are looked at.
+const INPUTS_MAX: usize = 256;
+/// The status is told this often at most.
+const STATUS_EVERY: Duration = Duration::from_millis(20);
+const WAKER: Token = Token(TOKENS);
+
+/// What the thread is asked for.
+pub(crate) enum Input {
+    Registry(u64, RegistryReply),
+    Join(String, oneshot::Sender<Result<Joined, JoinError>>),
+    Send(Sending, oneshot::Sender<Result<(), Refused>>),
+    Command(Command, Option<oneshot::Sender<Result<(), Refused>>>),
+    /// The program has taken what held up this group.
+    Resume(GroupId),
+    Stop(oneshot::Sender<()>),
+    End,
+}
+
+/// A message, and where its fate is told.
+pub(crate) struct Sending {
+    pub(crate) group: GroupId,
+    pub(crate) message: Multicast,
+    pub(crate) done: Option<UnboundedSender<()>>,
+    pub(crate) replies: Option<UnboundedSender<ReplyEvent>>,
+}
+
+pub(crate) enum ReplyEvent {
+    Reply(MemberId, Bytes),
+    Over {
+        failed: Vec<MemberId>,
+        timed_out: bool,
+    },
+}
+
+/// A membership as it begins.
+pub(crate) struct Joined {
+    pub(crate) me: MemberId,
+    pub(crate) events: Events,
+    pub(crate) view: watch::Receiver<Option<GroupView>>,
+    pub(crate) progress: watch::Receiver<(u64, u64)>,
+    pub(crate) room: Arc<Notify>,
+}
+
+/// The thread's side of one membership.
+struct Seat {
+    name: String,
+    events: UnboundedSender<Event>,
+    queued: Arc<AtomicU64>,
+    paused: bool,
+    view: watch::Sender<Option<GroupView>>,
+    progress: watch::Sender<(u64, u64)>,
+    room: Arc<Notify>,
+    done: BTreeMap<u64, UnboundedSender<()>>,
+    calls: BTreeMap<u64, UnboundedSender<ReplyEvent>>,
+}
+
+pub(super) struct Worker {
+    config: NodeConfig,
+    poll: Poll,
+    waker: Arc<Waker>,
+    driver: Driver,
+    process: Process,
+    /// Counts processes: answers for an earlier one are void.
+    life: u64,
+    registry: Box<dyn Registry>,
+    receiver: Receiver<Input>,
+    status: Arc<Mutex<Option<GroupStatus>>>,
+    status_at: Instant,
+    seats: BTreeMap<GroupId, Seat>,
+    joining: BTreeMap<String, oneshot::Sender<Result<Joined, JoinError>>>,
+    next_number: u64,
+    stopping: Option<oneshot::Sender<()>>,
+    over: bool,
+}
+
+fn random<const N: usize>() -> io::Result<[u8; N]> {
+    let mut bytes = [0; N];
+    getrandom::fill(&mut bytes).map_err(|e| io::Error::other(e.to_string()))?;
+    Ok(bytes)
+}
+
+fn begin(config: &NodeConfig, driver: &mut Driver, at: Instant) -> io::Result<Process> {
+    let me = MemberId::new(config.name.clone(), u128::from_le_bytes(random()?));
+    driver.set_member(config.site, me.clone());
+    let core = config.core(me, u128::from_le_bytes(random()?));
+    let mut process = ProcessConfig::new(core);
+    process.slow_after = config.slow_after;
+    Ok(Process::new(process, u64::from_le_bytes(random()?), at))
+}
+
+impl Worker {
+    pub(super) fn open(
+        config: NodeConfig,
+        registry: Box<dyn Registry>,
+        receiver: Receiver<Input>,
+        status: Arc<Mutex<Option<GroupStatus>>>,
+    ) -> Result<Self, StartError> {
+        let at = now();
+        let (name, members) = (&config.name, &config.members);
+        let mut driver = Driver::open_with(name, members, &config.key, at, &config.driver)?;
+        let poll = Poll::new()?;
+        driver.register(poll.registry(), 0)?;
+        let waker = Arc::new(Waker::new(poll.registry(), WAKER)?);
+        let process = begin(&config, &mut driver, at)?;
+        Ok(Self {
+            config,
+            poll,
+            waker,
+            driver,
+            process,
+            life: 0,
+            registry,
+            receiver,
+            status,
+            status_at: at,
+            seats: BTreeMap::new(),
+            joining: BTreeMap::new(),
+            next_number: 0,
+            stopping: None,
+            over: false,
+        })
+    }
+
+    pub(super) fn waker(&self) -> Arc<Waker> {
+        Arc::clone(&self.waker)
+    }
+
+    pub(super) fn spawn(mut self, inputs: Inputs, end: watch::Sender<bool>) -> io::Result<()> {
+        let name = format!("group {}", self.config.name);
+        std::thread::Builder::new().name(name).spawn(move || {
+            if let Err(error) = self.run(&inputs) {
+                tracing::error!(%error, "the node's event loop failed");
+            }
+            drop(self);
+            end.send_replace(true);
+        })?;
+        Ok(())
+    }
+
+    fn run(&mut self, inputs: &Inputs) -> io::Result<()> {
+        let mut ready = Ready::with_capacity(TOKENS + 1);
+        self.settle(inputs)?;
+        while !self.over {
+            let mut idle = true;
+            for _ in 0..BATCHES_MAX {
+                if !self.driver.receiver.readable() {
+                    break;
+                }
+                let process = &mut self.process;
+                let mut outputs = Vec::new();
+                self.driver.receiver.receive(|_, from, body| {
+                    idle = false;
+                    process.handle_datagram(now(), from, body);
+                    outputs.extend(std::iter::from_fn(|| process.poll_ready()));
+                })?;
+                for output in outputs {
+                    self.execute(inputs, output)?;
+                }
+                self.settle(inputs)?;
+            }
+            while let Some(input) = self.driver.control.poll_input(now()) {
+                self.process.handle_control(now(), &input.peer, input.event);
+                self.settle(inputs)?;
+            }
+            for _ in 0..INPUTS_MAX {
+                match self.receiver.try_recv() {
+                    Ok(input) => {
+                        idle = false;
+                        self.on_input(input);
+                    }
+                    Err(TryRecvError::Empty) => break,
+                    Err(TryRecvError::Disconnected) => self.over = true,
+                }
+                // One thing after the other, but sent together: what is due is sent when the inputs are through.
+                while let Some(output) = self.process.poll_ready() {
+                    self.execute(inputs, output)?;
+                }
+            }
+            self.settle(inputs)?;
+            let at = now();
+            if self.process.poll_timeout().is_some_and(|t| t <= at) {
+                self.process.handle_timeout(at);
+                self.settle(inputs)?;
+            }
+            self.driver.sender.handle_timeout(at);
+            self.tell_status(at);
+            if idle && !self.driver.receiver.readable() && !self.over {
+                let due = [self.process.poll_timeout(), self.driver.poll_timeout()];
+                let due = due.into_iter().flatten().min();
+                let wait = due.map(|t| t.since(now()));
+                match self.poll.poll(&mut ready, wait) {
+                    Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                    result => result?,
+                }
+                for event in ready.iter().filter(|e| e.token() != WAKER) {
+                    self.driver.handle_ready(event.token());
+                }
+            }
+        }
+        if let Some(done) = self.stopping.take() {
+            let _ = done.send(());
+        }
+        Ok(())
+    }
+
+    fn tell_status(&mut self, at: Instant) {
+        if at >= self.status_at {
+            self.status_at = at + STATUS_EVERY;
+            let status = self.process.status();
+            *self.status.lock().unwrap_or_else(PoisonError::into_inner) = Some(status);
+        }
+    }
+
+    /// Carries out everything that the process asks for.
+    fn settle(&mut self, inputs: &Inputs) -> io::Result<()> {
+        while let Some(output) = self.process.poll_output() {
+            self.execute(inputs, output)?;
+        }
+        Ok(())
+    }
+
+    fn execute(&mut self, inputs: &Inputs, output: Output) -> io::Result<()> {
+        match output {
+            Output::Send { to, bodies } => {
+                self.driver
+                    .sender
+                    .send(now(), self.config.site, &to, &bodies);
+            }
+            Output::Registry(request) => {
+                let (life, inputs) = (self.life, inputs.clone());
+                let send = move |reply| {
+                    inputs.put(Input::Registry(life, reply));
+                };
+                let answer = Answer {
+                    request: request.clone(),
+                    send: Some(Box::new(send)),
+                };
+                self.registry.request(request, answer);
+            }
+            Output::Instance(instance) => self.driver.set_instance(self.config.site, instance),
+            Output::Epoch { view_id, .. } => self.driver.set_epoch(self.config.site, view_id),
+            Output::Group { group, event } => self.on_event(inputs, group, event),
+            Output::Notice(notice) => tracing::info!(?notice, "site group"),
+            Output::Outside => {
+                if self.stopping.is_some() {
+                    self.over = true;
+                    return Ok(());
+                }
+                self.life += 1;
+                self.process = begin(&self.config, &mut self.driver, now())?;
+                for group in self.joining.keys().cloned() {
+                    let joined = self.process.handle_command(now(), Command::Join { group });
+                    joined.expect("the same names were taken before");
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn on_input(&mut self, input: Input) {
+        match input {
+            Input::Registry(life, reply) => {
+                if life == self.life {
+                    self.process.handle_registry(now(), reply);
+                }
+            }
+            Input::Join(group, done) => {
+                let there = self.seats.values().any(|s| s.name == group);
+                if there || self.joining.contains_key(&group) {
+                    let _ = done.send(Err(JoinError::Already));
+                    return;
+                }
+                let command = Command::Join {
+                    group: group.clone(),
+                };
+                match self.process.handle_command(now(), command) {
+                    Ok(()) => {
+                        self.joining.insert(group, done);
+                    }
+                    Err(_) => {
+                        let _ = done.send(Err(JoinError::Refused));
+                    }
+                }
+            }
+            Input::Send(sending, done) => {
+                let result = self.on_send(sending);
+                let _ = done.send(result);
+            }
+            Input::Command(command, done) => {
+                let result = self.process.handle_command(now(), command);
+                if let Some(done) = done {
+                    let _ = done.send(result);
+                }
+            }
+            Input::Resume(group) => {
+                if let Some(seat) = self.seats.get_mut(&group).filter(|s| s.paused) {
+                    seat.paused = false;
+                    self.pause(group, false);
+                }
+            }
+            Input::Stop(done) => {
+                self.stopping = Some(done);
+                let stopped = self.process.handle_command(now(), Command::Stop);
+                // A process that is out already makes way for none.
+                self.over |= stopped.is_err();
+            }
+            // A stop that is under way goes on without its node's handle.
+            Input::End => self.over |= self.stopping.is_none(),
+        }
+    }
+
+    fn pause(&mut self, group: GroupId, paused: bool) {
+        let command = Command::Pause { group, paused };
+        // A member that is out by now has nothing to take.
+        let _ = self.process.handle_command(now(), command);
+    }
+
+    fn on_send(&mut self, sending: Sending) -> Result<(), Refused> {
+        let Sending {
+            group,
+            mut message,
+            done,
+            replies,
+        } = sending;
+        let seat = self.seats.get_mut(&group).ok_or(Refused::NotAMember)?;
+        self.next_number += 1;
+        let number = self.next_number;
+        // Before it is sent: in a group of one it is done at once.
+        if let (Some(done), Some((own, _))) = (done, &mut message.done) {
+            *own = number;
+            seat.done.insert(number, done);
+        }
+        if let (Some(replies), Some(calling)) = (replies, &mut message.calling) {
+            calling.call = number;
+            seat.calls.insert(number, replies);
+        }
+        let command = Command::Multicast { group, message };
+        let result = self.process.handle_command(now(), command);
+        if result.is_err()
+            && let Some(seat) = self.seats.get_mut(&group)
+        {
+            seat.done.remove(&number);
+            seat.calls.remove(&number);
+        }
+        result
+    }
+
+    fn on_event(&mut self, inputs: &Inputs, group: GroupId, event: GroupEvent) {
+        if let GroupEvent::Joined { name } = event {
+            return self.on_joined(inputs, group, name);
+        }
+        let Some(seat) = self.seats.get_mut(&group) else {
+            return;
+        };
+        let event = match event {
+            GroupEvent::Joined { .. } => return,
+            GroupEvent::Init => Event::Init,
+            GroupEvent::State(state) => Event::State(state),
+            GroupEvent::View(view) => {
+                seat.view.send_replace(Some(view.clone()));
+                Event::View(view)
+            }
+            GroupEvent::Message(message) => Event::Message(Received {
+                group,
+                message,
+                inputs: inputs.clone(),
+            }),
+            GroupEvent::StateWanted { view } => Event::StateWanted(StateWanted {
+                group,
+                view,
+                inputs: inputs.clone(),
+            }),
+            GroupEvent::Progress { received, total } => {
+                seat.progress.send_replace((received, total));
+                return;
+            }
+            GroupEvent::Reply { call, from, body } => {
+                if let Some(replies) = seat.calls.get(&call) {
+                    let _ = replies.send(ReplyEvent::Reply(from, body));
+                }
+                return;
+            }
+            GroupEvent::CallDone {
+                call,
+                failed,
+                timed_out,
+            } => {
+                if let Some(replies) = seat.calls.remove(&call) {
+                    let _ = replies.send(ReplyEvent::Over { failed, timed_out });
+                }
+                return;
+            }
+            GroupEvent::Done { number } => {
+                if let Some(done) = seat.done.remove(&number) {
+                    let _ = done.send(());
+                }
+                return;
+            }
+            GroupEvent::Room => return seat.room.notify_waiters(),
+            GroupEvent::Left { wished } => {
+                let _ = seat.events.send(Event::Left { wished });
+                // Those who wait for room learn that there is none.
+                seat.room.notify_waiters();
+                self.seats.remove(&group);
+                return;
+            }
+        };
+        let bytes = event.bytes();
+        let queued = seat.queued.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        // A program that has dropped its events takes none: it is as one that does not keep up.
+        let _ = seat.events.send(event);
+        if queued > self.config.queue_bytes_max && !seat.paused {
+            seat.paused = true;
+            self.pause(group, true);
+        }
+    }
+
+    fn on_joined(&mut self, inputs: &Inputs, group: GroupId, name: String) {
+        let (events, taken) = unbounded_channel();
+        let (view, views) = watch::channel(None);
+        let (progress, progresses) = watch::channel((0, 0));
+        let queued = Arc::new(AtomicU64::new(0));
+        let room = Arc::new(Notify::new());
+        let joined = Joined {
+            me: self.process.me().clone(),
+            events: Events {
+                group,
+                events: taken,
+                queued: Arc::clone(&queued),
+                resume_below: self.config.queue_bytes_max / 2,
+                inputs: inputs.clone(),
+            },
+            view: views,
+            progress: progresses,
+            room: Arc::clone(&room),
+        };
+        let seat = Seat {
+            name: name.clone(),
+            events,
+            queued,
+            paused: false,
+            view,
+            progress,
+            room,
+            done: BTreeMap::new(),
+            calls: BTreeMap::new(),
+        };
+        self.seats.insert(group, seat);
+        let waits = self.joining.remove(&name);
+        if waits.is_none_or(|w| w.send(Ok(joined)).is_err()) {
+            // Nobody waits for it any more.
+            let _ = self.process.handle_command(now(), Command::Leave { group });
+        }
+    }
+}

@@ -1,0 +1,350 @@
+//! Whole nodes on loopback, as programs use them: real sockets, a thread each, and a coordinator in memory.
+
+#![expect(clippy::unwrap_used, reason = "a test")]
+
+use bytes::Bytes;
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::time::Duration;
+use tokio::time::timeout;
+use unbroken_group::MemberId;
+use unbroken_group::node::{Event, Events, Group, JoinError, Node, NodeConfig};
+use unbroken_group::process::{GroupView, Order, ThreadId, Want};
+use unbroken_group::registry::MemoryRegistry;
+
+const LONG: Duration = Duration::from_secs(60);
+
+struct Site {
+    members: BTreeMap<String, SocketAddr>,
+    registry: MemoryRegistry,
+}
+
+impl Site {
+    fn new(count: usize) -> Self {
+        let free: Vec<_> = (0..count)
+            .map(|_| std::net::TcpListener::bind("127.0.0.1:0").unwrap())
+            .collect();
+        let addresses = free.iter().map(|l| l.local_addr().unwrap());
+        Self {
+            members: (1..).map(|i| format!("r{i}")).zip(addresses).collect(),
+            registry: MemoryRegistry::default(),
+        }
+    }
+
+    fn config(&self, i: usize) -> NodeConfig {
+        let mut config = NodeConfig::new(&format!("r{i}"), self.members.clone(), [7; 32]);
+        // A loaded machine stops threads for a while.
+        config.suspect_after = Duration::from_millis(300);
+        config.lease = Duration::from_millis(150);
+        config
+    }
+
+    fn start(&self, i: usize) -> Node {
+        Node::start(self.config(i), self.registry.clone()).unwrap()
+    }
+}
+
+/// One member with what it was told.
+struct Member {
+    node: Node,
+    group: Group,
+    events: Events,
+    /// What it was given, in order; the state is the list itself.
+    log: Vec<Bytes>,
+    view: GroupView,
+}
+
+async fn soon<T>(what: &str, f: impl Future<Output = T>) -> T {
+    let done = timeout(LONG, f).await;
+    done.unwrap_or_else(|_| panic!("not within a minute: {what}"))
+}
+
+impl Member {
+    async fn join(node: Node, name: &str) -> Self {
+        let (group, events) = soon("join", Group::join(&node, name)).await.unwrap();
+        Self {
+            node,
+            group,
+            events,
+            log: Vec::new(),
+            view: GroupView {
+                id: 0,
+                members: Vec::new(),
+                joined: Vec::new(),
+                departed: Vec::new(),
+            },
+        }
+    }
+
+    /// Takes one event; gives it if it is none of the usual.
+    async fn take(&mut self) -> Option<Event> {
+        match soon("an event", self.events.next()).await {
+            Some(Event::Init) => None,
+            Some(Event::State(bytes)) => {
+                self.log = bytes.chunks(8).map(Bytes::copy_from_slice).collect();
+                None
+            }
+            Some(Event::View(view)) => {
+                self.view = view;
+                None
+            }
+            Some(Event::StateWanted(wanted)) => {
+                wanted.give(self.log.clone());
+                None
+            }
+            Some(Event::Message(m)) => {
+                if m.order().is_some() {
+                    self.log.push(m.body().clone());
+                }
+                Some(Event::Message(m))
+            }
+            other => other,
+        }
+    }
+
+    async fn until(&mut self, f: impl Fn(&Self) -> bool) {
+        while !f(self) {
+            self.take().await;
+        }
+    }
+
+    fn me(&self) -> MemberId {
+        self.group.me().clone()
+    }
+}
+
+async fn members(site: &Site, count: usize, name: &str) -> Vec<Member> {
+    let mut all = Vec::new();
+    for i in 1..=count {
+        let node = site.start(i);
+        let joining = tokio::spawn(async move {
+            let name = "g";
+            Member::join(node, name).await
+        });
+        assert_eq!(name, "g");
+        // Those that are in take part in letting it in.
+        let mut joining = std::pin::pin!(joining);
+        loop {
+            let others = async {
+                for m in &mut all {
+                    let m: &mut Member = m;
+                    while let Ok(event) = timeout(Duration::from_millis(5), m.take()).await {
+                        drop(event);
+                    }
+                }
+            };
+            tokio::select! {
+                member = &mut joining => {
+                    all.push(member.unwrap());
+                    break;
+                }
+                () = others => tokio::task::yield_now().await,
+            }
+        }
+    }
+    for m in &mut all {
+        m.until(|m| m.view.members.len() == count).await;
+    }
+    all
+}
+
+fn word(sender: usize, n: u32) -> Bytes {
+    let mut bytes = u32::try_from(sender).unwrap().to_be_bytes().to_vec();
+    bytes.extend_from_slice(&n.to_be_bytes());
+    Bytes::from(bytes)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn abcasts_come_in_one_order_and_fbcasts_in_their_senders() {
+    const EACH: u32 = 200;
+    let site = Site::new(3);
+    let mut all = members(&site, 3, "g").await;
+    let senders: Vec<_> = all
+        .iter()
+        .enumerate()
+        .map(|(i, m)| {
+            let group = m.group.clone();
+            tokio::spawn(async move {
+                for n in 0..EACH {
+                    match n % 4 {
+                        0 => group.fbcast(word(i, n)).await.unwrap(),
+                        1 => group.cbcast(ThreadId(3), word(i, n)).await.unwrap(),
+                        _ => group.abcast(word(i, n)).await.unwrap(),
+                    }
+                }
+                group.fbcast_sync(word(i, EACH)).await.unwrap();
+            })
+        })
+        .collect();
+    let mut orders = Vec::new();
+    for m in &mut all {
+        let (mut total, mut last) = (Vec::new(), BTreeMap::new());
+        while m.log.len() < 3 * (EACH as usize + 1) {
+            let Some(Event::Message(received)) = m.take().await else {
+                continue;
+            };
+            let n = u32::from_be_bytes(received.body()[4..].try_into().unwrap());
+            match received.order() {
+                Some(Order::Total(_)) => total.push(received.body().clone()),
+                Some(Order::Fifo) => {
+                    let before = last.insert(received.from().clone(), n);
+                    assert!(before.is_none_or(|b| b < n), "{before:?} before {n}");
+                }
+                _ => {}
+            }
+        }
+        orders.push(total);
+    }
+    assert_eq!(orders[0].len(), 3 * EACH as usize / 2);
+    assert!(orders.iter().all(|o| *o == orders[0]));
+    for s in senders {
+        soon("senders", s).await.unwrap();
+    }
+    for m in all {
+        soon("stop", m.node.stop()).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_killed_member_departs_and_comes_back_with_the_state() {
+    let site = Site::new(3);
+    let mut all = members(&site, 3, "g").await;
+    for n in 0..20 {
+        all[0].group.fbcast(word(0, n)).await.unwrap();
+    }
+    for m in &mut all {
+        m.until(|m| m.log.len() == 20).await;
+    }
+    let victim = all.pop().unwrap();
+    let gone = victim.me();
+    // It dies while a call waits for it: its program has not answered.
+    let mut replies = all[0]
+        .group
+        .call(Order::Fifo, "who?", Want::All, None)
+        .await
+        .unwrap();
+    let monitor = all[0].group.clone();
+    let monitor = tokio::spawn(async move { monitor.monitor(&gone).await });
+    let gone = victim.me();
+    drop(victim);
+    for m in &mut all {
+        while m.view.members.len() > 2 {
+            if let Some(Event::Message(received)) = m.take().await {
+                received.reply("me");
+            }
+        }
+        assert_eq!(m.view.departed, std::slice::from_ref(&gone));
+    }
+    let answers = soon("replies", replies.all()).await;
+    assert_eq!(answers.len(), 2);
+    assert_eq!(replies.failed(), std::slice::from_ref(&gone));
+    assert!(soon("the monitor", monitor).await.unwrap().is_some());
+
+    let node = site.start(3);
+    let joining = tokio::spawn(Member::join(node, "g"));
+    for m in &mut all {
+        m.until(|m| m.view.members.len() == 3).await;
+    }
+    let mut back = soon("it is back", joining).await.unwrap();
+    all[1].group.gbcast(word(1, 99)).await.unwrap();
+    back.until(|m| m.log.last() == Some(&word(1, 99))).await;
+    for m in &mut all {
+        m.until(|m| m.log.last() == Some(&word(1, 99))).await;
+        assert_eq!(m.log.len(), 22, "twenty, the call and the last");
+    }
+    assert_eq!(back.log[..20], all[0].log[..20]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_takes_nothing_is_made_to_leave_and_holds_up_nobody() {
+    let site = Site::new(3);
+    let mut nodes = Vec::new();
+    for i in 1..=3 {
+        let mut config = site.config(i);
+        config.queue_bytes_max = 200_000;
+        config.slow_after = Some(Duration::from_millis(500));
+        nodes.push(Node::start(config, site.registry.clone()).unwrap());
+    }
+    let mut all = Vec::new();
+    for node in nodes {
+        all.push(Member::join(node, "g").await);
+        let most = all.len();
+        for m in &mut all {
+            m.until(|m| m.view.members.len() == most).await;
+        }
+    }
+    // The third never reads again.
+    let slow = all[2].me();
+    let group = all[0].group.clone();
+    let sender = tokio::spawn(async move {
+        for n in 0..3000 {
+            let mut body = word(0, n).to_vec();
+            body.resize(1000, 1);
+            group.fbcast(body).await.unwrap();
+        }
+    });
+    let (first, rest) = all.split_at_mut(1);
+    for m in [&mut first[0], &mut rest[0]] {
+        m.until(|m| m.log.len() == 3000 && m.view.members.len() == 2)
+            .await;
+        assert!(!m.view.members.contains(&slow));
+    }
+    soon("the sender", sender).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn leaving_expelling_and_many_groups_of_one_node() {
+    const GROUPS: usize = 200;
+    let site = Site::new(2);
+    let (one, two) = (site.start(1), site.start(2));
+    let mut first = Vec::new();
+    for i in 0..GROUPS {
+        let joined = soon("join", Group::join(&one, &format!("g{i}"))).await;
+        first.push(joined.unwrap());
+    }
+    let already = Group::join(&one, "g0").await.err();
+    assert_eq!(already, Some(JoinError::Already));
+    let mut second = Vec::new();
+    for (i, (_, events)) in first.iter_mut().enumerate() {
+        let name = format!("g{i}");
+        let joining = Group::join(&two, &name);
+        let giving = async {
+            loop {
+                match soon("events", events.next()).await {
+                    Some(Event::StateWanted(wanted)) => wanted.give(vec![name.clone().into()]),
+                    Some(Event::View(v)) if v.members.len() == 2 => break,
+                    _ => {}
+                }
+            }
+        };
+        let (joined, ()) = soon("join", async { tokio::join!(joining, giving) }).await;
+        let (group, mut events) = joined.unwrap();
+        match soon("state", events.next()).await {
+            Some(Event::State(state)) => assert_eq!(state, name),
+            other => panic!("{other:?}"),
+        }
+        second.push((group, events));
+    }
+    for (i, (group, events)) in second.iter_mut().enumerate() {
+        let by_wish = i % 2 == 0;
+        if by_wish {
+            group.leave().await.unwrap();
+        } else {
+            let other = group.me().clone();
+            first[i].0.expel(&other).await.unwrap();
+        }
+        loop {
+            match soon("the end", events.next()).await {
+                Some(Event::Left { wished }) => {
+                    assert_eq!(wished, by_wish);
+                    break;
+                }
+                Some(_) => {}
+                None => panic!("no last event"),
+            }
+        }
+        assert!(group.fbcast("late").await.is_err());
+    }
+    soon("stop", one.stop()).await;
+    soon("stop", two.stop()).await;
+}
