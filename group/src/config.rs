@@ -150,6 +150,22 @@ pub enum Fault {
     ClockWithoutLease,
     /// The joiner is given a checkpoint and misses the first event after it.
     JoinerSkipsOne,
+    /// A member of a group delivers while the view is being left.
+    DeliverWhileBlocked,
+    /// The view of a group ends at what the first survivor holds.
+    CutIsFirstReport,
+    /// A cbcast is delivered as it comes.
+    CausalAtOnce,
+    /// Two members place abcasts.
+    TwoTokens,
+    /// A safe message is delivered as it comes.
+    SafeAtOnce,
+    /// A gbcast is delivered as it comes.
+    GbcastAtOnce,
+    /// A joiner of a group lets go of what came before its state.
+    JoinerForgets,
+    /// Messages of an earlier membership are taken for those of this one.
+    OldDirects,
 }
 
 /// `true` when the defect is planted; constant `false` in a build that cannot plant any.

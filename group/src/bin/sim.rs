@@ -30,6 +30,14 @@ fn fault(name: &str) -> Option<unbroken_group::Fault> {
         EarlyTrim,
         JoinerSkipsOne,
         ClockWithoutLease,
+        DeliverWhileBlocked,
+        CutIsFirstReport,
+        CausalAtOnce,
+        TwoTokens,
+        SafeAtOnce,
+        GbcastAtOnce,
+        JoinerForgets,
+        OldDirects,
     ]
     .into_iter()
     .find(|f| format!("{f:?}").eq_ignore_ascii_case(&name.replace('-', "")))

@@ -16,6 +16,7 @@ use super::types::{
     ProcessConfig,
 };
 use super::wire::{Envelope, Kind, Op};
+use crate::config::planted;
 use crate::time::Instant;
 use crate::view::MemberId;
 use bytes::Bytes;
@@ -173,7 +174,7 @@ impl Endpoint {
     /// Gives the ordering what a lane holds, and delivers what can be. While the view is being left nothing is delivered:
     /// what this member has delivered must be within what it reported.
     fn feed(&mut self, cx: &mut Cx<'_>, rank: usize) {
-        if self.blocked.is_some() {
+        if self.blocked.is_some() && !planted!(cx.config.core, DeliverWhileBlocked) {
             return;
         }
         let held = self.held_of(rank);
@@ -214,7 +215,8 @@ impl Endpoint {
             let number = taken + 1;
             let message = log.payload(number).expect("held until it is taken");
             let message = Envelope::take(message);
-            if message.as_ref().is_some_and(|(e, _)| e.safe) && number > stable && !ending {
+            let safe = message.as_ref().is_some_and(|(e, _)| e.safe);
+            if safe && number > stable && !ending && !planted!(cx.config.core, SafeAtOnce) {
                 break;
             }
             if own {
@@ -238,6 +240,9 @@ impl Endpoint {
         let call = envelope.call;
         match envelope.kind {
             Kind::Fifo => self.deliver(cx, rank, Order::Fifo, body, call),
+            Kind::Causal { thread, .. } if planted!(cx.config.core, CausalAtOnce) => {
+                self.deliver(cx, rank, Order::Causal(thread), body, call);
+            }
             Kind::Causal { thread, stamp } => {
                 let pending = Pending {
                     stamp,
@@ -260,6 +265,9 @@ impl Endpoint {
                 if rank != self.rank {
                     self.total.insert(first, ids, token);
                 }
+            }
+            Kind::View if planted!(cx.config.core, GbcastAtOnce) => {
+                self.deliver(cx, rank, Order::View, body, call);
             }
             Kind::View => {
                 let rank = u8::try_from(rank).expect("MEMBERS_MAX");
@@ -418,7 +426,11 @@ impl Endpoint {
         self.own_taken = 0;
         self.ins = (0..ranks).map(|_| Incoming::new()).collect();
         self.threads = Threads::new(ranks);
-        self.total = Total::new(self.rank);
+        self.total = Total::new(if planted!(cx.config.core, TwoTokens) {
+            self.rank.saturating_sub(1)
+        } else {
+            self.rank
+        });
         self.gbcasts.clear();
         self.blocked = None;
         self.expelled.clear();
@@ -473,6 +485,10 @@ impl Endpoint {
 
     /// Lets go what waited for the state.
     fn release(&mut self, cx: &mut Cx<'_>) {
+        if planted!(cx.config.core, JoinerForgets) {
+            self.buffered
+                .retain(|e| !matches!(e, GroupEvent::Message(_)));
+        }
         for event in std::mem::take(&mut self.buffered) {
             self.tell(cx, event);
         }

@@ -9,6 +9,7 @@ use super::Process;
 use super::ledger::Ledger;
 use super::types::{GroupId, Output};
 use super::wire::{self, Entry, FROM_LEADER, Header, Lack, Op, Report, Small, ToLeader};
+use crate::config::planted;
 use crate::time::Instant;
 use crate::view::MemberId;
 use bytes::Bytes;
@@ -72,7 +73,7 @@ impl Flushes {
         }
     }
 
-    fn step(&self, ledger: &Ledger, group: GroupId, now: Instant) -> Step {
+    fn step(&self, config: &crate::Config, ledger: &Ledger, group: GroupId, now: Instant) -> Step {
         let (Some(flush), Some(g)) = (self.0.get(&group), ledger.group(group)) else {
             return Step::Wait;
         };
@@ -92,6 +93,9 @@ impl Flushes {
             .map(|lane| survivors.iter().map(|(_, held)| held[lane]).max())
             .map(|held| held.unwrap_or(0))
             .collect();
+        if planted!(config, CutIsFirstReport) {
+            return Step::Enter(survivors[0].1.clone());
+        }
         let mut lacking = Vec::new();
         let mut whole = true;
         for (m, held) in &survivors {
@@ -150,7 +154,8 @@ impl Process {
         }
         let changing: Vec<GroupId> = self.changing.iter().copied().collect();
         for group in changing {
-            match self.flushes.step(&self.ledger, group, self.now) {
+            let config = &self.config.core;
+            match self.flushes.step(config, &self.ledger, group, self.now) {
                 Step::Wait => {}
                 Step::Fetch(lacking) => {
                     for (m, wants) in lacking {

@@ -1,6 +1,7 @@
 //! What datagrams do.
 
 use super::{Cx, Direct, Endpoint};
+use crate::config::planted;
 use crate::process::types::{GroupEvent, Message};
 use crate::process::wire::{DIRECT, Envelope, Header, Kind, Op, Small};
 use crate::view::MemberId;
@@ -21,7 +22,8 @@ impl Endpoint {
         };
         let direct = header.lane == DIRECT;
         let here = header.view == self.view.id;
-        if direct && self.together.get(from) != Some(&header.view) {
+        let ours = self.together.get(from) == Some(&header.view);
+        if direct && !ours && !planted!(cx.config.core, OldDirects) {
             return;
         }
         for item in items {
