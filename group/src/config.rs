@@ -177,6 +177,7 @@ macro_rules! planted {
         }
         #[cfg(not(any(test, feature = "faults")))]
         {
+            let _ = &$config;
             false
         }
     }};

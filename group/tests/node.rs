@@ -1,6 +1,10 @@
 //! Whole nodes on loopback, as programs use them: real sockets, a thread each, and a coordinator in memory.
 
-#![expect(clippy::unwrap_used, reason = "a test")]
+#![expect(
+    clippy::unwrap_used,
+    clippy::disallowed_methods,
+    reason = "a test that asks for free ports and bounds its waiting"
+)]
 
 use bytes::Bytes;
 use std::collections::BTreeMap;
