@@ -30,8 +30,8 @@ impl Site {
     pub(crate) fn config(&self, i: usize) -> NodeConfig {
         let mut config = NodeConfig::new(&format!("r{i}"), self.members.clone(), [7; 32]);
         // A loaded machine stops threads for a while.
-        config.suspect_after = Duration::from_millis(300);
-        config.lease = Duration::from_millis(150);
+        config.suspect_after = Duration::from_secs(2);
+        config.lease = Duration::from_secs(1);
         config
     }
 
