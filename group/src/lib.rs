@@ -45,6 +45,7 @@ pub mod sim;
 mod snapshot;
 mod stability;
 mod time;
+pub mod tools;
 mod transfer;
 mod view;
 mod wire;

@@ -6,57 +6,16 @@
     reason = "a test that asks for free ports and bounds its waiting"
 )]
 
+mod site;
+
 use bytes::Bytes;
+use site::{LONG, Site};
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
 use std::time::Duration;
 use tokio::time::timeout;
 use unbroken_group::MemberId;
-use unbroken_group::driver::DriverError;
-use unbroken_group::node::{Event, Events, Group, JoinError, Node, NodeConfig, StartError};
+use unbroken_group::node::{Event, Events, Group, JoinError, Node};
 use unbroken_group::process::{GroupView, Order, ThreadId, Want};
-use unbroken_group::registry::MemoryRegistry;
-
-const LONG: Duration = Duration::from_secs(60);
-
-struct Site {
-    members: BTreeMap<String, SocketAddr>,
-    registry: MemoryRegistry,
-}
-
-impl Site {
-    fn new(count: usize) -> Self {
-        let free: Vec<_> = (0..count)
-            .map(|_| std::net::TcpListener::bind("127.0.0.1:0").unwrap())
-            .collect();
-        let addresses = free.iter().map(|l| l.local_addr().unwrap());
-        Self {
-            members: (1..).map(|i| format!("r{i}")).zip(addresses).collect(),
-            registry: MemoryRegistry::default(),
-        }
-    }
-
-    fn config(&self, i: usize) -> NodeConfig {
-        let mut config = NodeConfig::new(&format!("r{i}"), self.members.clone(), [7; 32]);
-        // A loaded machine stops threads for a while.
-        config.suspect_after = Duration::from_millis(300);
-        config.lease = Duration::from_millis(150);
-        config
-    }
-
-    fn start(&self, i: usize) -> Node {
-        let began = std::time::Instant::now();
-        loop {
-            // The address of one that was just dropped is in use until its thread has ended.
-            match Node::start(self.config(i), self.registry.clone()) {
-                Err(StartError::Driver(DriverError::Listen { .. })) if began.elapsed() < LONG => {
-                    std::thread::yield_now();
-                }
-                started => return started.unwrap(),
-            }
-        }
-    }
-}
 
 /// One member with what it was told.
 struct Member {

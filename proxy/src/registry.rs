@@ -107,19 +107,24 @@ pub(crate) async fn serve(
         let client = client.clone();
         let answer = answer.clone();
         tokio::spawn(async move {
-            let outcome = match timeout(OPERATION_MAX, execute(&client, reads, &request)).await {
-                Ok(Ok(outcome)) => outcome,
-                Ok(Err(error)) => {
-                    debug!(group = %request.group, %error, "coordinator operation failed");
-                    Answer::Unknown
-                }
-                Err(_) => {
-                    warn!(group = %request.group, "no answer from the coordinator");
-                    Answer::Unknown
-                }
-            };
+            let outcome = carry_out(&client, reads, &request).await;
             answer(request, outcome);
         });
+    }
+}
+
+/// Carries out one operation, and gives up waiting for it after [`OPERATION_MAX`].
+pub(crate) async fn carry_out(client: &Client, reads: Reads, request: &Request) -> Answer {
+    match timeout(OPERATION_MAX, execute(client, reads, request)).await {
+        Ok(Ok(outcome)) => outcome,
+        Ok(Err(error)) => {
+            debug!(group = %request.group, %error, "coordinator operation failed");
+            Answer::Unknown
+        }
+        Err(_) => {
+            warn!(group = %request.group, "no answer from the coordinator");
+            Answer::Unknown
+        }
     }
 }
 

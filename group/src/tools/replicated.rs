@@ -1,0 +1,202 @@
+//! A state machine at every member, fed by the same updates in the same order.
+//!
+//! BJ87 (replicated data: updates multicast, reads local).
+
+use crate::node::{Event, Events, Group, JoinError, Node, SendError};
+use crate::process::GroupView;
+use crate::view::MemberId;
+use bytes::{Buf, BufMut, Bytes, BytesMut};
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use thiserror::Error;
+use tokio::sync::{Notify, oneshot};
+
+/// A deterministic state: the same updates and views in the same order give the same state and answers everywhere.
+pub trait Machine: Default + Send + 'static {
+    /// Applies an update of a member, and answers it. What cannot be read must change nothing, the same everywhere.
+    fn apply(&mut self, from: &MemberId, update: &Bytes) -> Bytes;
+
+    /// A view begins: members may have departed.
+    fn view(&mut self, _view: &GroupView) {}
+
+    /// The state as bytes; the same state gives the same bytes.
+    fn snapshot(&self) -> Vec<Bytes>;
+
+    /// The state from [`Machine::snapshot`]'s bytes; `None` for what is not one.
+    fn restore(bytes: &Bytes) -> Option<Self>;
+}
+
+/// Why an update has no answer.
+#[derive(Copy, Clone, Debug, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum UpdateError {
+    /// It was not sent.
+    #[error(transparent)]
+    Send(#[from] SendError),
+    /// This member is out; whether the update was applied elsewhere is not known.
+    #[error("this member is out of the group")]
+    Out,
+}
+
+struct Shared<M> {
+    machine: M,
+    /// Whether the state is there.
+    there: bool,
+    next: u64,
+    waiting: BTreeMap<u64, oneshot::Sender<Bytes>>,
+    out: bool,
+}
+
+/// A handle of a replicated machine. Clones are handles of the same.
+pub struct Replicated<M> {
+    group: Group,
+    shared: Arc<Mutex<Shared<M>>>,
+    changed: Arc<Notify>,
+}
+
+impl<M> Clone for Replicated<M> {
+    fn clone(&self) -> Self {
+        Self {
+            group: self.group.clone(),
+            shared: Arc::clone(&self.shared),
+            changed: Arc::clone(&self.changed),
+        }
+    }
+}
+
+impl<M: Machine> Replicated<M> {
+    /// Joins the group of this name. The future that comes with the handle does the work: spawn it; it ends when this member
+    /// is out.
+    ///
+    /// # Errors
+    /// [`JoinError`].
+    pub async fn join(
+        node: &Node,
+        name: &str,
+    ) -> Result<(Self, impl Future<Output = ()> + Send + use<M>), JoinError> {
+        let (group, events) = Group::join(node, name).await?;
+        let shared = Arc::new(Mutex::new(Shared {
+            machine: M::default(),
+            there: false,
+            next: 0,
+            waiting: BTreeMap::new(),
+            out: false,
+        }));
+        let changed = Arc::new(Notify::new());
+        let me = group.me().clone();
+        let work = run(me, events, Arc::clone(&shared), Arc::clone(&changed));
+        let replicated = Self {
+            group,
+            shared,
+            changed,
+        };
+        Ok((replicated, work))
+    }
+
+    /// The group, for its views, and to leave it.
+    pub fn group(&self) -> &Group {
+        &self.group
+    }
+
+    /// Reads the state as it is here: everything that this member was answered is in it. `None`: the state has not come yet.
+    pub fn read<T>(&self, f: impl FnOnce(&M) -> T) -> Option<T> {
+        let shared = lock(&self.shared);
+        shared.there.then(|| f(&shared.machine))
+    }
+
+    /// Waits until the state here is like this.
+    ///
+    /// # Errors
+    /// [`UpdateError::Out`].
+    pub async fn until(&self, f: impl Fn(&M) -> bool) -> Result<(), UpdateError> {
+        loop {
+            // Before the look, so that no change is missed.
+            let changed = self.changed.notified();
+            let mut changed = std::pin::pin!(changed);
+            changed.as_mut().enable();
+            {
+                let shared = lock(&self.shared);
+                if shared.out {
+                    return Err(UpdateError::Out);
+                }
+                if shared.there && f(&shared.machine) {
+                    return Ok(());
+                }
+            }
+            changed.await;
+        }
+    }
+
+    /// Sends an update, and gives the machine's answer when it has been applied here, and so at the same place in the order
+    /// everywhere.
+    ///
+    /// # Errors
+    /// [`UpdateError`].
+    pub async fn update(&self, update: &[u8]) -> Result<Bytes, UpdateError> {
+        let (done, applied) = oneshot::channel();
+        let number = {
+            let mut shared = lock(&self.shared);
+            shared.next += 1;
+            let number = shared.next;
+            shared.waiting.insert(number, done);
+            number
+        };
+        let mut body = BytesMut::with_capacity(8 + update.len());
+        body.put_u64_le(number);
+        body.extend_from_slice(update);
+        if let Err(error) = self.group.abcast(body.freeze()).await {
+            lock(&self.shared).waiting.remove(&number);
+            return Err(error.into());
+        }
+        applied.await.map_err(|_| UpdateError::Out)
+    }
+}
+
+fn lock<M>(shared: &Mutex<Shared<M>>) -> std::sync::MutexGuard<'_, Shared<M>> {
+    shared.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+async fn run<M: Machine>(
+    me: MemberId,
+    mut events: Events,
+    shared: Arc<Mutex<Shared<M>>>,
+    changed: Arc<Notify>,
+) {
+    while let Some(event) = events.next().await {
+        let mut shared = lock(&shared);
+        match event {
+            Event::Init => shared.there = true,
+            Event::State(bytes) => {
+                let Some(machine) = M::restore(&bytes) else {
+                    tracing::error!("the state that came is not one; this member is of no use");
+                    break;
+                };
+                shared.machine = machine;
+                shared.there = true;
+            }
+            Event::View(view) => shared.machine.view(&view),
+            Event::Message(m) => {
+                let mut body = m.body().clone();
+                // What is no update is the same nothing everywhere.
+                if let Ok(number) = body.try_get_u64_le() {
+                    let answer = shared.machine.apply(m.from(), &body);
+                    if *m.from() == me
+                        && let Some(done) = shared.waiting.remove(&number)
+                    {
+                        let _ = done.send(answer);
+                    }
+                }
+            }
+            Event::StateWanted(wanted) => wanted.give(shared.machine.snapshot()),
+            Event::Left { .. } => break,
+        }
+        drop(shared);
+        changed.notify_waiters();
+    }
+    // Whoever waits learns that nothing comes.
+    let mut shared = lock(&shared);
+    shared.out = true;
+    shared.waiting.clear();
+    drop(shared);
+    changed.notify_waiters();
+}
