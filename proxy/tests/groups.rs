@@ -1,10 +1,6 @@
 //! Process groups over three real coordinators: nodes come together, one dies, one of the coordinators too.
 
-#![expect(
-    clippy::unwrap_used,
-    clippy::disallowed_methods,
-    reason = "a test that asks for free ports and bounds its waiting"
-)]
+#![expect(clippy::unwrap_used, reason = "a test")]
 
 use std::collections::BTreeMap;
 use std::net::{SocketAddr, TcpListener};

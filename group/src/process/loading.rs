@@ -1,7 +1,7 @@
 //! State transfer of a group: the joiner pulls the state of the view in which it joined from a donor, piece by piece; if the
 //! donor departs, the next one goes on at the same byte, since all made their image of the same state.
 //!
-//! BJ87 §4 (state transfer at the instant of a view). Messages of the view wait at the joiner until the state is there.
+//! BJ87 (state transfer at the instant of a view). Messages of the view wait at the joiner until the state is there.
 
 use super::ledger::Loading;
 use super::wire::Small;

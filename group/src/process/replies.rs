@@ -1,6 +1,6 @@
 //! Calls: a multicast that asks for replies, and who still owes one.
 //!
-//! BJ87 §3: a caller waits for none, one, some or all replies; a member that fails without having answered counts as one
+//! BJ87: a caller waits for none, one, some or all replies; a member that fails without having answered counts as one
 //! that will not, and the caller is told so.
 
 use super::types::{Calling, GroupEvent, Want};
