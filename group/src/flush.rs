@@ -92,7 +92,8 @@ impl Core {
         } else if self.now < self.not_proposing_before {
             // An attempt was just given up.
         } else if self.phase == Phase::Leading {
-            if self.leader_has_reason() {
+            // A view's existence proves every earlier lease over: none is written while a usurped leader may speak.
+            if self.now >= self.silent_before && self.leader_has_reason() {
                 self.propose(Stage::Checking);
             }
         } else if self.leader_suspected() {

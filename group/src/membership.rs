@@ -52,6 +52,17 @@ struct LeaseWatch {
     last: Option<(Option<Bytes>, Instant)>,
 }
 
+/// Whether a view may be the one that began its generation over another: an earlier lone leader's lease may outlive it.
+/// Whatever follows it was written after its leader's second wait.
+fn began_generation(view: &View) -> bool {
+    view.generation > 1 && view.k == 0 && view.cut == generation_cut(view.generation)
+}
+
+/// The cut at which a generation begins.
+fn generation_cut(generation: u32) -> u64 {
+    u64::from(generation - 1) * GENERATION_EVENTS
+}
+
 /// What one outside may conclude about the members of the view it reads.
 enum Lost {
     No,
@@ -217,7 +228,8 @@ impl Core {
                 self.lost_since = None;
                 None
             }
-            Lost::AllDead => Some(false),
+            // A usurper that died may have done so before its own wait was over.
+            Lost::AllDead => Some(began_generation(&view)),
             Lost::NoneQualifies => {
                 let since = *self.lost_since.get_or_insert(self.now);
                 let lease = view.lease() + Config::drift_margin(view.lease());
@@ -266,9 +278,10 @@ impl Core {
             full: vec![self.config.me.clone()],
             joining: Vec::new(),
             k: 0,
-            lease_us: micros(self.config.lease_alone),
+            // Who succeeds this one waits for as long as this view says, and so for the old leader's lease too.
+            lease_us: micros(self.config.lease_alone.max(old.lease())),
             clock_us: self.clock.now(self.now) + micros(GENERATION_CLOCK_STEP),
-            cut: u64::from(generation - 1) * GENERATION_EVENTS,
+            cut: generation_cut(generation),
             proposal: self.rng.next_u128(),
         };
         self.compare_and_set(Some(version), &view);
