@@ -30,7 +30,7 @@ mod group;
 mod worker;
 
 pub use self::events::{Event, Events, Received, StateWanted};
-pub use self::group::{CallError, Group, JoinError, Replies, SendError};
+pub use self::group::{CallError, Group, JoinError, Progress, Replies, SendError};
 use self::worker::{Input, Worker};
 
 use crate::config::Config;

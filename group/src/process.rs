@@ -533,6 +533,10 @@ impl Process {
                         None => {}
                     }
                 }
+                Effect::Full { member, name } if member == self.me => {
+                    self.out.push_back(Output::CannotJoin { name });
+                }
+                Effect::Full { .. } => {}
                 Effect::Loaded { group, member } => {
                     self.at(group, |e, _| e.on_loaded(&member));
                 }

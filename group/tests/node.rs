@@ -267,6 +267,93 @@ async fn who_takes_nothing_is_made_to_leave_and_holds_up_nobody() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_program_that_reads_nothing_holds_up_no_view_and_hears_replies() {
+    let site = Site::new(3);
+    let mut all = Vec::new();
+    for i in 1..=3 {
+        let mut config = site.config(i);
+        config.queue_bytes_max = 50_000;
+        config.slow_after = None;
+        let node = Node::start(config, site.registry.clone()).unwrap();
+        all.push(Member::join(node, "g").await);
+        let most = all.len();
+        for m in &mut all {
+            m.until(|m| m.view.members.len() == most).await;
+        }
+    }
+    let mut deaf = all.pop().unwrap();
+    let dying = all.pop().unwrap();
+    let mut first = all.pop().unwrap();
+    // More than the deaf one's queue holds, and more than fits the window: it lacks the end of what was sent.
+    let group = first.group.clone();
+    let sender = tokio::spawn(async move {
+        for n in 0..400 {
+            let mut body = word(0, n).to_vec();
+            body.resize(1000, 1);
+            group.fbcast(body).await.unwrap();
+        }
+    });
+    first.until(|m| m.log.len() == 400).await;
+    soon("the sender", sender).await.unwrap();
+    // Its program asks, and is answered although it takes no events.
+    let mut replies = deaf
+        .group
+        .call(Order::Fifo, "anybody?", Want::One, None)
+        .await
+        .unwrap();
+    let answers = async {
+        loop {
+            if let Some(Event::Message(m)) = first.take().await
+                && m.is_call()
+            {
+                return m.reply("yes");
+            }
+        }
+    };
+    answers.await;
+    let (who, _) = soon("a reply", replies.next()).await.unwrap();
+    assert_eq!(who, first.me());
+    // A member dies: those that are left agree on what it was, with the deaf one.
+    drop(dying);
+    first.until(|m| m.view.members.len() == 2).await;
+    assert!(first.view.members.contains(&deaf.me()));
+    // Nothing is lost when it reads again.
+    deaf.until(|m| m.view.members.len() == 2).await;
+    // (fbcasts of two senders come in any order: the deaf one's own call apart, the order is one sender's.)
+    let of_first = |m: &Member| {
+        let words = m.log.iter().filter(|b| b.len() == 1000);
+        words.map(|b| b.slice(..8)).collect::<Vec<_>>()
+    };
+    assert!(of_first(&deaf) == of_first(&first) && deaf.log.len() == first.log.len());
+    assert_eq!(of_first(&first).len(), 400);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_donor_that_gives_nothing_is_passed_over() {
+    let site = Site::new(3);
+    let mut all = members(&site, 2, "g").await;
+    all[1].group.fbcast(word(1, 1)).await.unwrap();
+    for m in &mut all {
+        m.until(|m| m.log.len() == 1).await;
+    }
+    let joining = tokio::spawn(Member::join(site.start(3), "g"));
+    // The first donor drops the wish; the second gives.
+    let [first, second] = all.get_mut(..).unwrap() else {
+        panic!("two")
+    };
+    loop {
+        let event = soon("the wish", first.events.next()).await;
+        if let Some(Event::StateWanted(wanted)) = event {
+            break drop(wanted);
+        }
+    }
+    second.until(|m| m.view.members.len() == 3).await;
+    let mut third = soon("join", joining).await.unwrap();
+    third.until(|m| m.view.members.len() == 3).await;
+    assert_eq!(third.log, [word(1, 1)]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn leaving_expelling_and_many_groups_of_one_node() {
     const GROUPS: usize = 200;
     let site = Site::new(2);

@@ -162,7 +162,7 @@ impl std::fmt::Debug for StateWanted {
 }
 
 impl StateWanted {
-    /// Gives the state. Dropped without giving, the joiner goes on waiting, for another donor if there is one.
+    /// Gives the state. If this is dropped, the joiner asks another donor, and if none gives, goes on asking.
     pub fn give(self, segments: Vec<Bytes>) {
         let command = Command::State {
             group: self.group,

@@ -17,7 +17,7 @@ use tokio::sync::{Notify, oneshot, watch};
 #[derive(Copy, Clone, Debug, PartialEq, Eq, Error)]
 #[non_exhaustive]
 pub enum JoinError {
-    /// The name is empty or too long, or this node is in too many groups.
+    /// The name is empty or too long, this node is in too many groups, or the group is full.
     #[error("this group cannot be joined")]
     Refused,
     /// This node is a member already, or is joining.
@@ -94,9 +94,9 @@ impl Group {
         self.view.borrow().clone()
     }
 
-    /// Bytes of the state that have come, and bytes in all; changes while a state is on its way.
-    pub fn progress(&self) -> watch::Receiver<(u64, u64)> {
-        self.progress.clone()
+    /// Follows the state that is on its way here.
+    pub fn progress(&self) -> Progress {
+        Progress(self.progress.clone())
     }
 
     /// Waits until this member is in no view any more, and gives the view that it is not in; `None`: this node is out first.
@@ -298,6 +298,23 @@ fn error(refused: Refused) -> SendError {
         Refused::NotAMember | Refused::Backlog | Refused::CannotJoin | Refused::NotWanted => {
             SendError::NotAMember
         }
+    }
+}
+
+/// The progress of a state transfer. (Values are copied out: what a program keeps holds up no thread.)
+#[derive(Clone)]
+pub struct Progress(watch::Receiver<(u64, u64)>);
+
+impl Progress {
+    /// Bytes that have come, and bytes in all.
+    pub fn now(&self) -> (u64, u64) {
+        *self.0.borrow()
+    }
+
+    /// Waits for news, and gives it; `None` when this member is out.
+    pub async fn next(&mut self) -> Option<(u64, u64)> {
+        self.0.changed().await.ok()?;
+        Some(*self.0.borrow_and_update())
     }
 }
 

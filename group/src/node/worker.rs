@@ -264,6 +264,11 @@ impl Worker {
             Output::Instance(instance) => self.driver.set_instance(self.config.site, instance),
             Output::Epoch { view_id, .. } => self.driver.set_epoch(self.config.site, view_id),
             Output::Group { group, event } => self.on_event(inputs, group, event),
+            Output::CannotJoin { name } => {
+                if let Some(done) = self.joining.remove(&name) {
+                    let _ = done.send(Err(JoinError::Refused));
+                }
+            }
             Output::Notice(notice) => tracing::info!(?notice, "site group"),
             Output::Outside => {
                 if self.stopping.is_some() {

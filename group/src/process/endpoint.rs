@@ -33,6 +33,9 @@ pub(crate) struct Cx<'a> {
     pub(crate) requests: &'a mut Vec<Op>,
 }
 
+/// What a waiting message costs besides its body.
+const EVENT_BYTES: u64 = 64;
+
 /// Messages between two members.
 struct Direct {
     out: Outgoing,
@@ -73,7 +76,8 @@ pub(crate) struct Endpoint {
     gbcasts: BTreeMap<(u8, u64), (Bytes, Option<Calling>)>,
     /// This member's own among them, sent again in the next view if it comes too late for this one.
     own_gbcasts: VecDeque<(u64, Multicast)>,
-    directs: BTreeMap<MemberId, Direct>,
+    /// By member and lane: messages and replies.
+    directs: BTreeMap<(MemberId, u8), Direct>,
     /// Of each member, the first view with both of us: it tells our direct lanes from those of an earlier membership.
     together: BTreeMap<MemberId, u64>,
     /// Messages that wait for the next view.
@@ -88,12 +92,22 @@ pub(crate) struct Endpoint {
     donating: BTreeMap<u64, Donating>,
     /// What happens before the state is there.
     buffered: VecDeque<GroupEvent>,
+    buffered_bytes: u64,
     paused: bool,
-    refused: bool,
+    refused: Refusals,
     expelled: BTreeSet<MemberId>,
     /// The last message of this member's lane that others deliver only when they hear that it is stable.
     safe_until: u64,
     slow_after: Option<Duration>,
+    buffer_bytes_max: u64,
+}
+
+/// What was refused for want of room, and not yet told that there is some.
+#[derive(Default)]
+struct Refusals {
+    multicast: bool,
+    call: bool,
+    directs: BTreeSet<MemberId>,
 }
 
 #[derive(Copy, Clone, PartialEq, Eq)]
@@ -136,11 +150,13 @@ impl Endpoint {
             load: None,
             donating: BTreeMap::new(),
             buffered: VecDeque::new(),
+            buffered_bytes: 0,
             paused: false,
-            refused: false,
+            refused: Refusals::default(),
             expelled: BTreeSet::new(),
             safe_until: 0,
             slow_after: cx.config.slow_after,
+            buffer_bytes_max: cx.config.core.limits.joiner_buffer_bytes_max,
         };
         endpoint.tell(
             cx,
@@ -163,6 +179,9 @@ impl Endpoint {
     /// An event in the order that the state is part of.
     fn emit(&mut self, cx: &mut Cx<'_>, event: GroupEvent) {
         if self.load.is_some() {
+            if let GroupEvent::Message(m) = &event {
+                self.buffered_bytes += m.body.len() as u64 + EVENT_BYTES;
+            }
             self.buffered.push_back(event);
         } else {
             self.tell(cx, event);
@@ -311,6 +330,12 @@ impl Endpoint {
         self.emit(cx, GroupEvent::Message(message));
     }
 
+    /// Whether messages are taken. A program that does not keep up takes none, and neither does a joiner that keeps too many
+    /// for when its state is there; but what the end of a view needs is always taken.
+    fn takes(&self) -> bool {
+        self.blocked.is_some() || !(self.paused || self.buffered_bytes >= self.buffer_bytes_max)
+    }
+
     // ---- views -------------------------------------------------------------------------------------------------
 
     /// The view is being left.
@@ -360,7 +385,7 @@ impl Endpoint {
         for event in self.calls.on_departed(&begun.view.departed) {
             self.tell(cx, event);
         }
-        self.directs.retain(|m, _| begun.view.members.contains(m));
+        self.forget_directs(cx, &begun.view.members);
         self.begin(cx, begun);
         let again = std::mem::take(&mut self.own_gbcasts);
         for (_, m) in again.into_iter().rev() {
@@ -468,6 +493,7 @@ impl Endpoint {
     }
 
     fn forget_what_the_state_holds(&mut self, cx: &mut Cx<'_>) {
+        self.buffered_bytes = 0;
         for event in std::mem::take(&mut self.buffered) {
             match event {
                 GroupEvent::Message(m) if m.order.is_none() => {
@@ -489,6 +515,7 @@ impl Endpoint {
             self.buffered
                 .retain(|e| !matches!(e, GroupEvent::Message(_)));
         }
+        self.buffered_bytes = 0;
         for event in std::mem::take(&mut self.buffered) {
             self.tell(cx, event);
         }

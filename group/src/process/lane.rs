@@ -265,8 +265,9 @@ impl Incoming {
         self.log.held()
     }
 
-    pub(crate) fn due(&self) -> Option<Instant> {
-        [self.debt.by, self.assembler.nak_due()]
+    /// `takes`: whether what is missing is asked for.
+    pub(crate) fn due(&self, takes: bool) -> Option<Instant> {
+        [self.debt.by, self.assembler.nak_due().filter(|_| takes)]
             .into_iter()
             .flatten()
             .min()

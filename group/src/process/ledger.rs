@@ -22,6 +22,8 @@ pub(crate) enum Effect {
     Block { group: GroupId },
     /// The next view begins.
     Install(Box<Begun>),
+    /// There is no room for one who asked to join.
+    Full { member: MemberId, name: String },
     /// A joiner has the state.
     Loaded { group: GroupId, member: MemberId },
 }
@@ -210,7 +212,7 @@ impl Ledger {
         }
         let Some(id) = self.names.get(name).copied() else {
             if self.groups.len() >= GROUPS_MAX * 10 {
-                return;
+                return effects.push(full(by, name));
             }
             self.next_group += 1;
             let id = GroupId(self.next_group);
@@ -230,14 +232,15 @@ impl Ledger {
             self.change(id, &mut Vec::new()).add.push(by.clone());
             return self.finish(id, None, effects);
         };
-        let full = self.groups[&id].view.members.len() >= MEMBERS_MAX;
-        if full || self.is_member(id, by) {
+        let g = &self.groups[&id];
+        let adding = g.change.as_ref().map_or(&[][..], |c| &c.add);
+        if g.view.members.contains(by) || adding.contains(by) {
             return;
         }
-        let change = self.change(id, effects);
-        if change.add.len() < MEMBERS_MAX && !change.add.contains(by) {
-            change.add.push(by.clone());
+        if g.view.members.len() + adding.len() >= MEMBERS_MAX {
+            return effects.push(full(by, name));
         }
+        self.change(id, effects).add.push(by.clone());
     }
 
     fn depart(
@@ -346,9 +349,29 @@ impl Ledger {
     }
 }
 
+fn full(member: &MemberId, name: &str) -> Effect {
+    Effect::Full {
+        member: member.clone(),
+        name: name.to_owned(),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_full_group_says_so() {
+        let most = MEMBERS_MAX as u128;
+        let mut b = Book::new(most + 1);
+        let group = begun(&b.join(1)).group;
+        for i in 2..=most {
+            b.join(i);
+        }
+        assert_eq!(b.join(most + 1), [full(&site(most + 1), "g")]);
+        assert_eq!(b.cut(group).view.members.len(), MEMBERS_MAX);
+        assert_eq!(b.join(most + 1), [full(&site(most + 1), "g")]);
+    }
 
     fn site(i: u128) -> MemberId {
         MemberId::new(format!("r{i}"), i)

@@ -1,5 +1,5 @@
 //! State transfer of a group: the joiner pulls the state of the view in which it joined from a donor, piece by piece; if the
-//! donor departs, the next one goes on at the same byte, since all made their image of the same state.
+//! donor departs or gives nothing, the next one goes on at the same byte, since all made their image of the same state.
 //!
 //! BJ87 (state transfer at the instant of a view). Messages of the view wait at the joiner until the state is there.
 
@@ -21,7 +21,12 @@ pub(crate) struct Load {
     /// Checksum of the image that is being received.
     image: Option<u32>,
     bytes: BytesMut,
+    /// Requests since the donor last gave anything.
+    unanswered: u32,
 }
+
+/// A donor that leaves this many requests unanswered is passed over, for the time being.
+const UNANSWERED_MAX: u32 = 20;
 
 impl Load {
     pub(crate) fn new(now: Instant, loading: &Loading) -> Self {
@@ -31,13 +36,19 @@ impl Load {
             receiving: Receiving::new(now),
             image: None,
             bytes: BytesMut::new(),
+            unanswered: 0,
         }
     }
 
     /// What to ask the first donor for now.
     pub(crate) fn want(&mut self, now: Instant, limits: &Limits) -> Option<(MemberId, Small)> {
-        let donor = self.donors.first()?.clone();
         let (offset, len) = self.receiving.want(now, limits)?;
+        self.unanswered += 1;
+        if self.unanswered > UNANSWERED_MAX && !self.donors.is_empty() {
+            self.unanswered = 1;
+            self.donors.rotate_left(1);
+        }
+        let donor = self.donors.first()?.clone();
         let small = Small::StateWanted {
             since: self.since,
             offset,
@@ -51,6 +62,7 @@ impl Load {
     pub(crate) fn on_image(&mut self, now: Instant, since: u64, image: u32) {
         if since == self.since && self.image != Some(image) {
             self.image = Some(image);
+            self.unanswered = 0;
             self.receiving = Receiving::new(now);
             self.bytes.clear();
         }
@@ -71,6 +83,9 @@ impl Load {
             self.bytes.extend_from_slice(bytes);
         }
         let news = !got.is_empty() || self.receiving.done();
+        if news {
+            self.unanswered = 0;
+        }
         news.then_some((self.receiving.at, piece.total))
     }
 

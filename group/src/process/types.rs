@@ -130,7 +130,7 @@ pub struct CallRef {
 /// What a process asks of its core.
 #[derive(Clone, Debug)]
 pub enum Command {
-    /// Join the group of this name, or found it. [`GroupEvent::Joined`] follows.
+    /// Join the group of this name, or found it. [`GroupEvent::Joined`] or [`Output::CannotJoin`] follows.
     Join {
         /// The name, at most [`NAME_BYTES_MAX`] bytes.
         group: String,
@@ -321,6 +321,11 @@ pub enum Output {
         group: GroupId,
         /// What.
         event: GroupEvent,
+    },
+    /// There is no room in the group of this name, or for another group.
+    CannotJoin {
+        /// The name.
+        name: String,
     },
     /// For the log.
     Notice(Notice),

@@ -14,8 +14,10 @@ use serde::{Deserialize, Serialize};
 pub(crate) const FORMAT: u8 = 2;
 /// Bytes of [`Header`].
 pub(crate) const HEADER_BYTES: usize = 3 + 5 * 8;
-/// Not a rank: the direct lane from the datagram's sender to its receiver.
+/// Not a rank: the direct lane of messages from the datagram's sender to its receiver.
 pub(crate) const DIRECT: u8 = u8::MAX;
+/// Not a rank: the direct lane of replies, which a program that takes no messages hears all the same.
+pub(crate) const REPLIES: u8 = u8::MAX - 1;
 
 /// The sender waits for this: acknowledge at once.
 pub(crate) const URGENT: u8 = 1;
@@ -26,7 +28,7 @@ pub(crate) const FROM_LEADER: u8 = 2;
 #[derive(Copy, Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Header {
     pub(crate) flags: u8,
-    /// Whose multicast lane the chunks are of, by rank; or [`DIRECT`].
+    /// Whose multicast lane the chunks are of, by rank; or [`DIRECT`] or [`REPLIES`].
     pub(crate) lane: u8,
     pub(crate) group: u64,
     pub(crate) view: u64,
@@ -39,6 +41,11 @@ pub(crate) struct Header {
 }
 
 impl Header {
+    /// Whether this is about a lane between two members.
+    pub(crate) fn is_direct(&self) -> bool {
+        self.lane >= REPLIES
+    }
+
     pub(crate) fn bytes(&self) -> BytesMut {
         let mut out = BytesMut::with_capacity(HEADER_BYTES);
         out.extend_from_slice(&[FORMAT, self.flags, self.lane]);
@@ -75,7 +82,7 @@ pub(crate) type Lack = (u8, u64, u8);
 pub(crate) enum Small {
     /// Of these multicast lanes (by rank) this is held. Meant for the lane's sender; others pass over it.
     Acks(Vec<(u8, u64)>),
-    /// Of the direct lane from the receiver of this datagram this is held.
+    /// Of the header's direct lane, from the receiver of this datagram, this is held.
     DirectAck(u64),
     /// Of the header's lane these ranges are missing.
     Nak(Vec<(Pos, Pos)>),

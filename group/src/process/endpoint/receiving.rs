@@ -20,7 +20,7 @@ impl Endpoint {
         let Some(rank) = self.view.rank(from).filter(|r| *r != self.rank) else {
             return;
         };
-        let direct = header.lane == DIRECT;
+        let direct = header.is_direct();
         let here = header.view == self.view.id;
         let ours = self.together.get(from) == Some(&header.view);
         if direct && !ours && !planted!(cx.config.core, OldDirects) {
@@ -28,7 +28,7 @@ impl Endpoint {
         }
         for item in items {
             match item {
-                Item::Chunk(chunk) if direct => self.on_direct_chunk(cx, from, &chunk),
+                Item::Chunk(chunk) if direct => self.on_direct_chunk(cx, from, header.lane, &chunk),
                 Item::Chunk(chunk) if here => self.on_chunk(cx, rank, header.lane, &chunk),
                 Item::Piece(piece) => self.on_piece(cx, from, &piece),
                 Item::Message(small) => self.on_small(cx, from, rank, header, small),
@@ -36,22 +36,23 @@ impl Endpoint {
             }
         }
         if direct {
-            self.direct(from).inc.heed(header);
+            self.direct(from, header.lane).inc.heed(header);
         } else if here && usize::from(header.lane) == rank {
             self.ins[rank].heed(header);
             self.feed(cx, rank);
         }
     }
 
-    fn direct(&mut self, with: &MemberId) -> &mut Direct {
-        self.directs.entry(with.clone()).or_insert_with(Direct::new)
+    pub(super) fn direct(&mut self, with: &MemberId, lane: u8) -> &mut Direct {
+        let key = (with.clone(), lane);
+        self.directs.entry(key).or_insert_with(Direct::new)
     }
 
     fn on_chunk(&mut self, cx: &mut Cx<'_>, rank: usize, lane: u8, chunk: &Chunk<'_>) {
         let lane = usize::from(lane);
         // Another's lane is copied only while the view is being left.
         let copy = lane != rank && self.blocked.is_some() && lane != self.rank;
-        if (lane != rank && !copy) || (self.paused && !copy && self.blocked.is_none()) {
+        if (lane != rank && !copy) || !self.takes() {
             return;
         }
         if let Some(inc) = self.ins.get_mut(lane) {
@@ -59,13 +60,13 @@ impl Endpoint {
         }
     }
 
-    fn on_direct_chunk(&mut self, cx: &mut Cx<'_>, from: &MemberId, chunk: &Chunk<'_>) {
-        if self.paused {
+    fn on_direct_chunk(&mut self, cx: &mut Cx<'_>, from: &MemberId, lane: u8, chunk: &Chunk<'_>) {
+        if lane == DIRECT && !self.takes() {
             return;
         }
         let limits = &cx.config.core.limits;
         let now = cx.now;
-        let inc = &mut self.direct(from).inc;
+        let inc = &mut self.direct(from, lane).inc;
         inc.take(now, chunk, limits);
         let mut messages = Vec::new();
         while inc.taken < inc.log.held() {
@@ -118,16 +119,17 @@ impl Endpoint {
                     self.on_ack(cx, rank, *held);
                 }
             }
-            Small::DirectAck(held) if header.lane == DIRECT => {
-                let out = &mut self.direct(from).out;
+            Small::DirectAck(held) if header.is_direct() => {
+                let out = &mut self.direct(from, header.lane).out;
                 out.acknowledged(0, held);
                 out.collect(held);
             }
-            Small::Nak(ranges) if header.lane == DIRECT => {
-                let Some(direct) = self.directs.get(from) else {
+            Small::Nak(ranges) if header.is_direct() => {
+                let lane = header.lane;
+                let Some(direct) = self.directs.get(&(from.clone(), lane)) else {
                     return;
                 };
-                let header = self.direct_header(from, direct);
+                let header = self.direct_header(from, lane, direct);
                 let mut bodies = Vec::new();
                 for (a, b) in ranges.iter().take(crate::fbcast::NAK_RANGES_MAX) {
                     let limits = &cx.config.core.limits;

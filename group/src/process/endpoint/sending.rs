@@ -5,7 +5,7 @@ use crate::process::lane;
 use crate::process::types::{
     CallRef, GroupEvent, Message, Multicast, Order, Output, Refused, Stability,
 };
-use crate::process::wire::{DIRECT, Envelope, Header, Kind, Lack, Op, Small};
+use crate::process::wire::{DIRECT, Envelope, Header, Kind, Lack, Op, REPLIES, Small};
 use crate::time::Instant;
 use crate::view::MemberId;
 use bytes::Bytes;
@@ -30,9 +30,12 @@ impl Endpoint {
         if m.body.len() + self.envelope_room() > cx.config.core.limits.event_bytes_max {
             return Err(Refused::TooLarge);
         }
-        let calls_full = m.calling.is_some() && self.calls.full();
-        if self.backlog_bytes() >= cx.config.backlog_bytes_max || calls_full {
-            self.refused = true;
+        if self.backlog_bytes() >= cx.config.backlog_bytes_max {
+            self.refused.multicast = true;
+            return Err(Refused::Backlog);
+        }
+        if m.calling.is_some() && self.calls.full() {
+            self.refused.call = true;
             return Err(Refused::Backlog);
         }
         if self.blocked.is_some() {
@@ -172,22 +175,41 @@ impl Endpoint {
             self.emit(cx, GroupEvent::Message(message));
             return Ok(());
         }
-        let direct = self.directs.entry(to.clone()).or_insert_with(Direct::new);
-        if direct.out.backlog_bytes() >= cx.config.backlog_bytes_max {
-            self.refused = true;
+        if self.direct_backlog_bytes(to) >= cx.config.backlog_bytes_max {
+            self.refused.directs.insert(to.clone());
             return Err(Refused::Backlog);
         }
         self.push_direct(to, Kind::Direct, &body);
         Ok(())
     }
 
+    fn direct_backlog_bytes(&self, to: &MemberId) -> u64 {
+        let direct = self.directs.get(&(to.clone(), DIRECT));
+        direct.map_or(0, |d| d.out.backlog_bytes())
+    }
+
+    /// Messages of departed members' lanes are gone, and nobody waits for room in them.
+    pub(super) fn forget_directs(&mut self, cx: &mut Cx<'_>, members: &[MemberId]) {
+        self.directs.retain(|(m, _), _| members.contains(m));
+        let waiting = self.refused.directs.len();
+        self.refused.directs.retain(|m| members.contains(m));
+        if self.refused.directs.len() < waiting {
+            self.tell(cx, GroupEvent::Room);
+        }
+    }
+
     fn push_direct(&mut self, to: &MemberId, kind: Kind, body: &[u8]) {
+        let lane = if matches!(kind, Kind::Reply { .. }) {
+            REPLIES
+        } else {
+            DIRECT
+        };
         let envelope = Envelope {
             kind,
             safe: false,
             call: None,
         };
-        let direct = self.directs.entry(to.clone()).or_insert_with(Direct::new);
+        let direct = self.direct(to, lane);
         direct.out.push(envelope.put(body), true);
     }
 
@@ -250,10 +272,10 @@ impl Endpoint {
         }
     }
 
-    pub(super) fn direct_header(&self, with: &MemberId, direct: &Direct) -> Header {
+    pub(super) fn direct_header(&self, with: &MemberId, lane: u8, direct: &Direct) -> Header {
         Header {
             flags: 0,
-            lane: DIRECT,
+            lane,
             group: self.id.0,
             view: self.together.get(with).copied().unwrap_or(0),
             sent: direct.out.sent(),
@@ -287,10 +309,7 @@ impl Endpoint {
             self.send_small(cx, &donor, &self.header(), small);
         }
         self.push_back_on_the_slow(cx);
-        if self.refused && self.backlog_bytes() < cx.config.backlog_bytes_max / 2 {
-            self.refused = false;
-            self.tell(cx, GroupEvent::Room);
-        }
+        self.tell_of_room(cx);
         let all_held = self.out.all_hold() == self.out.log.held() && self.queue.is_empty();
         let directs = self.directs.values();
         let directs_held = directs
@@ -299,6 +318,23 @@ impl Endpoint {
         if self.leaving == Leaving::Wished && all_held && directs_held && self.blocked.is_none() {
             self.leaving = Leaving::Asked;
             cx.requests.push(Op::Leave { group: self.id });
+        }
+    }
+
+    /// Says that there is room, once, where something was refused for want of it.
+    fn tell_of_room(&mut self, cx: &mut Cx<'_>) {
+        let enough = cx.config.backlog_bytes_max / 2;
+        let multicast = self.refused.multicast && self.backlog_bytes() < enough;
+        let call = self.refused.call && !self.calls.full();
+        let directs = std::mem::take(&mut self.refused.directs);
+        let (free, full): (BTreeSet<_>, BTreeSet<_>) = directs
+            .into_iter()
+            .partition(|m| self.direct_backlog_bytes(m) < enough);
+        self.refused.directs = full;
+        self.refused.multicast &= !multicast;
+        self.refused.call &= !call;
+        if multicast || call || !free.is_empty() {
+            self.tell(cx, GroupEvent::Room);
         }
     }
 
@@ -350,7 +386,7 @@ impl Endpoint {
         for rank in 0..self.ins.len() {
             let lane = u8::try_from(rank).expect("MEMBERS_MAX");
             let due = self.ins[rank].assembler.nak_due();
-            if rank == self.rank || due.is_none_or(|t| t > cx.now) || self.paused {
+            if rank == self.rank || due.is_none_or(|t| t > cx.now) || !self.takes() {
                 continue;
             }
             let Some(ranges) = self.ins[rank].assembler.missing(cx.now) else {
@@ -373,14 +409,12 @@ impl Endpoint {
 
     fn flush_directs(&mut self, cx: &mut Cx<'_>) {
         let limits = &cx.config.core.limits;
-        let members: Vec<MemberId> = self.directs.keys().cloned().collect();
-        for m in members {
-            let Some(mut direct) = self.directs.remove(&m) else {
-                continue;
-            };
+        // Taken out for the moment, so that the headers can be made beside them.
+        let mut directs = std::mem::take(&mut self.directs);
+        for ((m, lane), direct) in &mut directs {
             let to: Arc<[MemberId]> = Arc::from([m.clone()]);
             while direct.out.unsent() {
-                let mut header = self.direct_header(&m, &direct);
+                let mut header = self.direct_header(m, *lane, direct);
                 let bodies = direct.out.burst(cx.now, &mut header, &[], limits);
                 if bodies.is_empty() {
                     break;
@@ -391,12 +425,14 @@ impl Endpoint {
             if direct.inc.ack_due(cx.now) {
                 small.push(Small::DirectAck(direct.inc.settle()));
             }
-            if direct.inc.assembler.nak_due().is_some_and(|t| t <= cx.now)
+            let takes = *lane == REPLIES || self.takes();
+            if takes
+                && direct.inc.assembler.nak_due().is_some_and(|t| t <= cx.now)
                 && let Some(ranges) = direct.inc.assembler.missing(cx.now)
             {
                 small.push(Small::Nak(ranges));
             }
-            let mut header = self.direct_header(&m, &direct);
+            let mut header = self.direct_header(m, *lane, direct);
             let probe = direct.out.probe(cx.now);
             if probe {
                 header.flags |= crate::process::wire::URGENT;
@@ -404,22 +440,28 @@ impl Endpoint {
             if probe || !small.is_empty() {
                 Self::send_bodies(cx, to, vec![lane::body(&header, &small)]);
             }
-            self.directs.insert(m, direct);
         }
+        self.directs = directs;
     }
 
     /// A member that holds up everybody for too long has to leave.
     fn push_back_on_the_slow(&mut self, cx: &mut Cx<'_>) {
-        let (Some(patience), Some(since)) = (cx.config.slow_after, self.out.stalled_since) else {
+        let Some(patience) = cx.config.slow_after.filter(|_| self.blocked.is_none()) else {
             return;
         };
-        if cx.now.since(since) < patience || self.blocked.is_some() {
-            return;
-        }
-        let slowest = self.out.slowest().and_then(|i| self.others.get(i)).cloned();
-        if let Some(member) = slowest
-            && self.expelled.insert(member.clone())
-        {
+        let stalled = |out: &lane::Outgoing| {
+            let since = out.stalled_since;
+            since.is_some_and(|since| cx.now.since(since) >= patience)
+        };
+        let slowest = self.out.slowest().filter(|_| stalled(&self.out));
+        let mut slow: Vec<MemberId> = Vec::new();
+        slow.extend(slowest.and_then(|i| self.others.get(i)).cloned());
+        let directs = self.directs.iter().filter(|(_, d)| stalled(&d.out));
+        slow.extend(directs.map(|((m, _), _)| m.clone()));
+        for member in slow {
+            if !self.expelled.insert(member.clone()) {
+                continue;
+            }
             cx.requests.push(Op::Expel {
                 group: self.id,
                 member,
@@ -454,25 +496,29 @@ impl Endpoint {
     /// When [`Self::flush`] has something to do although nothing happens.
     pub(crate) fn due(&self) -> Option<Instant> {
         let lanes = self.ins.iter().enumerate();
-        let paused = self.paused;
+        let takes = self.takes();
         let lanes = lanes
-            .filter(|(rank, _)| *rank != self.rank && !paused)
-            .filter_map(|(_, inc)| inc.due());
-        let directs = self.directs.values();
+            .filter(|(rank, _)| *rank != self.rank)
+            .filter_map(|(_, inc)| inc.due(takes));
+        let directs = self.directs.iter();
         let directs = directs
-            .flat_map(|d| [d.inc.due(), d.out.probe_due()])
+            .flat_map(|((_, lane), d)| [d.inc.due(takes || *lane == REPLIES), d.out.probe_due()])
             .flatten();
         let rest = [
             self.out.probe_due(),
             self.calls.due(),
             self.load.as_ref().map(crate::process::loading::Load::due),
             // Looked at again and again while it is full; an acknowledgement ends it.
-            self.out
-                .stalled_since
+            self.stalled_since()
                 .filter(|_| self.blocked.is_none() && self.expelled.is_empty())
                 .and_then(|t| self.slow_at(t)),
         ];
         lanes.chain(directs).chain(rest.into_iter().flatten()).min()
+    }
+
+    fn stalled_since(&self) -> Option<Instant> {
+        let directs = self.directs.values().filter_map(|d| d.out.stalled_since);
+        directs.chain(self.out.stalled_since).min()
     }
 
     fn slow_at(&self, since: Instant) -> Option<Instant> {

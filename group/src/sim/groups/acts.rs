@@ -59,12 +59,26 @@ impl World {
                 }
             }
             2 | 3 => self.send_direct(node, group),
+            4 if !self.healed => {
+                let paused = true;
+                self.command(node, Command::Pause { group, paused })
+                    .expect("in");
+                let us = below(&mut self.rng, 400_000);
+                self.after(us, Happening::Unpause { node, group });
+            }
             _ => {
                 for _ in 0..=below(&mut self.rng, 3) {
                     self.multicast(node, group);
                 }
             }
         }
+    }
+
+    /// The program keeps up again.
+    pub(super) fn unpause(&mut self, node: usize, group: GroupId) {
+        let paused = false;
+        // It may have left, or died, in the meantime.
+        let _ = self.command(node, Command::Pause { group, paused });
     }
 
     fn command(&mut self, node: usize, command: Command) -> Result<(), Refused> {

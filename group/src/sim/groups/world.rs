@@ -60,6 +60,10 @@ pub(super) enum Happening {
     Act {
         node: usize,
     },
+    Unpause {
+        node: usize,
+        group: GroupId,
+    },
     Trouble,
     Restart {
         node: usize,
@@ -275,6 +279,7 @@ impl World {
                 self.after(us, Happening::Arrives { node, epoch, what });
             }
             Happening::Act { node } => self.act(node),
+            Happening::Unpause { node, group } => self.unpause(node, group),
             Happening::Trouble => self.trouble(),
             Happening::Restart { node } => self.start(node),
             Happening::HealNetwork => self.network.heal(),
@@ -416,6 +421,7 @@ impl World {
             }
             Output::Instance(_) | Output::Epoch { .. } => {}
             Output::Group { group, event } => self.on_event(node, group, event),
+            Output::CannotJoin { name: group } => self.fail("join", format!("no room in {group}")),
             Output::Notice(notice) => self.log(|| format!("{} {notice:?}", name(node))),
             Output::Outside => {
                 self.log(|| format!("{} is outside", name(node)));
