@@ -164,6 +164,8 @@ pub enum Fault {
     GbcastAtOnce,
     /// A joiner of a group lets go of what came before its state.
     JoinerForgets,
+    /// What is acknowledged after the report for the end of a view counts as stable.
+    VouchAfterReport,
     /// Messages of an earlier membership are taken for those of this one.
     OldDirects,
 }

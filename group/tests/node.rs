@@ -86,15 +86,11 @@ impl Member {
     }
 }
 
-async fn members(site: &Site, count: usize, name: &str) -> Vec<Member> {
+async fn members(site: &Site, count: usize) -> Vec<Member> {
     let mut all = Vec::new();
     for i in 1..=count {
         let node = site.start(i);
-        let joining = tokio::spawn(async move {
-            let name = "g";
-            Member::join(node, name).await
-        });
-        assert_eq!(name, "g");
+        let joining = tokio::spawn(Member::join(node, "g"));
         // Those that are in take part in letting it in.
         let mut joining = std::pin::pin!(joining);
         loop {
@@ -131,7 +127,7 @@ fn word(sender: usize, n: u32) -> Bytes {
 async fn abcasts_come_in_one_order_and_fbcasts_in_their_senders() {
     const EACH: u32 = 200;
     let site = Site::new(3);
-    let mut all = members(&site, 3, "g").await;
+    let mut all = members(&site, 3).await;
     let senders: Vec<_> = all
         .iter()
         .enumerate()
@@ -181,7 +177,7 @@ async fn abcasts_come_in_one_order_and_fbcasts_in_their_senders() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_killed_member_departs_and_comes_back_with_the_state() {
     let site = Site::new(3);
-    let mut all = members(&site, 3, "g").await;
+    let mut all = members(&site, 3).await;
     for n in 0..20 {
         all[0].group.fbcast(word(0, n)).await.unwrap();
     }
@@ -331,7 +327,7 @@ async fn a_program_that_reads_nothing_holds_up_no_view_and_hears_replies() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_donor_that_gives_nothing_is_passed_over() {
     let site = Site::new(3);
-    let mut all = members(&site, 2, "g").await;
+    let mut all = members(&site, 2).await;
     all[1].group.fbcast(word(1, 1)).await.unwrap();
     for m in &mut all {
         m.until(|m| m.log.len() == 1).await;

@@ -38,6 +38,7 @@ fn fault(name: &str) -> Option<unbroken_group::Fault> {
         GbcastAtOnce,
         JoinerForgets,
         OldDirects,
+        VouchAfterReport,
     ]
     .into_iter()
     .find(|f| format!("{f:?}").eq_ignore_ascii_case(&name.replace('-', "")))

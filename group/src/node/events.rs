@@ -19,7 +19,8 @@ const EVENT_BYTES: u64 = 100;
 pub enum Event {
     /// This member is the first: the state is whatever the program begins with.
     Init,
-    /// The state at the beginning of the view that follows.
+    /// The state at the beginning of the view that follows. It may come again, in place of the one before: see
+    /// [`crate::process::GroupEvent::State`].
     State(Bytes),
     /// A view begins. All messages of the view before came before it, and none of its own.
     View(GroupView),

@@ -479,7 +479,10 @@ impl Endpoint {
                 self.load = Some(Load::new(cx.now, loading));
             }
             (Some(loading), None) if joined => self.load = Some(Load::new(cx.now, loading)),
-            // The state is here; the ledger has not heard of it.
+            // The state is here and the ledger has not heard of it; but nobody else has it, and the state was begun anew.
+            (Some(loading), None) if begun.init.is_some() => {
+                self.load = Some(Load::new(cx.now, loading));
+            }
             (Some(_), None) => {}
             (None, _) => {
                 if begun.init.as_ref() == Some(&self.me) {
@@ -553,5 +556,88 @@ impl Endpoint {
     /// This process is out of the site group: the membership ends with it.
     pub(crate) fn on_outside(&self, cx: &mut Cx<'_>) {
         self.tell(cx, GroupEvent::Left { wished: false });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Config;
+    use crate::process::ledger::Loading;
+
+    fn site(i: u128) -> MemberId {
+        MemberId::new(format!("r{i}"), i)
+    }
+
+    fn begun(
+        id: u64,
+        members: &[u128],
+        loading: &[(u128, u64, u128)],
+        init: Option<u128>,
+    ) -> Begun {
+        let loading = loading.iter().map(|(member, since, donor)| {
+            let loading = Loading {
+                since: *since,
+                donors: vec![site(*donor)],
+            };
+            (site(*member), loading)
+        });
+        Begun {
+            group: GroupId(1),
+            name: "g".into(),
+            cut: Some(vec![0; 3]),
+            gbcasts: Vec::new(),
+            view: GroupView {
+                id,
+                members: members.iter().copied().map(site).collect(),
+                joined: Vec::new(),
+                departed: Vec::new(),
+            },
+            wished: BTreeSet::new(),
+            init: init.map(site),
+            loading: loading.collect(),
+        }
+    }
+
+    /// The last that had the state departs when this member has just got it and nobody knows: another begins the state anew,
+    /// and this one must not go on with the old.
+    #[test]
+    fn a_state_that_was_begun_anew_is_taken_by_all() {
+        let me = site(3);
+        let names = vec!["r1".into(), "r2".into(), "r3".into()];
+        let config = ProcessConfig::new(Config::new(1, me.clone(), names, 9));
+        let (mut out, mut requests) = (VecDeque::new(), Vec::new());
+        let mut cx = Cx {
+            now: Instant::from_micros(1),
+            config: &config,
+            out: &mut out,
+            requests: &mut requests,
+        };
+        let mut first = begun(2, &[1, 2, 3], &[(2, 2, 1), (3, 2, 1)], None);
+        first.view.joined = vec![site(2), site(3)];
+        let mut endpoint = Endpoint::new(&mut cx, &me, &first);
+        assert!(endpoint.load.is_some());
+        endpoint.load = None; // the state has come
+        endpoint.release(&mut cx);
+        let next = begun(3, &[1, 2, 3], &[(2, 2, 1), (3, 2, 1)], None);
+        assert!(endpoint.install(&mut cx, &next) && endpoint.load.is_none());
+        let anew = begun(4, &[2, 3], &[(3, 4, 2)], Some(2));
+        assert!(endpoint.install(&mut cx, &anew));
+        assert_eq!(
+            endpoint.load.map(|l| (l.since, l.donors)),
+            Some((4, vec![site(2)]))
+        );
+        let views = out.iter().filter_map(|o| match o {
+            Output::Group {
+                event: GroupEvent::View(v),
+                ..
+            } => Some(v.id),
+            _ => None,
+        });
+        assert_eq!(
+            views.collect::<Vec<_>>(),
+            [2, 3],
+            "the fourth waits for its state"
+        );
     }
 }

@@ -32,8 +32,11 @@ pub(crate) struct Outgoing {
     urgent_to: u64,
     probe_at: Option<Instant>,
     probes: u32,
-    /// What each receiver holds.
+    /// What each receiver holds: this fills the window.
     held: Vec<u64>,
+    /// What each receiver held before it reported for the end of the view: this is stable, since it is within every cut.
+    /// Invariant: at most `held`.
+    vouched: Vec<u64>,
     /// Receivers that depart.
     gone: Vec<bool>,
     /// The window has been full since, without an acknowledgement by the slowest.
@@ -49,6 +52,7 @@ impl Outgoing {
             probe_at: None,
             probes: 0,
             held: vec![0; receivers],
+            vouched: vec![0; receivers],
             gone: vec![false; receivers],
             stalled_since: None,
         }
@@ -81,15 +85,15 @@ impl Outgoing {
         gone.is_some_and(|gone| !std::mem::replace(gone, true))
     }
 
-    /// The highest that `k` receivers hold, at most all.
+    /// The highest that `k` receivers vouch for, at most all.
     pub(crate) fn held_by(&self, k: usize) -> u64 {
-        let k = k.min(self.held.len());
+        let k = k.min(self.vouched.len());
         if k == 0 {
             return self.log.held();
         }
-        let mut held = self.held.clone();
-        held.sort_unstable_by(|a, b| b.cmp(a));
-        held[k - 1]
+        let holders = |number: u64| self.vouched.iter().filter(|held| **held >= number).count();
+        let held = self.vouched.iter().copied().filter(|h| holders(*h) >= k);
+        held.max().unwrap_or(0)
     }
 
     /// The receiver that holds least.
@@ -97,10 +101,13 @@ impl Outgoing {
         (0..self.held.len()).min_by_key(|i| self.held[*i])
     }
 
-    /// A receiver acknowledges; whether that is news.
-    pub(crate) fn acknowledged(&mut self, receiver: usize, held: u64) -> bool {
+    /// A receiver acknowledges; `vouches`: before it reported for the end of the view. Whether that is news.
+    pub(crate) fn acknowledged(&mut self, receiver: usize, held: u64, vouches: bool) -> bool {
         // More than was sent is a peer's error; it must not make us forget what others miss.
         let held = held.min(self.sent());
+        if let Some(vouched) = self.vouched.get_mut(receiver).filter(|_| vouches) {
+            *vouched = (*vouched).max(held);
+        }
         let least = self.all_hold();
         let Some(known) = self.held.get_mut(receiver).filter(|known| **known < held) else {
             return false;
@@ -281,4 +288,39 @@ pub(crate) fn body(header: &Header, messages: &[Small]) -> Bytes {
         crate::wire::put_message(&mut out, m);
     }
     out.freeze()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_so_many_hold_and_who_is_waited_for() {
+        let mut out = Outgoing::new(3);
+        for _ in 0..9 {
+            out.push(Bytes::from_static(b"m"), false);
+        }
+        let header = &mut Header::default();
+        let bodies = out.burst(Instant::from_micros(1), header, &[], &Limits::default());
+        assert_eq!((bodies.len(), out.sent()), (1, 9));
+        assert!(
+            out.acknowledged(0, 4, true)
+                && out.acknowledged(1, 7, true)
+                && !out.acknowledged(1, 6, true)
+        );
+        let held: Vec<u64> = (0..=4).map(|k| out.held_by(k)).collect();
+        assert_eq!(held, [9, 7, 4, 0, 0]);
+        assert_eq!((out.all_hold(), out.slowest()), (0, Some(2)));
+        assert!(
+            out.acknowledged(0, 8, false) && out.held_by(1) == 7,
+            "vouches for nothing"
+        );
+        assert!(
+            out.acknowledged(0, 99, true),
+            "more than was sent counts as all"
+        );
+        assert_eq!(out.held_by(1), 9);
+        assert!(out.give_up(2) && !out.give_up(2));
+        assert_eq!(out.all_hold(), 7);
+    }
 }

@@ -149,15 +149,13 @@ impl Ledger {
         self.asked.retain(|m, _| sites.contains(m));
         let ids: Vec<GroupId> = self.groups.keys().copied().collect();
         for id in ids {
-            let g = &self.groups[&id];
-            let gone: Vec<MemberId> = g
-                .view
-                .members
-                .iter()
-                .chain(g.change.iter().flat_map(|c| &c.add))
-                .filter(|m| !self.sites.contains(*m))
-                .cloned()
-                .collect();
+            let sites = &self.sites;
+            let g = self.groups.get_mut(&id).expect("listed above");
+            if let Some(change) = &mut g.change {
+                change.add.retain(|m| sites.contains(m));
+            }
+            let members = g.view.members.iter();
+            let gone: Vec<MemberId> = members.filter(|m| !sites.contains(*m)).cloned().collect();
             for m in gone {
                 self.depart(id, &m, false, &mut effects);
             }
@@ -188,8 +186,12 @@ impl Ledger {
                     self.change(*group, effects).gbcasts.push((rank, *number));
                 }
             }
-            Op::Loaded { group } => {
-                if let Some(g) = self.groups.get_mut(group) {
+            Op::Loaded { group, since } => {
+                // One that was told to begin anew meanwhile has not.
+                let loads = |l: &Loading| l.since == *since;
+                if let Some(g) = self.groups.get_mut(group)
+                    && g.loading.get(by).is_some_and(loads)
+                {
                     g.loading.remove(by);
                     effects.push(Effect::Loaded {
                         group: *group,
@@ -250,13 +252,8 @@ impl Ledger {
         wished: bool,
         effects: &mut Vec<Effect>,
     ) {
-        let Some(g) = self.groups.get_mut(&group) else {
-            return;
-        };
-        if let Some(change) = &mut g.change {
-            change.add.retain(|m| m != member);
-        }
-        if !g.view.members.contains(member) {
+        // One that waits to be let in is meant by nobody: what is asked for is about the membership that it had.
+        if !self.is_member(group, member) {
             return;
         }
         let change = self.change(group, effects);
@@ -449,7 +446,9 @@ mod tests {
         let group = begun(&b.join(1)).group;
         b.join(2);
         b.cut(group);
-        b.ask(2, Op::Loaded { group });
+        b.ask(2, Op::Loaded { group, since: 1 });
+        assert!(b.ledger.groups[&group].loading.contains_key(&site(2)));
+        b.ask(2, Op::Loaded { group, since: 2 });
         b.join(3);
         let v = b.cut(group);
         assert_eq!(v.loading[&site(3)].donors, [site(1), site(2)]);
@@ -476,6 +475,28 @@ mod tests {
         assert_eq!((v.cut, v.init), (None, Some(site(2))));
         b.ask(2, Op::Leave { group });
         assert!(b.ledger.groups.is_empty() && b.ledger.names.is_empty());
+    }
+
+    #[test]
+    fn an_expulsion_ends_no_joining_that_came_after_it() {
+        let mut b = Book::new(3);
+        let group = begun(&b.join(1)).group;
+        b.join(2);
+        b.join(3);
+        let member = site(2);
+        b.ask(1, Op::Expel { group, member });
+        let v = b.cut(group);
+        assert_eq!(
+            v.view.members,
+            [site(1), site(2), site(3)],
+            "it was no member"
+        );
+        b.ledger.on_sites(&[site(1), site(3)]);
+        assert_eq!(b.cut(group).view.members, [site(1), site(3)]);
+        b.ledger.on_sites(&[site(1), site(3), site(4)]);
+        b.join(4);
+        b.ledger.on_sites(&[site(1), site(3)]);
+        assert_eq!(b.cut(group).view.members, [site(1), site(3)], "it died");
     }
 
     #[test]

@@ -126,6 +126,11 @@ impl Donating {
         true
     }
 
+    /// Whether there is somebody who takes the state from here.
+    pub(crate) fn gives(&self) -> bool {
+        self.image.is_some() && !self.joiners.is_empty()
+    }
+
     pub(crate) fn image(&mut self) -> Option<(u32, &mut Donor)> {
         self.image.as_mut().map(|(sum, donor)| (*sum, donor))
     }

@@ -243,7 +243,8 @@ pub enum GroupEvent {
     },
     /// This member is the first: the state is whatever it begins with.
     Init,
-    /// The state at the beginning of the view that follows.
+    /// The state at the beginning of the view that follows. It comes again, in place of the one before, to a member that had
+    /// just got it from others who are all gone.
     State(Bytes),
     /// A view begins. All messages of the view before were delivered, and none of this one.
     View(GroupView),

@@ -21,6 +21,9 @@ pub(crate) const REPLIES: u8 = u8::MAX - 1;
 
 /// The sender waits for this: acknowledge at once.
 pub(crate) const URGENT: u8 = 1;
+/// The sender has reported for the end of the view: what it acknowledges may lie beyond the cut. It fills no window, and
+/// vouches for nothing.
+pub(crate) const BLOCKED: u8 = 4;
 /// Not of a member to a member, but of the site leader: see [`Small::Fetch`].
 pub(crate) const FROM_LEADER: u8 = 2;
 
@@ -207,9 +210,10 @@ pub(crate) enum Op {
         view: u64,
         number: u64,
     },
-    /// The sender, a joiner, has the state.
+    /// The sender, a joiner, has the state at the beginning of view `since`.
     Loaded {
         group: GroupId,
+        since: u64,
     },
 }
 

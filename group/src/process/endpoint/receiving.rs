@@ -3,7 +3,7 @@
 use super::{Cx, Direct, Endpoint};
 use crate::config::planted;
 use crate::process::types::{GroupEvent, Message};
-use crate::process::wire::{DIRECT, Envelope, Header, Kind, Op, Small};
+use crate::process::wire::{BLOCKED, DIRECT, Envelope, Header, Kind, Op, Small};
 use crate::view::MemberId;
 use crate::wire::{Chunk, Item, Piece, Pos, Reader};
 use std::sync::Arc;
@@ -116,12 +116,14 @@ impl Endpoint {
                     .iter()
                     .find(|(lane, _)| usize::from(*lane) == self.rank);
                 if let Some((_, held)) = mine {
-                    self.on_ack(cx, rank, *held);
+                    let vouches =
+                        header.flags & BLOCKED == 0 || planted!(cx.config.core, VouchAfterReport);
+                    self.on_ack(cx, rank, *held, vouches);
                 }
             }
             Small::DirectAck(held) if header.is_direct() => {
                 let out = &mut self.direct(from, header.lane).out;
-                out.acknowledged(0, held);
+                out.acknowledged(0, held, true);
                 out.collect(held);
             }
             Small::Nak(ranges) if header.is_direct() => {
@@ -156,10 +158,10 @@ impl Endpoint {
         }
     }
 
-    fn on_ack(&mut self, cx: &mut Cx<'_>, rank: usize, held: u64) {
+    fn on_ack(&mut self, cx: &mut Cx<'_>, rank: usize, held: u64, vouches: bool) {
         let receiver = if rank < self.rank { rank } else { rank - 1 };
         let stable = self.out.held_by(self.safe_holders());
-        if !self.out.acknowledged(receiver, held) {
+        if !self.out.acknowledged(receiver, held, vouches) {
             return;
         }
         self.settle_done(cx);
@@ -238,12 +240,16 @@ impl Endpoint {
             return;
         };
         let whole = load.whole();
+        let since = load.since;
         self.tell(cx, GroupEvent::Progress { received, total });
         if let Some(state) = whole {
             self.load = None;
             self.tell(cx, GroupEvent::State(state));
             self.release(cx);
-            cx.requests.push(Op::Loaded { group: self.id });
+            cx.requests.push(Op::Loaded {
+                group: self.id,
+                since,
+            });
         }
     }
 }

@@ -2,10 +2,11 @@
 
 use super::{Blocked, Cx, Direct, Endpoint, Leaving};
 use crate::process::lane;
+use crate::process::loading::Donating;
 use crate::process::types::{
     CallRef, GroupEvent, Message, Multicast, Order, Output, Refused, Stability,
 };
-use crate::process::wire::{DIRECT, Envelope, Header, Kind, Lack, Op, REPLIES, Small};
+use crate::process::wire::{BLOCKED, DIRECT, Envelope, Header, Kind, Lack, Op, REPLIES, Small};
 use crate::time::Instant;
 use crate::view::MemberId;
 use bytes::Bytes;
@@ -262,7 +263,7 @@ impl Endpoint {
 
     pub(super) fn header(&self) -> Header {
         Header {
-            flags: 0,
+            flags: if self.blocked.is_some() { BLOCKED } else { 0 },
             lane: u8::try_from(self.rank).expect("MEMBERS_MAX"),
             group: self.id.0,
             view: self.view.id,
@@ -310,7 +311,10 @@ impl Endpoint {
         }
         self.push_back_on_the_slow(cx);
         self.tell_of_room(cx);
-        let all_held = self.out.all_hold() == self.out.log.held() && self.queue.is_empty();
+        // A joiner that gets the state from here has it first: with the last that has it the state would go.
+        let gives = self.donating.values().any(Donating::gives);
+        let all_held =
+            !gives && self.out.all_hold() == self.out.log.held() && self.queue.is_empty();
         let directs = self.directs.values();
         let directs_held = directs
             .map(|d| &d.out)

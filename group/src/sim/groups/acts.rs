@@ -2,7 +2,7 @@
 
 use super::invariants::Seen;
 use super::program::{DIRECT, Id, Program, kind};
-use super::world::{HEALED_AT, Happening, NAMES, World, name};
+use super::world::{HEALED_AT, Happening, NAMES, World, index, name};
 use crate::process::{
     Calling, Command, GroupEvent, GroupId, Multicast, Order, Refused, Stability, ThreadId, Want,
 };
@@ -28,10 +28,8 @@ impl World {
         let wish = NAMES[which];
         let joined = self.nodes[node].names.values().any(|n| n == wish);
         if !joined {
-            let wants = self.healed || chance(&mut self.rng, 300);
-            if wants && self.nodes[node].wanted.insert(wish) {
-                let group = wish.to_owned();
-                self.command(node, Command::Join { group }).expect("it may");
+            if self.healed || chance(&mut self.rng, 300) {
+                self.join(node, wish);
             }
             return;
         }
@@ -49,11 +47,20 @@ impl World {
                     .get_mut(&group)
                     .expect("in")
                     .leaving = true;
+                for _ in 0..3 {
+                    self.send_direct(node, group);
+                }
                 self.command(node, Command::Leave { group }).expect("in");
             }
             1 if !self.healed && chance(&mut self.rng, 300) => {
                 let members = self.nodes[node].programs[&group].members.clone();
                 if let Some(member) = members.last().cloned() {
+                    // It goes on sending: what it does not know yet must harm nobody.
+                    let victim = index(&member);
+                    for i in 0..20 {
+                        let node = victim;
+                        self.after(i * 30, Happening::SendSafe { node, group });
+                    }
                     self.command(node, Command::Expel { group, member })
                         .expect("in");
                 }
@@ -68,7 +75,7 @@ impl World {
             }
             _ => {
                 for _ in 0..=below(&mut self.rng, 3) {
-                    self.multicast(node, group);
+                    self.multicast(node, group, None);
                 }
             }
         }
@@ -79,6 +86,14 @@ impl World {
         let paused = false;
         // It may have left, or died, in the meantime.
         let _ = self.command(node, Command::Pause { group, paused });
+    }
+
+    pub(super) fn join(&mut self, node: usize, wish: &'static str) {
+        let n = &mut self.nodes[node];
+        if n.process.is_some() && n.wanted.insert(wish) {
+            let group = wish.to_owned();
+            self.command(node, Command::Join { group }).expect("it may");
+        }
     }
 
     fn command(&mut self, node: usize, command: Command) -> Result<(), Refused> {
@@ -121,7 +136,8 @@ impl World {
         }
     }
 
-    fn multicast(&mut self, node: usize, group: GroupId) {
+    /// Sends something; `safe`: a safe message of this order.
+    pub(super) fn multicast(&mut self, node: usize, group: GroupId, safe: Option<Order>) {
         let thread = ThreadId(u16::try_from(below(&mut self.rng, 2)).expect("two"));
         let order = match below(&mut self.rng, 20) {
             0..=5 => Order::Fifo,
@@ -129,12 +145,13 @@ impl World {
             12..=18 => Order::Total(thread),
             _ => Order::View,
         };
+        let order = safe.unwrap_or(order);
         let size = usize::try_from(match below(&mut self.rng, 10) {
             0 => below(&mut self.rng, 10_000),
             _ => below(&mut self.rng, 200),
         });
         let size = size.expect("small");
-        let safe = order != Order::View && chance(&mut self.rng, 200);
+        let safe = safe.is_some() || order != Order::View && chance(&mut self.rng, 300);
         let (done, calls) = (chance(&mut self.rng, 200), chance(&mut self.rng, 100));
         let want = [Want::One, Want::All, Want::Number(2)];
         let want = want[usize::try_from(below(&mut self.rng, 3)).expect("three")];
@@ -226,6 +243,10 @@ impl World {
                 let mut p = Program::default();
                 p.take(&GroupEvent::State(bytes.clone()));
                 self.see(node, group, &Seen::Restored { state: p.state });
+                if chance(&mut self.rng, 10) {
+                    let us = below(&mut self.rng, 100);
+                    self.after(us, Happening::KillDonors { group, but: node });
+                }
             }
             GroupEvent::Message(m) => {
                 self.report.delivered += 1;
@@ -237,10 +258,15 @@ impl World {
                 };
                 self.see(node, group, &delivered);
             }
-            GroupEvent::Left { .. } => {
+            GroupEvent::Left { wished } => {
                 self.see(node, group, &Seen::Left);
                 if let Some(name) = self.nodes[node].names.remove(&group) {
                     self.nodes[node].wanted.retain(|w| *w != name);
+                    let wish = NAMES.into_iter().find(|w| *w == name);
+                    if let Some(wish) = wish.filter(|_| *wished && chance(&mut self.rng, 500)) {
+                        let us = 1 + below(&mut self.rng, 1000);
+                        self.after(us, Happening::Rejoin { node, wish });
+                    }
                 }
                 self.nodes[node].programs.remove(&group);
                 return;

@@ -103,3 +103,8 @@ fn a_joiner_that_forgets_what_waited_is_found() {
 fn messages_of_an_earlier_membership_are_found() {
     found(Fault::OldDirects, &["direct", "liveness"]);
 }
+
+#[test]
+fn an_acknowledgement_after_the_report_that_counts_is_found() {
+    found(Fault::VouchAfterReport, &["safe"]);
+}

@@ -5,7 +5,7 @@ use super::invariants::{self, Invariant, Seen, Who};
 use super::program::Program;
 use crate::config::Config;
 use crate::output::{ControlEvent, RegistryReply};
-use crate::process::{GroupId, Output, Process, ProcessConfig, Request};
+use crate::process::{GroupId, Order, Output, Process, ProcessConfig, Request};
 use crate::rng::Rng;
 use crate::sim::app;
 use crate::sim::network::{Network, below, chance};
@@ -59,6 +59,21 @@ pub(super) enum Happening {
     },
     Act {
         node: usize,
+    },
+    /// One safe message: aimed at a moment at which a view ends.
+    SendSafe {
+        node: usize,
+        group: GroupId,
+    },
+    /// One that left comes back at once, while what it sent is still on its way.
+    Rejoin {
+        node: usize,
+        wish: &'static str,
+    },
+    /// Those who have a group's state die, aimed at a moment at which one more has just got it.
+    KillDonors {
+        group: GroupId,
+        but: usize,
     },
     Unpause {
         node: usize,
@@ -184,6 +199,7 @@ impl World {
             memberships: 0,
             checks: 0,
         };
+        w.network.duplicates = 30;
         for node in 0..count {
             let at = below(&mut w.rng, 20_000);
             w.after(at, Happening::Restart { node });
@@ -279,6 +295,13 @@ impl World {
                 self.after(us, Happening::Arrives { node, epoch, what });
             }
             Happening::Act { node } => self.act(node),
+            Happening::SendSafe { node, group } => {
+                if self.nodes[node].programs.contains_key(&group) {
+                    self.multicast(node, group, Some(Order::Fifo));
+                }
+            }
+            Happening::Rejoin { node, wish } => self.join(node, wish),
+            Happening::KillDonors { group, but } => self.kill_donors(group, but),
             Happening::Unpause { node, group } => self.unpause(node, group),
             Happening::Trouble => self.trouble(),
             Happening::Restart { node } => self.start(node),
@@ -525,6 +548,18 @@ impl World {
         }
     }
 
+    fn kill_donors(&mut self, group: GroupId, but: usize) {
+        for node in (0..self.nodes.len()).filter(|n| *n != but) {
+            let has = self.nodes[node].programs.get(&group);
+            if !self.healed && has.is_some_and(|p| p.has_state) {
+                self.log(|| format!("{} dies, who has the state", name(node)));
+                self.end_process(node);
+                let us = 2000 + below(&mut self.rng, 300_000);
+                self.after(us, Happening::Restart { node });
+            }
+        }
+    }
+
     fn trouble(&mut self) {
         if self.healed {
             return;
@@ -614,6 +649,6 @@ pub(super) fn name(node: usize) -> String {
     format!("r{}", node + 1)
 }
 
-fn index(member: &MemberId) -> usize {
+pub(super) fn index(member: &MemberId) -> usize {
     member.name[1..].parse::<usize>().expect("our own name") - 1
 }

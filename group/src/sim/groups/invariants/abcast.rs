@@ -1,16 +1,10 @@
 //! abcast: those that go on together have delivered the abcasts of the view in one order.
 
-use super::{Invariant, Seen, Who};
-use crate::process::{GroupId, Order};
-use crate::sim::groups::program::Id;
-use std::collections::BTreeMap;
+use super::{Agreement, Invariant, Seen, Who};
+use crate::process::Order;
 
 #[derive(Default)]
-pub(super) struct Abcast {
-    delivered: BTreeMap<Who, Vec<Id>>,
-    /// By group and the view that ended.
-    agreed: BTreeMap<(GroupId, u64), Vec<Id>>,
-}
+pub(super) struct Abcast(Agreement);
 
 impl Invariant for Abcast {
     fn see(&mut self, who: &Who, view: u64, seen: &Seen<'_>) -> Result<(), String> {
@@ -19,19 +13,9 @@ impl Invariant for Abcast {
                 id,
                 order: Some(Order::Total(_)),
                 ..
-            } => self.delivered.entry(who.clone()).or_default().push(*id),
-            Seen::View { .. } => {
-                let mine = self.delivered.remove(who).unwrap_or_default();
-                if view > 0 {
-                    let agreed = self.agreed.entry((who.1, view)).or_insert(mine.clone());
-                    if *agreed != mine {
-                        return Err(format!("view {view}: {agreed:?} and {mine:?}"));
-                    }
-                }
-            }
-            Seen::Left => {
-                self.delivered.remove(who);
-            }
+            } => self.0.give(who, *id),
+            Seen::View { .. } => return self.0.end(who, view),
+            Seen::Left => self.0.forget(who),
             _ => {}
         }
         Ok(())

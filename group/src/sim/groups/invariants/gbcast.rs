@@ -1,15 +1,10 @@
 //! gbcast: at the end of a view, after all other messages of it, in one order.
 
-use super::{Invariant, Seen, Who};
-use crate::process::{GroupId, Order};
-use crate::sim::groups::program::Id;
-use std::collections::BTreeMap;
+use super::{Agreement, Invariant, Seen, Who};
+use crate::process::Order;
 
 #[derive(Default)]
-pub(super) struct Gbcast {
-    delivered: BTreeMap<Who, Vec<Id>>,
-    agreed: BTreeMap<(GroupId, u64), Vec<Id>>,
-}
+pub(super) struct Gbcast(Agreement);
 
 impl Invariant for Gbcast {
     fn see(&mut self, who: &Who, view: u64, seen: &Seen<'_>) -> Result<(), String> {
@@ -18,26 +13,16 @@ impl Invariant for Gbcast {
                 id,
                 order: Some(Order::View),
                 ..
-            } => self.delivered.entry(who.clone()).or_default().push(*id),
+            } => self.0.give(who, *id),
             Seen::Delivered {
                 id, order: Some(_), ..
             } => {
-                if let Some(gbcast) = self.delivered.get(who).and_then(|d| d.last()) {
+                if let Some(gbcast) = self.0.last(who) {
                     return Err(format!("{id:?} after {gbcast:?} in one view"));
                 }
             }
-            Seen::View { .. } => {
-                let mine = self.delivered.remove(who).unwrap_or_default();
-                if view > 0 {
-                    let agreed = self.agreed.entry((who.1, view)).or_insert(mine.clone());
-                    if *agreed != mine {
-                        return Err(format!("view {view}: {agreed:?} and {mine:?}"));
-                    }
-                }
-            }
-            Seen::Left => {
-                self.delivered.remove(who);
-            }
+            Seen::View { .. } => return self.0.end(who, view),
+            Seen::Left => self.0.forget(who),
             _ => {}
         }
         Ok(())

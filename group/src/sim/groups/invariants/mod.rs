@@ -13,6 +13,7 @@ mod view_synchrony;
 use super::program::Id;
 use crate::process::{GroupId, GroupView, Order};
 use crate::view::MemberId;
+use std::collections::BTreeMap;
 
 /// Something that happened to a member of a group.
 pub(super) enum Seen<'a> {
@@ -36,6 +37,42 @@ pub(super) enum Seen<'a> {
 
 /// One member's part in one group.
 pub(super) type Who = (MemberId, GroupId);
+
+/// What each member was given of its view, in order: the same for all that go on to the next.
+#[derive(Default)]
+struct Agreement {
+    given: BTreeMap<Who, Vec<Id>>,
+    /// By group and the view that ended.
+    agreed: BTreeMap<(GroupId, u64), Vec<Id>>,
+}
+
+impl Agreement {
+    fn last(&self, who: &Who) -> Option<&Id> {
+        self.given.get(who)?.last()
+    }
+
+    fn give(&mut self, who: &Who, id: Id) {
+        self.given.entry(who.clone()).or_default().push(id);
+    }
+
+    fn forget(&mut self, who: &Who) {
+        self.given.remove(who);
+    }
+
+    /// The view ends for this member (0: it was in none).
+    fn end(&mut self, who: &Who, view: u64) -> Result<(), String> {
+        let mine = self.given.remove(who).unwrap_or_default();
+        if view == 0 {
+            return Ok(());
+        }
+        let agreed = self.agreed.entry((who.1, view)).or_insert(mine.clone());
+        if *agreed == mine {
+            Ok(())
+        } else {
+            Err(format!("view {view}: {agreed:?} and {mine:?}"))
+        }
+    }
+}
 
 /// One invariant.
 pub(super) trait Invariant {
