@@ -12,7 +12,9 @@ use bytes::Bytes;
 use site::{LONG, Site};
 use tokio::time::timeout;
 use unbroken_group::node::Node;
-use unbroken_group::tools::{Locks, Machine, Map, Replicated, UpdateError};
+use unbroken_group::tools::{
+    Locks, Machine, Map, Replicated, Succession, Token, UpdateError, Value,
+};
 
 async fn soon<T>(what: &str, f: impl Future<Output = T>) -> T {
     let done = timeout(LONG, f).await;
@@ -103,4 +105,111 @@ async fn a_lock_has_one_holder_and_goes_on_when_it_dies() {
         matches!(dead, Err(UpdateError::Send(_) | UpdateError::Out)),
         "{dead:?}"
     );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_value_has_one_history() {
+    let site = Site::new(3);
+    let (one, two) = (site.start(1), site.start(2));
+    let first: Replicated<Value> = join(&one, "value").await;
+    let second: Replicated<Value> = join(&two, "value").await;
+    assert_eq!(first.value(), Some((Bytes::new(), 0)));
+    assert_eq!(soon("put", first.put("a")).await.unwrap(), 1);
+    let (seen, version) = soon("seen", second.newer_than(0)).await.unwrap();
+    assert_eq!((&seen[..], version), (&b"a"[..], 1));
+    // Of two that replace the same version one does.
+    let (a, b) = tokio::join!(first.put_if(1, "b"), second.put_if(1, "c"));
+    let (a, b) = (a.unwrap(), b.unwrap());
+    assert!(matches!((a, b), (Ok(2), Err(2)) | (Err(2), Ok(2))));
+    let expected = if a.is_ok() { "b" } else { "c" };
+    drop((first, one));
+    let three = site.start(3);
+    let third: Replicated<Value> = join(&three, "value").await;
+    assert_eq!(third.value(), Some((expected.into(), 2)));
+    assert_eq!(soon("put", second.put("d")).await.unwrap(), 3);
+    let late = soon("late", third.newer_than(2)).await.unwrap();
+    assert_eq!(late, ("d".into(), 3));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_token_has_one_holder_who_passes_it_or_dies() {
+    let site = Site::new(3);
+    let mut nodes: Vec<Node> = (1..=3).map(|i| site.start(i)).collect();
+    let mut tokens: Vec<Replicated<Token>> = Vec::new();
+    for node in &nodes {
+        tokens.push(join(node, "token").await);
+    }
+    let me = |t: &Replicated<Token>| t.group().me().clone();
+    let ids: Vec<_> = tokens.iter().map(me).collect();
+    // The founder has it, and all agree.
+    for t in &tokens {
+        assert_eq!(t.holder().as_ref(), Some(&ids[0]));
+    }
+    assert!(
+        !soon("not its own", tokens[1].pass_to(&ids[2]))
+            .await
+            .unwrap()
+    );
+    assert!(soon("pass", tokens[0].pass_to(&ids[2])).await.unwrap());
+    let third = soon("it comes", tokens[2].hold()).await.unwrap();
+    assert_eq!(third, 2);
+    // Nobody waits: the next in rank after the dead one has it.
+    let dead = tokens.pop().unwrap();
+    drop(nodes.pop());
+    let heir = |t: &Token| t.holder() == Some(&ids[0]);
+    for t in &tokens {
+        soon("an heir", t.until(heir)).await.unwrap();
+        assert_eq!(t.read(Token::turn), Some(3));
+    }
+    let gone = soon("the dead learn it", dead.pass()).await;
+    assert!(gone.is_err(), "{gone:?}");
+    // It comes to whoever waits when it is passed, and when the holder dies.
+    let node = site.start(3);
+    let back: Replicated<Token> = join(&node, "token").await;
+    let waits = |id| move |t: &Token| t.waiting().any(|m| *m == id);
+    let waiting = back.clone();
+    let waiting = tokio::spawn(async move { waiting.hold().await });
+    soon("it waits", tokens[0].until(waits(me(&back))))
+        .await
+        .unwrap();
+    assert!(!waiting.is_finished(), "held by another");
+    drop(nodes.remove(0));
+    let turn = soon("the one that waits", waiting).await.unwrap();
+    assert_eq!(turn, Ok(4), "and not the next in rank");
+    let last = |t: &Token| t.holder() == Some(&me(&back));
+    soon("all agree", tokens[1].until(last)).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn ranks_follow_age_and_the_next_leads() {
+    let site = Site::new(3);
+    let mut nodes: Vec<Node> = (1..=3).map(|i| site.start(i)).collect();
+    let mut machines: Vec<Replicated<Value>> = Vec::new();
+    for node in &nodes {
+        machines.push(join(node, "ranks").await);
+    }
+    let mut second = Succession::of(machines[1].group());
+    let mut third = Succession::of(machines[2].group());
+    let first = machines[0].group().me().clone();
+    let at = soon("a rank", third.changed()).await.unwrap();
+    assert_eq!((at.rank, at.size, at.leads()), (2, 3, false));
+    assert_eq!(third.leader(), Some(first));
+    assert_eq!(third.member(2).as_ref(), Some(machines[2].group().me()));
+    assert_eq!(third.member(3), None);
+    let parts = machines.iter().map(|m| Succession::of(m.group()).now());
+    let parts: Vec<u64> = parts.flat_map(|r| r.unwrap().part(10)).collect();
+    assert_eq!(parts, (0..10).collect::<Vec<_>>());
+    let leading = tokio::spawn(async move { second.until_leader().await });
+    assert!(!leading.is_finished());
+    drop(nodes.remove(0));
+    let reign = soon("the next leads", leading).await.unwrap().unwrap();
+    let at = soon("told", third.changed()).await.unwrap();
+    assert_eq!((at.rank, at.size), (1, 2));
+    // A later leader's view is a later one.
+    machines[1].group().leave().await.unwrap();
+    let later = soon("alone", third.until_leader()).await.unwrap();
+    assert!(later.view > reign.view);
+    let mut gone = Succession::of(machines[1].group());
+    while gone.changed().await.is_some() {}
+    assert_eq!((gone.now(), gone.leader()), (None, None));
 }

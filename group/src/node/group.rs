@@ -94,6 +94,10 @@ impl Group {
         self.view.borrow().clone()
     }
 
+    pub(crate) fn views(&self) -> watch::Receiver<Option<GroupView>> {
+        self.view.clone()
+    }
+
     /// Follows the state that is on its way here.
     pub fn progress(&self) -> Progress {
         Progress(self.progress.clone())

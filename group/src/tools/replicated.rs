@@ -3,7 +3,7 @@
 //! BJ87 (replicated data: updates multicast, reads local).
 
 use crate::node::{Event, Events, Group, JoinError, Node, SendError};
-use crate::process::GroupView;
+use crate::process::{GroupView, Multicast, Order, ThreadId};
 use crate::view::MemberId;
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use std::collections::BTreeMap;
@@ -36,6 +36,9 @@ pub enum UpdateError {
     /// This member is out; whether the update was applied elsewhere is not known.
     #[error("this member is out of the group")]
     Out,
+    /// The state came anew, from another member: whether the update is in it is not known.
+    #[error("the state came anew, and the update may be in it or not")]
+    Unknown,
 }
 
 struct Shared<M> {
@@ -109,6 +112,15 @@ impl<M: Machine> Replicated<M> {
     /// # Errors
     /// [`UpdateError::Out`].
     pub async fn until(&self, f: impl Fn(&M) -> bool) -> Result<(), UpdateError> {
+        self.when(|m| f(m).then_some(())).await
+    }
+
+    /// Waits until the state here has such a thing, and gives it. Asked after every change; states that pass while nobody asks
+    /// are not seen.
+    ///
+    /// # Errors
+    /// [`UpdateError::Out`].
+    pub async fn when<T>(&self, f: impl Fn(&M) -> Option<T>) -> Result<T, UpdateError> {
         loop {
             // Before the look, so that no change is missed.
             let changed = self.changed.notified();
@@ -119,8 +131,10 @@ impl<M: Machine> Replicated<M> {
                 if shared.out {
                     return Err(UpdateError::Out);
                 }
-                if shared.there && f(&shared.machine) {
-                    return Ok(());
+                if shared.there
+                    && let Some(found) = f(&shared.machine)
+                {
+                    return Ok(found);
                 }
             }
             changed.await;
@@ -133,6 +147,21 @@ impl<M: Machine> Replicated<M> {
     /// # Errors
     /// [`UpdateError`].
     pub async fn update(&self, update: &[u8]) -> Result<Bytes, UpdateError> {
+        self.submit(update, false).await
+    }
+
+    /// As [`Replicated::update`], but no member applies it before half of the others hold it: what the answer says outlives the
+    /// failure of fewer than half of the members.
+    ///
+    /// # Errors
+    /// [`UpdateError`].
+    pub async fn update_safe(&self, update: &[u8]) -> Result<Bytes, UpdateError> {
+        self.submit(update, true).await
+    }
+
+    async fn submit(&self, update: &[u8], safe: bool) -> Result<Bytes, UpdateError> {
+        // What is sent before the state is there may be in the state, and then is never delivered here.
+        self.until(|_| true).await?;
         let (done, applied) = oneshot::channel();
         let number = {
             let mut shared = lock(&self.shared);
@@ -144,11 +173,16 @@ impl<M: Machine> Replicated<M> {
         let mut body = BytesMut::with_capacity(8 + update.len());
         body.put_u64_le(number);
         body.extend_from_slice(update);
-        if let Err(error) = self.group.abcast(body.freeze()).await {
+        let mut message = Multicast::new(Order::Total(ThreadId::default()), body);
+        message.safe = safe;
+        if let Err(error) = self.group.send(message).await {
             lock(&self.shared).waiting.remove(&number);
             return Err(error.into());
         }
-        applied.await.map_err(|_| UpdateError::Out)
+        applied.await.map_err(|_| match lock(&self.shared).out {
+            true => UpdateError::Out,
+            false => UpdateError::Unknown,
+        })
     }
 }
 
@@ -173,9 +207,11 @@ async fn run<M: Machine>(
                 };
                 shared.machine = machine;
                 shared.there = true;
+                shared.waiting.clear();
             }
             Event::View(view) => shared.machine.view(&view),
-            Event::Message(m) => {
+            // Only what comes in one order everywhere is an update.
+            Event::Message(m) if matches!(m.order(), Some(Order::Total(_) | Order::View)) => {
                 let mut body = m.body().clone();
                 // What is no update is the same nothing everywhere.
                 if let Ok(number) = body.try_get_u64_le() {
@@ -187,6 +223,7 @@ async fn run<M: Machine>(
                     }
                 }
             }
+            Event::Message(_) => {}
             Event::StateWanted(wanted) => wanted.give(shared.machine.snapshot()),
             Event::Left { .. } => break,
         }
