@@ -10,6 +10,7 @@ mod document;
 mod read;
 mod section;
 mod service;
+mod transport;
 mod value;
 
 use std::collections::BTreeMap;
@@ -204,6 +205,8 @@ pub struct GroupConfig {
     pub lease: Duration,
     /// Silence after which a member is suspected.
     pub suspect_after: Duration,
+    /// `group.multicast` and `group.pacing`; ordinary without them.
+    pub transport: unbroken_group::driver::Options,
 }
 
 /// `group.resilience`: the number `k` of backups that make an event stable.

@@ -13,6 +13,7 @@ use unbroken_coord::tls::{ClientAuth, ServerTls};
 use super::document::{Complaint, ConfigErrors, Document};
 use super::section::{Found, Section};
 use super::service::{self, ServiceSection};
+use super::transport;
 use super::value;
 use super::{
     AdminConfig, Config, CoordConfig, CoordinatorConfig, EmbeddedCoord, GroupConfig, Key,
@@ -429,6 +430,11 @@ fn group_section(root: &Section<'_, '_>, node: Option<&NodeSection>) -> Option<G
             Complaint::new(wrong, expected),
         );
     }
+    let own = node.zip(members.as_ref()).and_then(|(node, members)| {
+        let own = members.value.get(&node.config.name)?;
+        Some(own.value)
+    });
+    let transport = transport::options(&section, own);
     section.finish();
     let members = members?;
     check_listed(document, node, &members);
@@ -456,6 +462,7 @@ fn group_section(root: &Section<'_, '_>, node: Option<&NodeSection>) -> Option<G
         heartbeat,
         lease,
         suspect_after,
+        transport,
     };
     Some(GroupSection {
         config,

@@ -5,6 +5,8 @@
 
 use std::fmt::Write as _;
 
+use unbroken_group::driver::{Multicast, Options, Pacing};
+
 use super::*;
 
 /// DESIGN §9, as it stands there (with the key beside the file).
@@ -100,6 +102,30 @@ impl Drop for Folder {
     fn drop(&mut self) {
         let _ = std::fs::remove_dir_all(&self.0);
     }
+}
+
+#[test]
+fn how_datagrams_travel_can_be_chosen() {
+    let plain = Folder::new().parse(EXAMPLE).unwrap().group.transport;
+    assert_eq!(plain, Options::default());
+    let keys = r#"suspect_after = "50ms"
+multicast = { address = "239.98.0.1:7401", shared_host = true }
+pacing = { rate = "1Gbit/s", queue = "2MiB" }"#;
+    let text = EXAMPLE.replace("suspect_after = \"50ms\"", keys);
+    let transport = Folder::new().parse(&text).unwrap().group.transport;
+    let multicast = Multicast {
+        group: "239.98.0.1:7401".parse().unwrap(),
+        interface: "10.98.0.11".parse().unwrap(),
+        hops: 1,
+        shared_host: true,
+    };
+    assert_eq!(transport.multicast, Some(multicast));
+    let pacing = Pacing {
+        bytes_per_us: 125.try_into().unwrap(),
+        burst_bytes: 64 << 10,
+        queue_bytes_max: 2 << 20,
+    };
+    assert_eq!(transport.pacing, Some(pacing));
 }
 
 #[test]
@@ -496,6 +522,31 @@ const WRONG: &[(&str, &str, &str)] = &[
         "a heartbeat of nothing",
         "heartbeat = \"10ms\"",
         "heartbeat = \"10us\"",
+    ),
+    (
+        "multicast to one host",
+        "suspect_after = \"50ms\"",
+        "multicast = { address = \"10.98.0.1:7401\" }",
+    ),
+    (
+        "multicast to the link's own protocols",
+        "suspect_after = \"50ms\"",
+        "multicast = { address = \"224.0.0.1:7401\", hops = 0 }",
+    ),
+    (
+        "multicast without its address",
+        "suspect_after = \"50ms\"",
+        "multicast = { hop = 1 }",
+    ),
+    (
+        "a pace in bytes",
+        "suspect_after = \"50ms\"",
+        "pacing = { rate = \"125MB\" }",
+    ),
+    (
+        "a pace that is too slow",
+        "suspect_after = \"50ms\"",
+        "pacing = { rate = \"7Mbit/s\", queue = \"8GiB\" }",
     ),
     (
         "admin page on the coordinator's port",

@@ -11,7 +11,7 @@ use unbroken_coord::tls::ClientAuth;
 use super::document::Complaint;
 use super::{AddressMode, Divergence, ExternalCoord, Ordering, Resilience, Upstream};
 
-type Parsed<T> = Result<T, Complaint>;
+pub(super) type Parsed<T> = Result<T, Complaint>;
 
 /// A name stands in znodes, datagrams, metrics and host names: this is what all of them can carry.
 const NAME_BYTES_MAX: usize = 64;

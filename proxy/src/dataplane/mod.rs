@@ -130,11 +130,12 @@ impl Dataplane {
         let waker = Arc::new(Waker::new(poll.registry(), WAKER)?);
         let now = BootTime::now();
         let members = &config.group.members;
-        let mut driver = Driver::open(
+        let mut driver = Driver::open_with(
             &config.node.name,
             members,
             config.node.key.bytes(),
             group_time(now),
+            &config.group.transport,
         )?;
         driver
             .register(poll.registry(), DRIVER)
@@ -419,6 +420,7 @@ fn group_template(config: &Config, index: usize) -> plane::GroupTemplate {
         heartbeat,
         lease,
         suspect_after,
+        transport: _,
     } = config.group.clone();
     Box::new(move || {
         let me = group::MemberId::new(name.clone(), random());
