@@ -1,7 +1,7 @@
 //! The replica hosts: their files, their servers, their nodes, and what the nodes say of themselves.
 
 use std::fs::{self, File};
-use std::io::{BufWriter, Read, Write};
+use std::io::{BufWriter, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -10,8 +10,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail};
-use unbroken::status::{Redundancy, Role, Status};
+use anyhow::{Context as _, Result};
+use unbroken::status::{Role, Status};
 use unbroken_tests::netns::{Host, Process};
 
 use crate::ensemble::Ensemble;
@@ -26,9 +26,6 @@ const ADMIN: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHO
 
 /// How often each node is asked for its status: the grain of "new view after".
 const ASK_EVERY: Duration = Duration::from_millis(10);
-
-/// How long a node may take to answer one question.
-const ANSWER_WAIT: Duration = Duration::from_millis(500);
 
 /// How long a server may take to listen.
 const SERVER_WAIT: Duration = Duration::from_secs(20);
@@ -297,41 +294,7 @@ impl Cluster {
     /// Whether every replica is a full member of one view and says that redundancy is whole; if not,
     /// why not, in a few words.
     pub(crate) fn whole(&self) -> Result<(), String> {
-        let observed = lock(&self.observed);
-        let mut views = Vec::new();
-        for (replica, status) in self.replicas.iter().zip(&observed.latest) {
-            let name = &replica.name;
-            let status = status
-                .as_ref()
-                .ok_or_else(|| format!("{name} does not answer"))?;
-            if status.services.len() != self.services.len() {
-                return Err(format!("{name} has {} services", status.services.len()));
-            }
-            for service in &status.services {
-                let members = service.view.members.len();
-                if members != self.replicas.len() || !service.view.joining.is_empty() {
-                    return Err(format!(
-                        "{name}: view {} has {members} full members",
-                        service.view.id
-                    ));
-                }
-                if !matches!(service.role, Role::Leader | Role::Backup) {
-                    return Err(format!("{name} is {:?}", service.role));
-                }
-                if service.redundancy != Redundancy::Protected {
-                    let why = service
-                        .redundancy_reason
-                        .as_deref()
-                        .unwrap_or("no reason given");
-                    return Err(format!("{name}: {:?}: {why}", service.redundancy));
-                }
-                views.push(service.view.id);
-            }
-        }
-        if views.windows(2).any(|pair| pair[0] != pair[1]) {
-            return Err("the nodes are in different views".to_owned());
-        }
-        Ok(())
+        unbroken_tests::cluster::whole(&lock(&self.observed).latest, &self.names())
     }
 
     /// The first sighting after `after_us` of a view newer than `view`, by its leader, who is not
@@ -391,7 +354,7 @@ impl Drop for Cluster {
 /// Asks the node of this host again and again, and notes what it says.
 fn watch(index: usize, observed: &Mutex<Observed>, stop: &AtomicBool) {
     while !stop.load(Ordering::Relaxed) {
-        let status = ask().ok();
+        let status = unbroken_tests::cluster::ask().ok();
         let at_us = now_us();
         {
             let mut observed = lock(observed);
@@ -422,24 +385,6 @@ fn watch(index: usize, observed: &Mutex<Observed>, stop: &AtomicBool) {
         }
         thread::sleep(ASK_EVERY);
     }
-}
-
-/// One question to the node of the calling thread's network namespace.
-fn ask() -> Result<Status> {
-    let mut stream = TcpStream::connect_timeout(&ADMIN, ANSWER_WAIT)?;
-    stream.set_read_timeout(Some(ANSWER_WAIT))?;
-    stream
-        .write_all(b"GET /status.json HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")?;
-    let mut answer = Vec::new();
-    stream.take(1 << 20).read_to_end(&mut answer)?;
-    let at = answer
-        .windows(4)
-        .position(|four| four == b"\r\n\r\n")
-        .context("no HTTP head")?;
-    if !answer.starts_with(b"HTTP/1.1 200") {
-        bail!("no status");
-    }
-    Ok(serde_json::from_slice(&answer[at + 4..])?)
 }
 
 /// The key is its owner's alone.

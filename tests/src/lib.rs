@@ -1,6 +1,7 @@
 //! Whole-system tests: their network of hosts, oracles and invariants.
 
 pub mod client;
+pub mod cluster;
 pub mod netns;
 pub mod pattern;
 pub mod server;
