@@ -21,11 +21,13 @@ const RATE: u64 = 4 << 20;
 /// A download, an upload and an exchange that go on until they are told to stop.
 struct Clients {
     stop: Arc<AtomicBool>,
-    running: Vec<(
-        &'static str,
-        Arc<Progress>,
-        JoinHandle<Result<Outcome, ClientError>>,
-    )>,
+    running: Vec<Running>,
+}
+
+struct Running {
+    kind: &'static str,
+    progress: Arc<Progress>,
+    thread: JoinHandle<Result<Outcome, ClientError>>,
 }
 
 impl Clients {
@@ -36,29 +38,30 @@ impl Clients {
             let stream = cluster.connect(80).unwrap();
             let (progress, stop) = (Progress::shared(), Arc::clone(&stop));
             let mine = Arc::clone(&progress);
-            let handle = thread::spawn(move || match kind {
+            let thread = thread::spawn(move || match kind {
                 "download" => client::download(stream, 1, bulk_bytes, Some(RATE), &mine),
                 "upload" => client::upload(stream, 2, bulk_bytes, Some(RATE), &mine),
                 _ => client::exchange(stream, 64, Duration::from_millis(2), &mine, || {
                     !stop.load(Ordering::Relaxed)
                 }),
             });
-            running.push((kind, progress, handle));
+            running.push(Running {
+                kind,
+                progress,
+                thread,
+            });
         }
         Self { stop, running }
     }
 
     /// Waits until every client that has not ended has moved on.
     fn wait_progress(&self) {
-        let before: Vec<u64> = self
-            .running
-            .iter()
-            .map(|(_, p, _)| p.sample().bytes)
-            .collect();
+        let moved = |running: &Running| running.progress.sample().bytes;
+        let before: Vec<u64> = self.running.iter().map(moved).collect();
         wait_until("every client moves on", PATIENCE, || {
             let mut all = self.running.iter().zip(&before);
-            all.all(|((_, progress, _), before)| {
-                let sample = progress.sample();
+            all.all(|(running, before)| {
+                let sample = running.progress.sample();
                 sample.finished || sample.bytes > *before
             })
         })
@@ -68,8 +71,8 @@ impl Clients {
     /// Tells the exchange to end, waits for all, and has each be content.
     fn finish(self) {
         self.stop.store(true, Ordering::Relaxed);
-        for (kind, _, handle) in self.running {
-            let outcome = handle.join().unwrap();
+        for Running { kind, thread, .. } in self.running {
+            let outcome = thread.join().unwrap();
             let outcome = outcome.unwrap_or_else(|e| panic!("the {kind}: {e}"));
             assert!(outcome.bytes > 0, "the {kind} moved nothing");
         }
