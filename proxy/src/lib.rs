@@ -11,6 +11,7 @@ pub mod cli;
 pub mod clock;
 pub mod config;
 mod dataplane;
+pub mod determinism;
 pub mod groups;
 pub mod metrics;
 pub mod node;

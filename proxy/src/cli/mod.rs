@@ -7,6 +7,7 @@ mod bench_coord;
 pub mod check;
 pub mod completions;
 pub mod coord;
+pub mod determinism;
 pub mod keygen;
 mod logging;
 pub mod node;
@@ -51,6 +52,7 @@ enum Command {
     Status(status::StatusArgs),
     Zk(zk::ZkArgs),
     Bench(bench::BenchArgs),
+    Determinism(determinism::DeterminismArgs),
     Completions(completions::CompletionsArgs),
     BenchServer(bench::server::BenchServerArgs),
     BenchCoord(bench_coord::BenchCoordArgs),
@@ -88,6 +90,7 @@ pub(crate) fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Status(args) => status::run(&args),
         Command::Zk(args) => zk::run(&args),
         Command::Bench(args) => bench::run(&args),
+        Command::Determinism(args) => determinism::run(&args),
         Command::Completions(args) => Ok(completions::run::<Cli>(&args)),
         Command::BenchServer(args) => bench::server::run(&args),
         Command::BenchCoord(args) => bench_coord::run(&args),
