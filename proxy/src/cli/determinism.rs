@@ -80,7 +80,7 @@ pub struct DeterminismArgs {
     #[arg(long, value_name = "FILE", group = "input", help_heading = "Input")]
     pcap: Option<PathBuf>,
     /// Of the capture, only connections to this port
-    #[arg(long, value_name = "PORT", requires = "pcap", help_heading = "Input")]
+    #[arg(long, value_name = "PORT", help_heading = "Input")]
     pcap_port: Option<u16>,
     /// Input: live clients that connect here. The first copy answers them, the others are given the
     /// same. Ends at Ctrl-C, SIGTERM or --for
@@ -92,7 +92,7 @@ pub struct DeterminismArgs {
     )]
     listen: Option<String>,
     /// How long live clients are served
-    #[arg(long, value_name = "TIME", requires = "listen", value_parser = duration, help_heading = "Input")]
+    #[arg(long, value_name = "TIME", value_parser = duration, help_heading = "Input")]
     r#for: Option<Duration>,
 
     /// What may differ: a regular expression, looked for within single lines of the output. A match counts as
@@ -183,6 +183,13 @@ pub(super) fn run(args: &DeterminismArgs) -> anyhow::Result<ExitCode> {
         return usage(anyhow!(
             "--ordering total needs to see what a server has taken, which --server-addr does not show"
         ));
+    }
+    // clap lets these pass beside another input, since that one excludes what they need.
+    if args.r#for.is_some() && args.listen.is_none() {
+        return usage(anyhow!("--for is for live clients (--listen)"));
+    }
+    if args.pcap_port.is_some() && args.pcap.is_none() {
+        return usage(anyhow!("--pcap-port is for a capture (--pcap)"));
     }
     let sources = sources(args);
     if sources.len() < 2 {
@@ -321,6 +328,7 @@ async fn check(
         }
     }
     .await;
+    board.close();
     stop.send_replace(true);
     for thread in threads {
         thread

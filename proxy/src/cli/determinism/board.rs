@@ -1,6 +1,7 @@
 //! What each copy has answered so far, shared between the copies' threads and the one that judges.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -107,6 +108,8 @@ pub(super) struct Board {
     copies: Vec<Mutex<Answers>>,
     /// Most bytes that are kept of each copy.
     keep: usize,
+    /// What comes now is the end of the trial and no answer.
+    closed: AtomicBool,
 }
 
 impl Board {
@@ -114,7 +117,13 @@ impl Board {
         Self {
             copies: (0..copies).map(|_| Mutex::default()).collect(),
             keep,
+            closed: AtomicBool::new(false),
         }
+    }
+
+    /// Takes nothing down any more: the copies are about to be stopped.
+    pub(super) fn close(&self) {
+        self.closed.store(true, Ordering::SeqCst);
     }
 
     pub(super) fn copies(&self) -> usize {
@@ -144,6 +153,9 @@ impl Board {
 
     /// The server said this on `conn`.
     pub(super) fn received(&self, copy: usize, conn: Conn, bytes: &[u8], now: Instant) {
+        if self.closed.load(Ordering::SeqCst) {
+            return;
+        }
         let mut answers = self.lock(copy);
         let answers = &mut *answers;
         let transcript = answers.conns.entry(conn).or_default();
@@ -164,6 +176,9 @@ impl Board {
 
     /// `conn` ended.
     pub(super) fn ended(&self, copy: usize, conn: Conn, end: End, now: Instant) {
+        if self.closed.load(Ordering::SeqCst) {
+            return;
+        }
         let mut answers = self.lock(copy);
         let transcript = answers.conns.entry(conn).or_default();
         if transcript.end == End::Open {

@@ -98,7 +98,7 @@ impl Player {
 
     async fn step(&mut self, feed: Feed) {
         match feed.step {
-            Step::Open(conn) => self.open(conn, feed.client).await,
+            Step::Open(conn) => self.open(feed.line, conn, feed.client).await,
             Step::Send(conn, bytes) => self.send(conn, &bytes).await,
             Step::Await(conn, until) => self.wait(feed.line, conn, &until).await,
             Step::Pause(time) => sleep(time).await,
@@ -128,7 +128,7 @@ impl Player {
         }
     }
 
-    async fn open(&mut self, conn: Conn, client: Option<mpsc::Sender<Bytes>>) {
+    async fn open(&mut self, line: usize, conn: Conn, client: Option<mpsc::Sender<Bytes>>) {
         let connected = timeout(self.pace.patience, TcpStream::connect(self.address)).await;
         let now = std::time::Instant::now();
         let Ok(Ok(stream)) = connected else {
@@ -140,8 +140,8 @@ impl Player {
         let _ = stream.set_nodelay(true);
         let port = stream.local_addr().map_or(0, |a| a.port());
         let (read, write) = stream.into_split();
-        // Live connections come and go.
-        if client.is_some() {
+        // Only a script waits for what was answered on a connection that ended.
+        if line == 0 {
             self.links.retain(|_, link| !link.reader.is_finished());
         }
         let reader = Reader {
