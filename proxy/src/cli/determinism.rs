@@ -721,6 +721,5 @@ mod tests {
     fn reads_durations() {
         assert_eq!(duration("1s 500ms"), Ok(Duration::from_millis(1500)));
         assert!(duration("soon").unwrap_err().contains("100ms"));
-        assert!(Mutex::new(()).lock().is_ok());
     }
 }
