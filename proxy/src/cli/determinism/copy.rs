@@ -19,6 +19,8 @@ const LOOK_EVERY: Duration = Duration::from_millis(10);
 const STOP_WITHIN: Duration = Duration::from_secs(3);
 /// Lines of a copy's log that an error message shows.
 const TAIL_LINES: usize = 10;
+/// How many ports are tried.
+const PORTS_TRIED: usize = 4;
 /// State of a listening socket in `/proc/net/tcp`.
 const LISTEN: &str = "0A";
 
@@ -31,6 +33,19 @@ pub(super) struct Recipe {
     pub(super) fixed_port: Option<u16>,
     /// How long it may take until it listens.
     pub(super) start_within: Duration,
+}
+
+/// Why a copy does not run.
+enum StartError {
+    /// Its port was free, and then somebody else's.
+    PortTaken,
+    Other(anyhow::Error),
+}
+
+impl<E: Into<anyhow::Error>> From<E> for StartError {
+    fn from(error: E) -> Self {
+        Self::Other(error.into())
+    }
 }
 
 /// A running copy.
@@ -50,6 +65,22 @@ impl Copy {
         number: usize,
         folder: &Path,
     ) -> anyhow::Result<Self> {
+        for _ in 1..PORTS_TRIED {
+            match Self::try_start(recipe, number, folder).await {
+                // Somebody else was faster.
+                Err(StartError::PortTaken) => {}
+                Err(StartError::Other(error)) => return Err(error),
+                Ok(copy) => return Ok(copy),
+            }
+        }
+        match Self::try_start(recipe, number, folder).await {
+            Ok(copy) => Ok(copy),
+            Err(StartError::Other(error)) => Err(error),
+            Err(StartError::PortTaken) => bail!("somebody else listens on its port"),
+        }
+    }
+
+    async fn try_start(recipe: &Recipe, number: usize, folder: &Path) -> Result<Self, StartError> {
         fs::create_dir_all(folder).with_context(|| format!("making {}", folder.display()))?;
         let port = match recipe.fixed_port {
             Some(port) => port,
@@ -88,7 +119,12 @@ impl Copy {
         };
         if let Err(error) = copy.wait_listening(recipe).await {
             copy.stop().await;
-            return Err(error);
+            let taken = listens(port).is_some();
+            return Err(if taken {
+                StartError::PortTaken
+            } else {
+                StartError::Other(error)
+            });
         }
         Ok(copy)
     }
@@ -97,7 +133,10 @@ impl Copy {
         let deadline = Instant::now() + recipe.start_within;
         let port = self.address.port();
         loop {
-            if let Some(ip) = listens(port) {
+            let group = self.child.id().unwrap_or(0);
+            if let Some((ip, socket)) = listens(port)
+                && holds(group, socket)
+            {
                 self.address.set_ip(ip);
                 return Ok(());
             }
@@ -180,6 +219,7 @@ struct Row {
     local_port: u16,
     remote_port: u16,
     listening: bool,
+    inode: u64,
     /// Bytes not yet read; of a listening socket, connections not yet accepted.
     waiting: u64,
 }
@@ -209,23 +249,43 @@ fn row(line: &str, v6: bool) -> Option<Row> {
         remote_port,
         listening,
         waiting,
+        inode: fields.nth(4)?.parse().ok()?,
     })
 }
 
-/// The loopback address where somebody listens on `port`. Looking is not connecting: a copy sees no
+/// The loopback address where somebody listens on `port`, and the socket. Looking is not connecting: a copy sees no
 /// connection but those of its input.
-fn listens(port: u16) -> Option<IpAddr> {
+fn listens(port: u16) -> Option<(IpAddr, u64)> {
     let rows = rows();
     let mut listening = rows.iter().filter(|r| r.listening && r.local_port == port);
     let first = listening.next()?;
     // A socket of the IPv6 table may listen to both; who listens to IPv4 is asked there.
     let v6 = first.v6 && listening.all(|r| r.v6);
     let both = v6 && std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_err();
-    Some(if v6 && !both {
+    let ip = if v6 && !both {
         Ipv6Addr::LOCALHOST.into()
     } else {
         Ipv4Addr::LOCALHOST.into()
-    })
+    };
+    Some((ip, first.inode))
+}
+
+/// Whether a process of this group has the socket.
+fn holds(group: u32, inode: u64) -> bool {
+    let socket = PathBuf::from(format!("socket:[{inode}]"));
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let in_group = entries.filter(|entry| {
+        let stat = fs::read_to_string(entry.path().join("stat")).unwrap_or_default();
+        // The name may hold anything; behind its last parenthesis stand state, parent, group.
+        let field = stat
+            .rsplit_once(')')
+            .and_then(|(_, rest)| rest.split_ascii_whitespace().nth(2));
+        field.and_then(|field| field.parse().ok()) == Some(group)
+    });
+    in_group
+        .flat_map(|entry| fs::read_dir(entry.path().join("fd")).into_iter().flatten())
+        .flatten()
+        .any(|fd| fs::read_link(fd.path()).is_ok_and(|link| link == socket))
 }
 
 /// Waits until the server on `server_port` has read all that was sent from `client_port`, and has
@@ -255,7 +315,11 @@ mod tests {
     fn sees_who_listens() {
         let four = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = four.local_addr().unwrap().port();
-        assert_eq!(listens(port), Some(Ipv4Addr::LOCALHOST.into()));
+        let (ip, socket) = listens(port).unwrap();
+        assert_eq!(ip, Ipv4Addr::LOCALHOST);
+        let own = rustix::process::getpgrp().as_raw_nonzero().get();
+        assert!(holds(own.try_into().unwrap(), socket));
+        assert!(!holds(0, socket));
         drop(four);
         assert_eq!(listens(port), None);
     }
