@@ -27,10 +27,13 @@
 
 mod events;
 mod group;
+mod handler;
+pub(crate) mod tasks;
 mod worker;
 
 pub use self::events::{Event, Events, Received, StateWanted};
 pub use self::group::{CallError, Group, JoinError, Progress, Replies, SendError};
+pub use self::handler::Handler;
 use self::worker::{Input, Worker};
 
 use crate::config::Config;

@@ -2,19 +2,26 @@
 //!
 //! [`Replicated`] keeps a deterministic [`Machine`] at every member: updates by abcast, reads local, state transfer to joiners.
 //! [`Map`], [`Value`], [`Locks`] and [`Token`] are machines. [`Succession`] tells who leads and who comes next; a [`Rank`] also
-//! tells which part of a piece of work is a member's own.
+//! tells which part of a piece of work is a member's own. [`PrimaryBackup`] and [`Cohorts`] answer requests, one member after or
+//! beside the other, and go on when one departs.
 
+mod cohorts;
 mod locks;
 mod map;
+mod primary_backup;
 mod replicated;
+mod requests;
 mod sharing;
 mod succession;
 mod token;
 mod value;
 
+pub use self::cohorts::Cohorts;
 pub use self::locks::Locks;
 pub use self::map::Map;
+pub use self::primary_backup::{Client, Executed, PrimaryBackup, Service};
 pub use self::replicated::{Machine, Replicated, UpdateError};
+pub use self::requests::{RequestError, RequestId};
 pub use self::succession::{Rank, Succession};
 pub use self::token::Token;
 pub use self::value::Value;
