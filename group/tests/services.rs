@@ -122,7 +122,7 @@ async fn a_closure_is_a_handler() {
             let body = message.body().clone();
             message.reply(body);
         };
-        own.run(events, move |m| echo(m)).await
+        own.run(events, echo).await
     });
     let mut replies = group.call(TOTAL, "hello", Want::One, None).await.unwrap();
     let (_, body) = soon("an echo", replies.next()).await.unwrap();
