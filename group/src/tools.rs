@@ -3,9 +3,11 @@
 //! [`Replicated`] keeps a deterministic [`Machine`] at every member: updates by abcast, reads local, state transfer to joiners.
 //! [`Map`], [`Value`], [`Locks`] and [`Token`] are machines. [`Succession`] tells who leads and who comes next; a [`Rank`] also
 //! tells which part of a piece of work is a member's own. [`PrimaryBackup`] and [`Cohorts`] answer requests, one member after or
-//! beside the other, and go on when one departs.
+//! beside the other, and go on when one departs. [`Cuts`] records the states of all at one point, and [`Topics`] is
+//! publish and subscribe.
 
 mod cohorts;
+mod cut;
 mod locks;
 mod map;
 mod primary_backup;
@@ -14,9 +16,11 @@ mod requests;
 mod sharing;
 mod succession;
 mod token;
+mod topics;
 mod value;
 
 pub use self::cohorts::Cohorts;
+pub use self::cut::{Cut, CutEvent, CutEvents, Cuts, Part, Record};
 pub use self::locks::Locks;
 pub use self::map::Map;
 pub use self::primary_backup::{Client, Executed, PrimaryBackup, Service};
@@ -24,4 +28,5 @@ pub use self::replicated::{Machine, Replicated, UpdateError};
 pub use self::requests::{RequestError, RequestId};
 pub use self::succession::{Rank, Succession};
 pub use self::token::Token;
+pub use self::topics::{Publication, Publisher, Subscription, TOPIC_BYTES_MAX, Topics};
 pub use self::value::Value;

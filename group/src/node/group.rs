@@ -63,15 +63,19 @@ impl Group {
     /// # Errors
     /// [`JoinError`].
     pub async fn join(node: &Node, name: &str) -> Result<(Self, Events), JoinError> {
+        Self::join_by(&node.inputs, name).await
+    }
+
+    pub(crate) async fn join_by(inputs: &Inputs, name: &str) -> Result<(Self, Events), JoinError> {
         let (done, joined) = oneshot::channel();
-        if !node.inputs.put(Input::Join(name.to_owned(), done)) {
+        if !inputs.put(Input::Join(name.to_owned(), done)) {
             return Err(JoinError::Gone);
         }
         let joined: Joined = joined.await.map_err(|_| JoinError::Gone)??;
         let group = Self {
             id: joined.events.group,
             me: joined.me,
-            inputs: node.inputs.clone(),
+            inputs: inputs.clone(),
             view: joined.view,
             progress: joined.progress,
             room: joined.room,
@@ -267,6 +271,12 @@ impl Group {
     pub async fn leave(&self) -> Result<(), SendError> {
         let command = Command::Leave { group: self.id };
         self.command(command).await?.map_err(error)
+    }
+
+    /// As [`Group::leave`], by one that cannot wait.
+    pub(crate) fn begin_to_leave(&self) {
+        let command = Command::Leave { group: self.id };
+        self.inputs.put(Input::Command(command, None));
     }
 
     async fn command(&self, command: Command) -> Result<Result<(), Refused>, SendError> {

@@ -224,21 +224,22 @@ impl Endpoint {
             return Ok(()); // the caller is gone, and nobody waits
         }
         let len = body.as_ref().map_or(0, Bytes::len);
-        if len + self.envelope_room() > cx.config.core.limits.event_bytes_max {
-            return Err(Refused::TooLarge);
-        }
+        let fits = len + self.envelope_room() <= cx.config.core.limits.event_bytes_max;
+        // An answer that cannot be sent is declined, so that nobody waits for it.
+        let body = body.filter(|_| fits);
+        let done = if fits { Ok(()) } else { Err(Refused::TooLarge) };
         if to.caller == self.me {
             for event in self.calls.on_reply(to.call, &to.caller, body) {
                 self.tell(cx, event);
             }
-            return Ok(());
+            return done;
         }
         let kind = Kind::Reply {
             call: to.call,
             declined: body.is_none(),
         };
         self.push_direct(&to.caller, kind, &body.unwrap_or_default());
-        Ok(())
+        done
     }
 
     pub(crate) fn leave(&mut self) {
