@@ -267,6 +267,13 @@ pub struct ServiceConfig {
     pub divergence: Divergence,
     /// How much of a connection's input is kept for a replica that joins.
     pub history: HistoryConfig,
+    /// The server as a program that the node runs and watches, with its arguments.
+    pub command: Option<Vec<String>>,
+    /// Begins a server anew that somebody else looks after, or puts a checkpoint's state in the
+    /// server's folder.
+    pub restore: Option<Vec<String>>,
+    /// With `ordering = "total"`: how long an input may be left untaken before others pass it.
+    pub stall: Duration,
 }
 
 /// Where the local copy of the server listens.
@@ -299,6 +306,8 @@ pub enum AddressMode {
 pub enum Ordering {
     /// Each connection's bytes in order: for servers whose connections share nothing.
     Connection,
+    /// All inputs in one order, one at a time: for single-threaded servers with shared state.
+    Total,
 }
 
 /// What becomes of a replica whose server answered differently from the leader's.

@@ -154,7 +154,8 @@ impl ConnState {
             Event::HalfOpen { .. }
             | Event::Open { .. }
             | Event::Reset { .. }
-            | Event::Closed { .. } => {}
+            | Event::Closed { .. }
+            | Event::Skip { .. } => {}
         }
     }
 }

@@ -116,6 +116,12 @@ pub enum Event {
         /// Which connection.
         conn: ConnId,
     },
+    /// Our server leaves this connection's input untaken: with one order for all connections, no
+    /// replica waits for it any more until it is taken (DESIGN §6).
+    Skip {
+        /// Which connection.
+        conn: ConnId,
+    },
 }
 
 /// The most payload in one [`Event::Data`]: what one 64 KiB super-segment carries. With the
@@ -203,7 +209,8 @@ impl Event {
             | Self::PeerFin { conn, .. }
             | Self::LocalFin { conn, .. }
             | Self::Reset { conn, .. }
-            | Self::Closed { conn } => Some(*conn),
+            | Self::Closed { conn }
+            | Self::Skip { conn } => Some(*conn),
             Self::HalfOpen { .. } | Self::Open { .. } => None,
         }
     }

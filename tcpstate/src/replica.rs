@@ -214,6 +214,8 @@ impl Replica {
                 self.forget(now, *conn, ending);
             }
             Event::Closed { conn } => self.forget(now, *conn, Ending::Closed),
+            // What the server is given, and when, is the driver's matter.
+            Event::Skip { .. } => {}
         }
     }
 
@@ -248,6 +250,11 @@ impl Replica {
         } else {
             0
         }
+    }
+
+    /// Whether output of this connection's server is of use to anybody: not once it is over.
+    pub fn wants_output(&self, conn: ConnId) -> bool {
+        self.records.contains_key(&conn)
     }
 
     /// A connection whose [`Replica::output_room`] has reopened, if any. Drain to `None`.

@@ -265,6 +265,18 @@ impl Stack {
         });
     }
 
+    /// This node's server leaves input of the connection untaken, which others wait behind: announces
+    /// that nobody shall wait for it (`ordering = "total"`).
+    pub fn handle_server_stalled(&mut self, conn: ConnId) {
+        self.log.append(Event::Skip { conn });
+    }
+
+    /// The client does not take what the server says, and so holds others up: it is given up. The RST
+    /// leaves when the event is stable.
+    pub fn handle_client_stalled(&mut self, now: Instant, conn: ConnId) {
+        self.with(now, conn, |endpoint, cx| endpoint.reset(cx, ResetBy::Stack));
+    }
+
     /// This node's server has taken its input up to stream offset `offset`.
     pub fn handle_consumed(&mut self, now: Instant, conn: ConnId, offset: u64) {
         // What is still to be taken up waits for its turn.
@@ -332,6 +344,15 @@ impl Stack {
         self.endpoints
             .get(&conn)
             .map_or(0, |e| e.output_room(&self.config))
+    }
+
+    /// Whether output of this connection's server is of use to anybody: not once it is broken off or
+    /// over.
+    pub fn wants_output(&self, conn: ConnId) -> bool {
+        match self.endpoints.get(&conn) {
+            Some(endpoint) => !endpoint.resetting(),
+            None => self.inherited.contains_key(&conn),
+        }
     }
 
     /// Offset behind the last byte that this connection's server has produced.

@@ -108,7 +108,10 @@ impl Node {
             Event::Reset { conn, .. } | Event::Closed { conn } => {
                 self.served.remove(conn);
             }
-            Event::HalfOpen { .. } | Event::Acked { .. } | Event::LocalFin { .. } => {}
+            Event::HalfOpen { .. }
+            | Event::Acked { .. }
+            | Event::LocalFin { .. }
+            | Event::Skip { .. } => {}
         }
     }
 

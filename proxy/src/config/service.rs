@@ -22,6 +22,7 @@ pub(super) struct ServiceSection {
     pub(super) vip: Found<(IpAddr, u8)>,
     interface: Found<String>,
     ports: Vec<Found<u16>>,
+    ordering: Option<Found<Ordering>>,
 }
 
 pub(super) fn sections(root: &Section<'_, '_>) -> Vec<ServiceSection> {
@@ -104,16 +105,28 @@ fn service_section(section: Section<'_, '_>) -> Option<ServiceSection> {
         document.warn(&found.span, sentence);
     }
     let history = history(&section);
-    section.not_yet(
-        "command",
-        "start the server yourself (systemd, a container) and name its address in upstream",
+    let command = section.optional("command", value::command);
+    let restore = section.optional("restore", value::command);
+    let stall = section.optional(
+        "stall",
+        value::duration(Duration::from_millis(10), Duration::from_secs(60)),
     );
-    for key in ["checkpoint", "restore"] {
-        section.not_yet(
-            key,
-            "a replica that joins is brought up by replaying each connection's input",
-        );
+    if let Some(found) = &ordering
+        && found.value == Ordering::Total
+        && command.is_none()
+        && restore.is_none()
+    {
+        let complaint = Complaint::new(
+            "the servers' state is shared by their connections, and nothing begins them anew",
+            "command = [...] beside it, or restore = [...]",
+        )
+        .help("a replica whose server has seen what others have not must begin again from nothing");
+        document.problem(&found.key, &found.span, true, complaint);
     }
+    section.not_yet(
+        "checkpoint",
+        "a replica that joins is brought up by replaying the input",
+    );
     section.not_yet(
         "health",
         "a server that does not accept is seen when a connection is opened to it",
@@ -147,10 +160,15 @@ fn service_section(section: Section<'_, '_>) -> Option<ServiceSection> {
         interface: interface.value.clone(),
         upstream: upstream?.value,
         address: address.map_or(AddressMode::Garp, |found| found.value),
-        ordering: ordering.map_or(Ordering::Connection, |found| found.value),
+        ordering: ordering
+            .as_ref()
+            .map_or(Ordering::Connection, |found| found.value),
         close_wait: close_wait.map_or(Duration::from_secs(1), |found| found.value),
         divergence: divergence.map_or(Divergence::Evict, |found| found.value),
         history,
+        command: command.map(|found| found.value),
+        restore: restore.map(|found| found.value),
+        stall: stall.map_or(Duration::from_secs(1), |found| found.value),
     };
     Some(ServiceSection {
         config,
@@ -158,6 +176,7 @@ fn service_section(section: Section<'_, '_>) -> Option<ServiceSection> {
         vip,
         interface,
         ports,
+        ordering,
     })
 }
 
@@ -296,6 +315,17 @@ fn check_services(document: &Document<'_>, services: &[ServiceSection]) {
             );
             document.problem(&service.vip.key, &service.vip.span, true, complaint);
         }
-        // `address` and `ordering` must agree too; each has one available value in this version.
+        if service.config.ordering != first.config.ordering {
+            let (key, span) = match &service.ordering {
+                Some(found) => (&found.key, &found.span),
+                None => (&service.vip.key, &service.vip.span),
+            };
+            let complaint = Complaint::new(
+                format!("service \"{other}\" has the same VIP with another ordering"),
+                "services of one VIP in one order, or each in the order of its connections",
+            );
+            document.problem(key, span, true, complaint);
+        }
+        // `address` must agree too; it has one available value in this version.
     }
 }

@@ -170,6 +170,9 @@ fn the_example_of_the_design_is_read() {
             memory_bytes_max: 256 << 20,
             disk_bytes_max: 4 << 30,
         },
+        command: None,
+        restore: None,
+        stall: Duration::from_secs(1),
     };
     assert_eq!(config.services, [expected]);
 }
@@ -218,6 +221,13 @@ fn values_have_many_spellings() {
             .unwrap_or_else(|errors| panic!("{errors}"))
     };
     let service = |from: &str, to: &str| read(from, to).services.remove(0);
+    let total = service(
+        "\"connection\"",
+        "\"total\"\ncommand = [\"s\", \"x y\"]\nstall = \"50ms\"",
+    );
+    assert_eq!(total.ordering, Ordering::Total);
+    assert_eq!(total.command.unwrap(), ["s", "x y"]);
+    assert_eq!(total.stall, Duration::from_millis(50));
     let vip = |to: &str| {
         let service = service("\"10.98.0.100/24\"", to);
         (service.vip.to_string(), service.prefix)
@@ -611,16 +621,40 @@ const WRONG: &[(&str, &str, &str)] = &[
     ),
     ("an address mode to come", "\"garp\"    ", "\"vmac\""),
     ("an address mode that is none", "\"garp\"    ", "\"grap\""),
-    ("an ordering to come", "\"connection\" ", "\"total\""),
+    (
+        "one order without a command",
+        "\"connection\" ",
+        "\"total\"",
+    ),
+    (
+        "a command that is no list",
+        "close_wait = \"1s\"",
+        "command = \"redis-server --port 7000\"",
+    ),
+    (
+        "a command without a program",
+        "close_wait = \"1s\"",
+        "command = []",
+    ),
+    (
+        "a command with a number",
+        "close_wait = \"1s\"",
+        "command = [\"redis-server\", \"--port\", 7000]",
+    ),
+    (
+        "a stall too short",
+        "close_wait = \"1s\"",
+        "stall = \"1ms\"",
+    ),
     ("a close_wait too long", "\"1s\"", "\"2m\""),
     ("a divergence that is none", "\"evict\"  ", "\"ignore\""),
     ("a size without unit", "\"256MiB\"", "\"256\""),
     ("a size in a unit that is none", "\"256MiB\"", "\"256Mb\""),
     ("too little history", "\"256MiB\"", "\"1KiB\""),
     (
-        "a command",
+        "a checkpoint to come",
         "close_wait = \"1s\"",
-        "command = [\"/usr/bin/server\", \"--port\", \"7000\"]",
+        "checkpoint = [\"/usr/bin/save\"]",
     ),
     (
         "hooks",
@@ -657,6 +691,8 @@ fn every_mistake_is_explained() {
     show("two services on one port", &second("[7]", "[80]"));
     show("one vip on two interfaces", &second("\"eth0\"", "\"eth1\""));
     show("one vip with two prefixes", &second("/24", "/16"));
+    let total = "ports = [7]\nordering = \"total\"\ncommand = [\"/usr/bin/server\"]";
+    show("one vip with two orderings", &second("ports = [7]", total));
     show("an empty file", "");
     let many = EXAMPLE
         .replace("name = \"r1\"", "nmae = \"r1\"")

@@ -292,14 +292,30 @@ pub(super) fn address_mode(value: &DeValue<'_>) -> Parsed<AddressMode> {
     }
 }
 
+/// A program and its arguments.
+pub(super) fn command(value: &DeValue<'_>) -> Parsed<Vec<String>> {
+    const EXPECTED: &str = "a list of words, as in [\"/usr/bin/server\", \"--port\", \"7000\"]";
+    let DeValue::Array(array) = value else {
+        return Err(wrong_type(value, EXPECTED)
+            .help("no shell reads it; for one write [\"sh\", \"-c\", \"...\"]"));
+    };
+    let mut words = Vec::with_capacity(array.len());
+    for word in array.iter() {
+        match word.get_ref() {
+            DeValue::String(word) if !word.contains('\0') => words.push(word.to_string()),
+            _ => return Err(Complaint::new("a word that is no text", EXPECTED)),
+        }
+    }
+    if words.first().is_none_or(String::is_empty) {
+        return Err(Complaint::new("no program", EXPECTED));
+    }
+    Ok(words)
+}
+
 pub(super) fn ordering(value: &DeValue<'_>) -> Parsed<Ordering> {
     match word(value, &["connection", "total"])? {
         "connection" => Ok(Ordering::Connection),
-        _ => Err(unavailable(
-            "the ordering \"total\" is not available yet",
-            "\"connection\"",
-        )
-        .help("until then only servers whose connections share nothing are kept consistent")),
+        _ => Ok(Ordering::Total),
     }
 }
 

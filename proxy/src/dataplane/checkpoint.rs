@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! u32 header length | header (postcard, version in front) | bytes of every input, in header order
+//!                   | the history of all inputs, with one order for all connections
 //! ```
 //! The bytes are shared with the log, not copied; the joiner cuts them out of one buffer.
 
@@ -10,9 +11,9 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use unbroken_tcpstate::{DecodeError, Image};
 
-use super::servers::InputHeader;
+use super::servers::{InputHeader, OrderHeader};
 
-const VERSION: u16 = 1;
+const VERSION: u16 = 2;
 
 #[derive(Serialize, Deserialize)]
 struct Header {
@@ -20,6 +21,7 @@ struct Header {
     /// [`Image::encode`]: it has a version of its own.
     tcp: Vec<u8>,
     inputs: Vec<InputHeader>,
+    order: Option<OrderHeader>,
 }
 
 /// Why a checkpoint cannot be used: its donor speaks another version, or it is damaged.
@@ -39,14 +41,21 @@ pub(crate) enum CheckpointError {
 pub(crate) struct Checkpoint {
     pub(crate) tcp: Image,
     pub(crate) inputs: Vec<(InputHeader, Bytes)>,
+    pub(crate) order: Option<(OrderHeader, Bytes)>,
 }
 
 /// Writes a checkpoint as a list of segments.
-pub(crate) fn encode(tcp: &Image, inputs: (Vec<InputHeader>, Vec<Bytes>)) -> Vec<Bytes> {
+pub(crate) fn encode(
+    tcp: &Image,
+    inputs: (Vec<InputHeader>, Vec<Bytes>),
+    order: Option<(OrderHeader, Vec<Bytes>)>,
+) -> Vec<Bytes> {
+    let (order, history) = order.unzip();
     let header = Header {
         version: VERSION,
         tcp: tcp.encode(),
         inputs: inputs.0,
+        order,
     };
     let header = postcard::to_stdvec(&header).expect("a header of ours is serialisable");
     let length = u32::try_from(header.len()).expect("records of bounded connections fit 4 GiB");
@@ -55,6 +64,7 @@ pub(crate) fn encode(tcp: &Image, inputs: (Vec<InputHeader>, Vec<Bytes>)) -> Vec
     head.extend_from_slice(&header);
     let mut segments = vec![head.freeze()];
     segments.extend(inputs.1);
+    segments.extend(history.unwrap_or_default());
     segments
 }
 
@@ -85,8 +95,14 @@ pub(crate) fn decode(mut all: Bytes) -> Result<Checkpoint, CheckpointError> {
             .ok_or(CheckpointError::Short)?;
         inputs.push((input, rest.split_to(n)));
     }
+    let order = match header.order {
+        Some(order) if order.bytes == rest.len() as u64 => Some((order, rest)),
+        Some(_) => return Err(CheckpointError::Short),
+        None => None,
+    };
     Ok(Checkpoint {
         tcp: Image::decode(&header.tcp)?,
         inputs,
+        order,
     })
 }

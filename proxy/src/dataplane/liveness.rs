@@ -65,6 +65,11 @@ impl Liveness {
         Ok(Self(shared))
     }
 
+    /// Looks now at servers whose processes have ended: others may listen in their place.
+    pub(crate) fn refresh(&self) {
+        refresh(&self.0);
+    }
+
     /// Whether the server at `target` lives. To be asked after its connection was seen to end.
     pub(crate) fn of(&self, target: &Target) -> Life {
         let table = self.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -75,6 +80,11 @@ impl Liveness {
             Some(_) => Life::Dead,
         }
     }
+}
+
+/// Whether somebody listens at `target`. The server notices nothing of the question.
+pub(crate) fn listens(target: &Target) -> bool {
+    !listeners(target).is_empty()
 }
 
 /// Whether the server accepts a connection now: the question for one whose process is unknown.
@@ -92,10 +102,14 @@ fn keep_looking(shared: &Weak<Mutex<Table>>) {
         let Some(table) = shared.upgrade() else {
             return;
         };
-        let mut copy = table.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        look(&mut copy);
-        *table.lock().unwrap_or_else(PoisonError::into_inner) = copy;
+        refresh(&table);
     }
+}
+
+fn refresh(table: &Mutex<Table>) {
+    let mut copy = table.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    look(&mut copy);
+    *table.lock().unwrap_or_else(PoisonError::into_inner) = copy;
 }
 
 /// Brings the table up to date: looks for the processes of targets that have none, or whose have all
@@ -194,6 +208,11 @@ fn stat(pid: u32) -> Option<(u64, u64)> {
         return None;
     }
     Some((fields.get(19)?.parse().ok()?, fields.get(6)?.parse().ok()?))
+}
+
+/// When a living process began, in the kernel's ticks: with its pid it names the process.
+pub(super) fn start_time(pid: u32) -> Option<u64> {
+    stat(pid).map(|(started, _)| started)
 }
 
 fn lives(process: Process) -> bool {

@@ -3,23 +3,32 @@
 
 mod checkpoint;
 mod context;
+mod history;
 mod input;
 mod liveness;
 mod plane;
+mod queues;
 mod report;
 mod role;
+mod runner;
 mod servers;
 mod upstream;
 
 use std::io;
+use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
 
 use anyhow::Context as _;
 use mio::event::Event as Readiness;
+use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token, Waker};
 use ring::hkdf;
+use rustix::time::{
+    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create,
+    timerfd_settime,
+};
 use tokio::sync::mpsc::UnboundedSender;
 use tracing::info;
 use unbroken_group as group;
@@ -30,9 +39,10 @@ use self::context::{Context, Deferred, group_id, plane_of};
 use self::liveness::Liveness;
 use self::plane::{Plane, PlaneConfig, group_time};
 use self::report::Reporter;
-use self::servers::Servers;
+use self::runner::{Program, Runner};
+use self::servers::{Order, Servers};
 use crate::clock::BootTime;
-use crate::config::{Config, GroupConfig, Resilience, Upstream, VipConfig};
+use crate::config::{Config, GroupConfig, Ordering, Resilience, Upstream, VipConfig};
 use crate::metrics::NodeMetrics;
 use crate::registry::{Answer, Node, Operation, Request};
 use crate::status::Board;
@@ -90,6 +100,7 @@ const WAKER: Token = Token(0);
 const WIRES: usize = 1;
 const WIRES_MAX: usize = 63;
 const DRIVER: usize = 64;
+const ALARM: Token = Token(255);
 const OWN_TOKENS_END: usize = 256;
 
 /// Priority of the data plane's thread (-20 is the highest, 0 ordinary).
@@ -99,6 +110,8 @@ const DATAGRAM_BATCHES: usize = 4;
 
 /// Longest sleep: the status is never older.
 const SLEEP_MAX: Duration = Duration::from_millis(100);
+/// The event loop sleeps in whole milliseconds; shorter sleeps are a timer's.
+const SLEEP_GRAIN: Duration = Duration::from_millis(1);
 
 /// The data plane's thread, before it runs.
 pub(crate) struct Dataplane {
@@ -111,6 +124,9 @@ pub(crate) struct Dataplane {
     reporter: Reporter,
     want_writable: Vec<usize>,
     deferred: Vec<Deferred>,
+    alarm: OwnedFd,
+    /// Servers that the node runs and that share nothing between connections: they only end with it.
+    _runners: Vec<Runner>,
     stopping: bool,
 }
 
@@ -145,12 +161,31 @@ impl Dataplane {
         let mut planes = Vec::with_capacity(vips.len());
         let targets = config.services.iter().map(|s| Target::from(&s.upstream));
         let liveness = Liveness::watch(targets).context("watching the local servers")?;
+        let alarm = timerfd_create(
+            TimerfdClockId::Monotonic,
+            TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC,
+        )
+        .context("making a timer")?;
+        poll.registry()
+            .register(&mut SourceFd(&alarm.as_raw_fd()), ALARM, Interest::READABLE)
+            .context("registering the timer")?;
+        let mut kept_running = Vec::new();
         for (index, vip) in vips.iter().enumerate() {
             let mut wire = Wire::open(vip.interface, vip.vip)?;
             poll.registry()
                 .register(&mut wire, Token(WIRES + index), Interest::READABLE)
                 .with_context(|| format!("registering the packet socket of {}", vip.vip))?;
-            let plane = open_plane(config, index, vip, wire, liveness.clone(), now);
+            let mut plane = open_plane(config, index, vip, wire, liveness.clone(), now);
+            let runners = runners(config, vip, &liveness, &waker)?;
+            match vip.ordering {
+                Ordering::Connection => kept_running.extend(runners),
+                Ordering::Total => {
+                    let (history, stall) = (history_max(vip), stall(vip));
+                    let order = Order::new(history, stall, runners, now)
+                        .context("asking the kernel what servers have taken")?;
+                    plane.servers.set_order(order);
+                }
+            }
             driver.set_member(group_id(index), plane.group.me().clone());
             planes.push(plane);
         }
@@ -170,6 +205,8 @@ impl Dataplane {
             reporter,
             want_writable: Vec::new(),
             deferred: Vec::new(),
+            alarm,
+            _runners: kept_running,
             stopping: false,
         };
         Ok((dataplane, handle))
@@ -187,7 +224,11 @@ impl Dataplane {
         }
         self.each_plane(BootTime::now(), Plane::join);
         loop {
-            let timeout = self.sleep(BootTime::now());
+            let mut timeout = self.sleep(BootTime::now());
+            if !timeout.is_zero() && timeout < SLEEP_GRAIN {
+                self.set_alarm(timeout)?;
+                timeout = SLEEP_GRAIN;
+            }
             match self.poll.poll(&mut events, Some(timeout)) {
                 Ok(()) => {}
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
@@ -211,6 +252,16 @@ impl Dataplane {
                 return Ok(());
             }
         }
+    }
+
+    fn set_alarm(&self, after: Duration) -> anyhow::Result<()> {
+        let once = Itimerspec {
+            it_interval: Timespec::default(),
+            it_value: Timespec::try_from(after).context("a sleep")?,
+        };
+        timerfd_settime(&self.alarm, TimerfdTimerFlags::empty(), &once)
+            .context("setting a timer")?;
+        Ok(())
     }
 
     fn sleep(&self, now: BootTime) -> Duration {
@@ -237,6 +288,7 @@ impl Dataplane {
                     self.listen_wire(t - WIRES, Interest::READABLE);
                 }
             }
+            t if t == ALARM.0 => {}
             t if t < OWN_TOKENS_END => {
                 self.driver.handle_ready(token);
             }
@@ -395,12 +447,7 @@ fn open_plane(
     tcp_config.mtu = usize::from(wire.mtu());
     tcp_config.segmentation_offload = true;
     tcp_config.checksum_offload = true;
-    let history = vip
-        .services
-        .iter()
-        .map(|s| s.history.memory_bytes_max)
-        .sum();
-    let servers = Servers::new(index, targets, history, liveness);
+    let servers = Servers::new(index, targets, history_max(vip), liveness);
     let plane = PlaneConfig {
         index,
         vip: vip.vip,
@@ -410,6 +457,43 @@ fn open_plane(
         group: group_template(config, index),
     };
     Plane::new(plane, wire, servers, now)
+}
+
+/// Input kept in memory, in bytes, for all services of a VIP.
+fn history_max(vip: &VipConfig<'_>) -> u64 {
+    let services = vip.services.iter();
+    services.map(|s| s.history.memory_bytes_max).sum()
+}
+
+/// One order has one patience: the shortest that any of its services asks for.
+fn stall(vip: &VipConfig<'_>) -> Duration {
+    let services = vip.services.iter();
+    services.map(|s| s.stall).min().unwrap_or_default()
+}
+
+/// Starts the servers that the node runs for a VIP.
+fn runners(
+    config: &Config,
+    vip: &VipConfig<'_>,
+    liveness: &Liveness,
+    waker: &Arc<Waker>,
+) -> anyhow::Result<Vec<Runner>> {
+    let mut runners = Vec::new();
+    for service in &vip.services {
+        if service.command.is_none() && service.restore.is_none() {
+            continue;
+        }
+        let program = Program {
+            name: service.name.clone(),
+            target: Target::from(&service.upstream),
+            command: service.command.clone(),
+            restore: service.restore.clone(),
+            folder: config.node.data_dir.join("servers").join(&service.name),
+            shared_state: vip.ordering == Ordering::Total,
+        };
+        runners.push(Runner::start(program, liveness.clone(), Arc::clone(waker))?);
+    }
+    Ok(runners)
 }
 
 fn group_template(config: &Config, index: usize) -> plane::GroupTemplate {

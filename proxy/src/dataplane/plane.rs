@@ -208,6 +208,7 @@ impl Plane {
             };
             self.servers.handle_timeout(now, cx.registry, &mut keeper);
             self.servers.pump(now, &mut keeper);
+            self.servers.advance(now, cx.registry, &mut keeper);
             self.settle(now, cx);
             self.hand_over_if_dead(now, cx);
         }
@@ -333,7 +334,10 @@ impl Plane {
             | Event::PeerFin { .. }
             | Event::LocalFin { .. }
             | Event::Reset { .. } => true,
-            Event::HalfOpen { .. } | Event::Acked { .. } | Event::Closed { .. } => false,
+            Event::HalfOpen { .. }
+            | Event::Acked { .. }
+            | Event::Closed { .. }
+            | Event::Skip { .. } => false,
         };
         self.group
             .multicast(group_time(now), number.0, payload.into(), urgent);
@@ -491,7 +495,7 @@ impl Plane {
             }
             (group::Role::Leader, old) => {
                 drop(old);
-                self.servers.clear();
+                self.servers.clear(now);
                 self.role = self.found(now, installed);
                 return;
             }
@@ -503,12 +507,12 @@ impl Plane {
             (group::Role::Joining, Role::Backup(replica)) => Role::Backup(replica),
             (group::Role::Joining, old) => {
                 drop(old);
-                self.servers.clear();
+                self.servers.clear(now);
                 Role::Joining(BytesMut::new())
             }
             // A backup of a first view knows that no connection lives.
             (group::Role::Backup, Role::Outside | Role::Joining(_)) => {
-                self.servers.clear();
+                self.servers.clear(now);
                 Role::Backup(Box::new(Replica::new(self.config.tcp.clone())))
             }
             // A leader that is led now: its stack cannot become a record, so it joins anew (R3).
@@ -586,8 +590,13 @@ impl Plane {
             return;
         };
         let image = stack.snapshot(tcp_time(now));
-        let inputs = self.servers.inputs();
-        let segments = checkpoint::encode(&image, inputs);
+        let order = self.servers.order_image();
+        // With one order for all connections, the inputs of each are in it.
+        let inputs = match order {
+            Some(_) => Default::default(),
+            None => self.servers.inputs(),
+        };
+        let segments = checkpoint::encode(&image, inputs, order);
         let bytes: usize = segments.iter().map(Bytes::len).sum();
         info!(vip = %self.config.vip, %joiner, bytes, "checkpoint given");
         self.command(now, Command::Checkpoint { joiner, segments });
@@ -607,11 +616,14 @@ impl Plane {
                 return;
             }
         };
+        let connections = checkpoint.tcp.connections().count();
         let replica = Replica::restore(self.config.tcp.clone(), tcp_time(now), checkpoint.tcp);
-        self.servers.clear();
-        let connections = checkpoint.inputs.len();
+        self.servers.clear(now);
         for (header, bytes) in checkpoint.inputs {
             self.servers.restore(now, &header, bytes, cx.registry);
+        }
+        if let Some((header, bytes)) = checkpoint.order {
+            self.servers.restore_order(now, &header, bytes);
         }
         self.role = Role::Backup(Box::new(replica));
         self.changed = true;
@@ -624,7 +636,7 @@ impl Plane {
         self.wire.set_owner(now, false);
         self.changed = true;
         if self.stopping {
-            self.servers.clear();
+            self.servers.clear(now);
             self.role = Role::Outside;
             self.stopped = true;
         } else {
@@ -635,7 +647,7 @@ impl Plane {
 
     /// A new life in the group: every upstream connection is closed first (R3).
     fn renew(&mut self, now: BootTime, cx: &mut Context<'_>) {
-        self.servers.clear();
+        self.servers.clear(now);
         self.role = Role::Outside;
         self.wedged = false;
         self.changed = true;
@@ -648,10 +660,16 @@ impl Plane {
 
     /// A leader whose server died lets another lead (R5).
     fn hand_over_if_dead(&mut self, now: BootTime, cx: &mut Context<'_>) {
-        if self.servers.take_dead()
-            && matches!(self.role, Role::Leader(_))
-            && now >= self.hand_over_at
-        {
+        if !self.servers.take_dead() {
+            return;
+        }
+        if !self.servers.begin_again(now) {
+            error!(vip = %self.config.vip, "the server died, and what it was given is not kept: joining anew");
+            self.command(now, Command::Leave);
+            self.settle(now, cx);
+            return;
+        }
+        if matches!(self.role, Role::Leader(_)) && now >= self.hand_over_at {
             self.hand_over_at = now + HAND_OVER_EVERY;
             self.group.set_progress(group::Lag {
                 behind_bytes: 0,
@@ -674,6 +692,12 @@ impl Plane {
             behind_bytes,
             unfit,
         });
+        if matches!(self.role, Role::Leader(_)) && self.servers.ordered() {
+            let members = self.group.status().members;
+            let others = members.iter().filter(|m| m.member != *self.group.me());
+            let behind = others.map(|m| m.lag.behind_bytes).max();
+            self.servers.pace(now, behind.unwrap_or(0));
+        }
     }
 
     fn flush(&mut self, cx: &mut Context<'_>) {

@@ -107,4 +107,29 @@ impl OutputKeeper for Keeper<'_> {
             stack.handle_consumed(now, conn, offset);
         }
     }
+
+    fn wants(&self, conn: ConnId) -> bool {
+        match &*self.role {
+            Role::Leader(stack) => stack.wants_output(conn),
+            Role::Backup(replica) => replica.wants_output(conn),
+            Role::Joining(_) | Role::Outside => false,
+        }
+    }
+
+    fn leads(&self) -> bool {
+        matches!(self.role, Role::Leader(_))
+    }
+
+    fn skip(&mut self, conn: ConnId) {
+        if let Role::Leader(stack) = &mut *self.role {
+            stack.handle_server_stalled(conn);
+        }
+    }
+
+    fn client_stalled(&mut self, conn: ConnId) {
+        let now = self.now();
+        if let Role::Leader(stack) = &mut *self.role {
+            stack.handle_client_stalled(now, conn);
+        }
+    }
 }

@@ -3,6 +3,8 @@
 //! Leader and backup run the same code here (R3: every replica's server is fed from the event log);
 //! they differ only in who keeps the output, which is [`OutputKeeper`].
 
+mod total;
+
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::io;
 use std::time::Duration;
@@ -12,6 +14,7 @@ use mio::{Registry, Token};
 use tracing::{debug, warn};
 use unbroken_tcpstate::{ConnId, Event, EventNo};
 
+pub(crate) use self::total::{Order, OrderHeader};
 use super::input::Input;
 use super::liveness::{self, Life, Liveness};
 use super::upstream::{ReadOutcome, Target, Upstream};
@@ -34,6 +37,14 @@ pub(crate) trait OutputKeeper {
     fn give_up(&mut self, conn: ConnId);
     /// The server has taken the input up to `offset`.
     fn consumed(&mut self, conn: ConnId, offset: u64);
+    /// Whether the server's output is of use to anybody.
+    fn wants(&self, conn: ConnId) -> bool;
+    /// Whether it is this replica that speaks to clients.
+    fn leads(&self) -> bool;
+    /// The server leaves input untaken which others wait behind.
+    fn skip(&mut self, conn: ConnId);
+    /// The client leaves so much unread that others wait for it.
+    fn client_stalled(&mut self, conn: ConnId);
 }
 
 /// How often a server that is not there is tried again.
@@ -70,6 +81,8 @@ struct Server {
     later: Option<(BootTime, Later)>,
     /// Nothing more is asked of the server: it broke the connection off, or its input is gone.
     lost: bool,
+    /// It goes once the server has taken the end of its input; `true`: it was broken off.
+    closing: Option<bool>,
     queued: bool,
     ended: bool,
 }
@@ -104,6 +117,12 @@ pub(crate) struct Servers {
     dead: bool,
     history_max_bytes: u64,
     history_bytes: u64,
+    /// Inputs of all connections in one order, if they are to be.
+    order: Option<Order>,
+    /// With an order: the newest event that the servers were given (R1).
+    given: Option<EventNo>,
+    /// A server has said something since the last look at what was taken.
+    heard: bool,
     scratch: Vec<u8>,
 }
 
@@ -134,6 +153,9 @@ impl Servers {
             dead: false,
             history_max_bytes,
             history_bytes: 0,
+            order: None,
+            given: None,
+            heard: false,
             scratch: vec![0; READ_BYTES],
         }
     }
@@ -153,6 +175,9 @@ impl Servers {
 
     /// Gives an event to the local server, and keeps its bytes.
     pub(crate) fn apply(&mut self, now: BootTime, number: EventNo, event: &Event, reg: &Registry) {
+        if !self.enqueue(number, event) {
+            return;
+        }
         match event {
             Event::Open { state } => {
                 let port = state.local_port();
@@ -187,7 +212,10 @@ impl Servers {
                 }
             }
             Event::Closed { conn } => drop(self.remove(*conn)),
-            Event::HalfOpen { .. } | Event::Acked { .. } | Event::LocalFin { .. } => {}
+            Event::HalfOpen { .. }
+            | Event::Acked { .. }
+            | Event::LocalFin { .. }
+            | Event::Skip { .. } => {}
         }
     }
 
@@ -216,6 +244,7 @@ impl Servers {
             server_offset: 0,
             absent_since: now,
             absence_told: false,
+            closing: None,
             later: None,
             queued: false,
             ended: false,
@@ -325,6 +354,7 @@ impl Servers {
     }
 
     fn turn(&mut self, now: BootTime, conn: ConnId, keeper: &mut impl OutputKeeper) {
+        let unwanted = self.is_unwanted(conn, keeper);
         let Some(server) = self.servers.get_mut(&conn) else {
             return;
         };
@@ -351,11 +381,15 @@ impl Servers {
                 .number_before(upstream.taken())
                 .unwrap_or(server.opened)
         };
+        // With one order, on any connection.
+        let tag = self.given.unwrap_or(tag);
         let mut budget = TURN_BYTES;
         let mut ended = false;
         while outcome.is_ok() && upstream.readable() {
             let skip = keeper.produced(conn).saturating_sub(server.server_offset);
-            let want = if skip > 0 {
+            let want = if unwanted {
+                READ_BYTES
+            } else if skip > 0 {
                 usize::try_from(skip).unwrap_or(READ_BYTES)
             } else {
                 keeper.room(conn)
@@ -371,6 +405,7 @@ impl Servers {
             }
             match upstream.read(&mut self.scratch[..want]) {
                 Ok(ReadOutcome::Bytes(n)) => {
+                    self.heard = true;
                     server.server_offset += n as u64;
                     budget = budget.saturating_sub(n);
                     if skip == 0 {
@@ -481,7 +516,8 @@ impl Servers {
 
     /// When something waits to be done.
     pub(crate) fn poll_timeout(&self) -> Option<BootTime> {
-        self.waiting.first().map(|(at, _)| *at)
+        let waiting = self.waiting.first().map(|(at, _)| *at);
+        [waiting, self.order_timeout()].into_iter().flatten().min()
     }
 
     /// Does what has waited long enough.
@@ -530,7 +566,8 @@ impl Servers {
                 && now.since(server.absent_since) > CONNECT_PATIENCE;
             lost += usize::from(server.lost || absent);
         }
-        (bytes, lost)
+        let (behind, up) = self.order_lag();
+        (bytes + behind, lost + usize::from(!up))
     }
 
     /// Input that a connection's server has taken.
@@ -555,11 +592,17 @@ impl Servers {
 
     /// Bytes kept for replay.
     pub(crate) fn history_bytes(&self) -> u64 {
-        self.history_bytes
+        self.history_bytes + self.order_bytes()
     }
 
-    /// Closes every upstream connection (R3: whoever leaves a view starts again).
-    pub(crate) fn clear(&mut self) {
+    /// Closes every upstream connection (R3: whoever leaves a view starts again); servers with shared
+    /// state begin anew.
+    pub(crate) fn clear(&mut self, now: BootTime) {
+        self.drop_connections();
+        self.clear_order(now);
+    }
+
+    fn drop_connections(&mut self) {
         for (_, server) in self.servers.drain() {
             if let Some(upstream) = server.upstream {
                 upstream.abort();

@@ -13,6 +13,7 @@ use mio::{Interest, Registry, Token};
 use socket2::SockRef;
 
 use super::input::Input;
+use super::queues::{Queues, Seen};
 
 /// Where the local server listens.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -100,6 +101,35 @@ impl Upstream {
     /// Whether a read may give something.
     pub(crate) fn readable(&self) -> bool {
         self.connected && self.readable && !self.ended
+    }
+
+    /// Whether the end of its input was given to the server.
+    pub(crate) fn shut(&self) -> bool {
+        self.shut
+    }
+
+    /// What the kernel shows of the server's end.
+    ///
+    /// # Errors
+    /// The kernel does not say.
+    pub(crate) fn look(&self, queues: &mut Queues) -> io::Result<Seen> {
+        match &self.stream {
+            Stream::Tcp(s) => match s.peer_addr() {
+                Ok(server) => queues.tcp(server, s.local_addr()?),
+                // Both sides have closed.
+                Err(e) if e.kind() == io::ErrorKind::NotConnected => Ok(Seen::Closed),
+                Err(e) => Err(e),
+            },
+            Stream::Unix(s) => {
+                let inode = rustix::fs::fstat(s)?.st_ino;
+                queues.unix(u32::try_from(inode).map_err(io::Error::other)?)
+            }
+        }
+    }
+
+    /// Whether the server's reading of the end cannot be seen.
+    pub(crate) fn end_is_unseen(&self) -> bool {
+        self.shut && !self.ended && matches!(self.stream, Stream::Unix(_))
     }
 
     fn check_connected(&mut self) -> io::Result<bool> {

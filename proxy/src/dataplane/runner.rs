@@ -1,0 +1,425 @@
+//! The server as a program that the node runs (`command`): started, watched, and begun anew when the
+//! data plane says so.
+//!
+//! A server with shared state (`ordering = "total"`) begins with an empty folder each time, so that
+//! it begins with the same state on every replica; what a user-given `restore` puts there is the
+//! state of a checkpoint. A thread of its own does it all: the data plane only looks at [`State`].
+
+use std::fs;
+use std::io;
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use anyhow::Context as _;
+use mio::Waker;
+use rustix::process::{Pid, Signal, kill_process_group};
+use tracing::{debug, error, info, warn};
+
+use super::liveness::{self, Liveness, start_time};
+use super::upstream::Target;
+
+/// How often a running program is looked at.
+const LOOK_EVERY: Duration = Duration::from_millis(10);
+/// Between two attempts to start a program that ended by itself.
+const START_AGAIN_AFTER: Duration = Duration::from_millis(500);
+/// What a program is given to end after SIGTERM when the node stops.
+const END_MAX: Duration = Duration::from_secs(3);
+/// Where a checkpoint's file stands, for `restore` and `checkpoint`.
+pub(crate) const CHECKPOINT_VARIABLE: &str = "UNBROKEN_CHECKPOINT";
+
+/// What to run.
+#[derive(Debug, Clone)]
+pub(crate) struct Program {
+    /// The service's name.
+    pub(crate) name: String,
+    pub(crate) target: Target,
+    /// The server; without it, `restore` starts one that somebody else looks after.
+    pub(crate) command: Option<Vec<String>>,
+    pub(crate) restore: Option<Vec<String>>,
+    /// The program's own folder, and beside it the file with its pid.
+    pub(crate) folder: PathBuf,
+    /// It begins with an empty folder, and is not started again by itself: its state is gone with it.
+    pub(crate) shared_state: bool,
+}
+
+/// What a server is in, and for the how manieth time it was begun.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum State {
+    Starting(u64),
+    /// It listens.
+    Up(u64),
+    /// It ended by itself, or cannot be started.
+    Down(u64),
+}
+
+enum Order {
+    /// Begin anew, as run number so and so, from this checkpoint or from nothing.
+    Restart(u64, Option<PathBuf>),
+    Stop,
+}
+
+/// A server that the node runs. It ends with the last handle.
+#[derive(Debug)]
+pub(crate) struct Runner {
+    orders: Sender<Order>,
+    state: Arc<Mutex<State>>,
+    thread: Option<JoinHandle<()>>,
+    runs: u64,
+}
+
+impl Runner {
+    /// Starts the program. `waker` wakes the data plane when its state changes.
+    ///
+    /// # Errors
+    /// Its folder cannot be made.
+    pub(crate) fn start(
+        program: Program,
+        liveness: Liveness,
+        waker: Arc<Waker>,
+    ) -> anyhow::Result<Self> {
+        let folder = &program.folder;
+        fs::create_dir_all(folder)
+            .with_context(|| format!("making the server's folder {}", folder.display()))?;
+        let (sender, orders) = channel();
+        let state = Arc::new(Mutex::new(State::Starting(0)));
+        let mut run = Run {
+            program,
+            liveness,
+            state: Arc::clone(&state),
+            waker,
+            child: None,
+            number: 0,
+            checkpoint: None,
+        };
+        let thread = thread::Builder::new()
+            .name("server".into())
+            .spawn(move || run.serve(&orders))?;
+        Ok(Self {
+            orders: sender,
+            state,
+            thread: Some(thread),
+            runs: 0,
+        })
+    }
+
+    /// Whether the server of the last restart listens.
+    pub(crate) fn up(&self) -> bool {
+        self.state() == State::Up(self.runs)
+    }
+
+    /// Whether the server of the last restart has ended.
+    pub(crate) fn down(&self) -> bool {
+        self.state() == State::Down(self.runs)
+    }
+
+    fn state(&self) -> State {
+        *self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Kills the server and begins another, with the state of a checkpoint or with none.
+    pub(crate) fn restart(&mut self, checkpoint: Option<PathBuf>) {
+        self.runs += 1;
+        // The thread is gone only when the node stops.
+        let _ = self.orders.send(Order::Restart(self.runs, checkpoint));
+    }
+}
+
+impl Drop for Runner {
+    fn drop(&mut self) {
+        let _ = self.orders.send(Order::Stop);
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            error!("the thread that watches a server panicked");
+        }
+    }
+}
+
+/// The thread's side.
+struct Run {
+    program: Program,
+    liveness: Liveness,
+    state: Arc<Mutex<State>>,
+    waker: Arc<Waker>,
+    child: Option<Child>,
+    number: u64,
+    checkpoint: Option<PathBuf>,
+}
+
+impl Run {
+    fn serve(&mut self, orders: &Receiver<Order>) {
+        self.kill_leftover();
+        let mut wait = self.begin();
+        loop {
+            match orders.recv_timeout(wait) {
+                Ok(Order::Restart(number, checkpoint)) => {
+                    self.kill();
+                    (self.number, self.checkpoint) = (number, checkpoint);
+                    wait = self.begin();
+                }
+                Ok(Order::Stop) | Err(RecvTimeoutError::Disconnected) => return self.end(),
+                Err(RecvTimeoutError::Timeout) => wait = self.look(),
+            }
+        }
+    }
+
+    /// Starts the program. Gives the time until the next look.
+    fn begin(&mut self) -> Duration {
+        self.set(State::Starting(self.number));
+        match self.try_begin() {
+            Ok(()) => LOOK_EVERY,
+            Err(error) => {
+                let name = &self.program.name;
+                error!(service = %name, "starting the server: {error:#}");
+                self.set(State::Down(self.number));
+                START_AGAIN_AFTER
+            }
+        }
+    }
+
+    fn try_begin(&mut self) -> anyhow::Result<()> {
+        let program = &self.program;
+        if program.shared_state {
+            empty(&program.folder).context("emptying its folder")?;
+        }
+        if let Some(restore) = &program.restore
+            && (self.checkpoint.is_some() || program.command.is_none())
+        {
+            let path = self.checkpoint.clone().unwrap_or_default();
+            run_to_end(restore, &program.folder, &path).context("its `restore`")?;
+        }
+        if let Some(command) = &program.command {
+            let mut child = prepare(command, &program.folder)
+                .spawn()
+                .with_context(|| format!("running {}", command[0]))?;
+            let pid = child.id();
+            info!(service = %program.name, pid, run = self.number, "server started");
+            let started = start_time(pid).unwrap_or(0);
+            if let Err(error) = fs::write(self.pid_file(), format!("{pid} {started}\n")) {
+                let _ = child.kill();
+                return Err(error).context("noting its pid");
+            }
+            self.child = Some(child);
+        }
+        Ok(())
+    }
+
+    /// One look at the program.
+    fn look(&mut self) -> Duration {
+        let now = *self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(child) = &mut self.child {
+            match child.try_wait() {
+                Ok(None) => {}
+                Ok(Some(status)) => {
+                    warn!(service = %self.program.name, %status, "the server ended");
+                    self.child = None;
+                    self.set(State::Down(self.number));
+                    return START_AGAIN_AFTER;
+                }
+                Err(error) => warn!(service = %self.program.name, %error, "looking at the server"),
+            }
+        }
+        match now {
+            State::Starting(_) if self.listens() => {
+                debug!(service = %self.program.name, "the server listens");
+                // Its closes are judged by its process, not by that of an earlier run.
+                self.liveness.refresh();
+                self.set(State::Up(self.number));
+            }
+            State::Down(_) if self.program.shared_state => {}
+            State::Down(_) => return self.begin(),
+            State::Starting(_) | State::Up(_) => {}
+        }
+        LOOK_EVERY
+    }
+
+    /// A connection to see whether it is accepted would be an input that no other replica has. Only a
+    /// server elsewhere has to bear it: its listener cannot be seen.
+    fn listens(&self) -> bool {
+        let target = &self.program.target;
+        liveness::listens(target) || (self.program.command.is_none() && liveness::accepts(target))
+    }
+
+    fn set(&self, state: State) {
+        *self.state.lock().unwrap_or_else(PoisonError::into_inner) = state;
+        if let Err(error) = self.waker.wake() {
+            error!(%error, "waking the data plane");
+        }
+    }
+
+    /// The program gets SIGTERM, and SIGKILL if that does not do.
+    fn end(&mut self) {
+        if let Some(child) = &mut self.child {
+            signal(child.id(), Signal::TERM);
+            let mut left = END_MAX;
+            while matches!(child.try_wait(), Ok(None)) && !left.is_zero() {
+                thread::sleep(LOOK_EVERY);
+                left = left.saturating_sub(LOOK_EVERY);
+            }
+        }
+        self.kill();
+    }
+
+    fn kill(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            signal(child.id(), Signal::KILL);
+            if let Err(error) = child.wait() {
+                warn!(service = %self.program.name, %error, "waiting for the server's end");
+            }
+        }
+        // Nothing of it is left that could be killed.
+        let _ = fs::remove_file(self.pid_file());
+    }
+
+    fn pid_file(&self) -> PathBuf {
+        self.program.folder.with_extension("pid")
+    }
+
+    /// A node that was killed leaves its server behind.
+    fn kill_leftover(&self) {
+        let Ok(text) = fs::read_to_string(self.pid_file()) else {
+            return;
+        };
+        let mut words = text.split_ascii_whitespace();
+        let pid: Option<u32> = words.next().and_then(|w| w.parse().ok());
+        let started: Option<u64> = words.next().and_then(|w| w.parse().ok());
+        let Some(pid) = pid else { return };
+        if started.is_none() || start_time(pid) != started {
+            return;
+        }
+        info!(service = %self.program.name, pid, "killing the server of an earlier node");
+        signal(pid, Signal::KILL);
+        // It is not our child: it is gone when its start time is.
+        while start_time(pid) == started {
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+}
+
+/// Signals a program and everything that it has started.
+fn signal(pid: u32, signal: Signal) {
+    if let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) {
+        // It may have ended meanwhile.
+        let _ = kill_process_group(pid, signal);
+    }
+}
+
+fn prepare(words: &[String], folder: &Path) -> Command {
+    let mut command = Command::new(&words[0]);
+    command
+        .args(&words[1..])
+        .current_dir(folder)
+        .stdin(Stdio::null())
+        // The terminal's signals are the node's: it decides when its server ends.
+        .process_group(0);
+    command
+}
+
+/// Runs one of the user's commands to its end.
+pub(crate) fn run_to_end(words: &[String], folder: &Path, checkpoint: &Path) -> anyhow::Result<()> {
+    let status = prepare(words, folder)
+        .env(CHECKPOINT_VARIABLE, checkpoint)
+        .status()
+        .with_context(|| format!("running {}", words[0]))?;
+    anyhow::ensure!(status.success(), "{} ended with {status}", words[0]);
+    Ok(())
+}
+
+fn empty(folder: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            fs::remove_dir_all(entry.path())?;
+        } else {
+            fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+    use std::time::Instant;
+
+    use mio::{Poll, Token};
+
+    use super::*;
+
+    const SERVER: &str = "import os,socket,sys,time\n\
+        open('files','w').write(' '.join(sorted(os.listdir('.'))))\n\
+        s=socket.socket()\ns.setsockopt(socket.SOL_SOCKET,socket.SO_REUSEADDR,1)\n\
+        s.bind(('127.0.0.1',int(sys.argv[1])))\ns.listen()\ntime.sleep(60)";
+
+    fn wait(what: &str, mut condition: impl FnMut() -> bool) {
+        let start = Instant::now();
+        while !condition() {
+            assert!(start.elapsed() < Duration::from_secs(30), "{what}");
+            thread::sleep(LOOK_EVERY);
+        }
+    }
+
+    #[test]
+    fn a_server_begins_anew_from_nothing_or_from_a_checkpoint() {
+        let poll = Poll::new().unwrap();
+        let waker = Arc::new(Waker::new(poll.registry(), Token(0)).unwrap());
+        let base = std::env::temp_dir().join(format!("unbroken-runner-{}", std::process::id()));
+        let folder = base.join("web");
+        let address = TcpListener::bind("127.0.0.1:0")
+            .unwrap()
+            .local_addr()
+            .unwrap();
+        let words = |words: &[&str]| words.iter().map(|w| (*w).to_owned()).collect();
+        let program = Program {
+            name: "web".to_owned(),
+            target: Target::Tcp(address),
+            command: Some(words(&[
+                "python3",
+                "-c",
+                SERVER,
+                &address.port().to_string(),
+            ])),
+            restore: Some(words(&["sh", "-c", "cp \"$UNBROKEN_CHECKPOINT\" restored"])),
+            folder: folder.clone(),
+            shared_state: true,
+        };
+        let seen = || fs::read_to_string(folder.join("files")).unwrap();
+        let liveness = Liveness::watch([program.target.clone()]).unwrap();
+        let start = |program| Runner::start(program, liveness.clone(), Arc::clone(&waker)).unwrap();
+        let mut runner = start(program.clone());
+        wait("the first", || runner.up());
+        assert_eq!(seen(), "files");
+        fs::write(folder.join("rubbish"), "").unwrap();
+        let image = base.join("image");
+        fs::write(&image, "state").unwrap();
+        runner.restart(Some(image));
+        wait("the second", || runner.up());
+        assert_eq!(seen(), "files restored", "the folder was empty but for it");
+        runner.restart(None);
+        wait("the third", || runner.up());
+        assert_eq!(seen(), "files");
+        // Its own end is seen, and it stays down: its state is gone.
+        let pid = || -> u32 {
+            let text = fs::read_to_string(folder.with_extension("pid")).unwrap();
+            text.split(' ').next().unwrap().parse().unwrap()
+        };
+        signal(pid(), Signal::KILL);
+        wait("its end", || runner.down());
+        runner.restart(None);
+        wait("the fourth", || runner.up());
+        // What a killed node has left behind gives way.
+        let left = pid();
+        std::mem::forget(runner);
+        let runner = start(program);
+        wait("the fifth", || runner.up());
+        assert_ne!(pid(), left);
+        drop(runner);
+        assert!(!liveness::accepts(&Target::Tcp(address)));
+        fs::remove_dir_all(&base).unwrap();
+    }
+}

@@ -1,0 +1,643 @@
+//! `ordering = "total"` (DESIGN §6): every server is given its inputs (opens, bytes, ends) one at a
+//! time in the order of the event log, the next only when it has taken the last.
+//!
+//! ```text
+//!  events ──> history ──────────────┐ (replay)
+//!         └─> pending ──> give ──> one connection's input ──> its socket ──> server
+//!                           ^                                                   │
+//!                           └──── taken? (the kernel's queues, `queues.rs`) <───┘
+//! ```
+//! A server whose state is shared by its connections then goes through the same states on every
+//! replica, if it is a single-threaded loop. What it was given is kept as a whole, so that a fresh
+//! server can be brought to the same state: one that joins, and one that died.
+
+use std::collections::{BTreeSet, VecDeque};
+use std::io;
+use std::time::Duration;
+
+use bytes::Bytes;
+use mio::Registry;
+use tracing::{error, info, warn};
+use unbroken_tcpstate::{ConnId, Event, EventNo};
+
+use super::super::history::{Cursor, Entry, History, What};
+use super::super::queues::{Queues, Seen};
+use super::super::runner::Runner;
+use super::super::upstream::Upstream;
+use super::{Input, OutputKeeper, Servers};
+use crate::clock::BootTime;
+
+/// After an input the queue is looked at when the server says something, and at the latest so much
+/// later; then after twice that, and so on. A server that answers each input tells by that.
+const FIRST_LOOK: Duration = Duration::from_micros(40);
+const FIRST_LOOK_ANSWERING: Duration = Duration::from_micros(500);
+const LOOKS_APART_MAX: Duration = Duration::from_millis(1);
+/// Inputs of one connection that follow each other directly are one stream: so many go together.
+const TOGETHER_MAX: usize = 16;
+/// Inputs given in one turn at most.
+const GIVE_PER_TURN: usize = 64;
+/// A Unix socket does not show whether the end of input was read; the server gets this long.
+const END_UNSEEN: Duration = Duration::from_millis(2);
+/// What others have passed over is waited for this long all the same: a replay is faster than life.
+const PASSED_OVER_WAIT: Duration = Duration::from_millis(10);
+/// A leader gives its servers less while another replica is this far behind (256 inputs), and much
+/// less from the second bound on: else one that joins under full load never catches up.
+const PACED_FROM_BYTES: u64 = 1 << 20;
+const PACED_MORE_FROM_BYTES: u64 = 4 << 20;
+/// The part of each interval in which a paced leader gives nothing: a half, three quarters.
+const PACED_HOLD: Duration = Duration::from_millis(5);
+const PACED_MORE_HOLD: Duration = Duration::from_micros(7_500);
+/// It is paced as long as that helps, judged after each such time; else not for a while.
+const PACE_JUDGED_AFTER: Duration = Duration::from_secs(5);
+const PACE_PAUSE: Duration = Duration::from_secs(60);
+/// A server that cannot be brought up is tried again after this long.
+const BEGIN_AGAIN_AFTER: Duration = Duration::from_secs(1);
+
+/// What a checkpoint carries of the order.
+#[derive(Debug, Clone, serde::Serialize, serde::Deserialize)]
+pub(crate) struct OrderHeader {
+    /// Length of the history, in bytes; they follow apart.
+    pub(crate) bytes: u64,
+    /// What all of it costs a server that begins.
+    pub(crate) cost_bytes: u64,
+    /// `Skip` events: connection and number.
+    pub(crate) skips: Vec<(u64, u64)>,
+}
+
+/// The input that was given last, until the server has taken it.
+#[derive(Debug)]
+struct Waiting {
+    conn: ConnId,
+    number: EventNo,
+    /// The server's accepting it is what is waited for.
+    open: bool,
+    since: BootTime,
+    look_at: BootTime,
+    apart: Duration,
+    /// That it is passed over was asked for.
+    asked: bool,
+}
+
+/// Whether holding back has helped those that are behind.
+#[derive(Debug)]
+struct Pace {
+    judged_at: BootTime,
+    behind_before: u64,
+    helps: bool,
+}
+
+/// The order of all inputs of a VIP, and how far the servers have come in it.
+#[derive(Debug)]
+pub(crate) struct Order {
+    history: History,
+    history_bytes_max: u64,
+    pending: VecDeque<Entry>,
+    /// Inputs before the pending ones that are given again.
+    replay: Option<Cursor>,
+    /// What the server has been given so far cost so much.
+    given_cost: u64,
+    /// When the replay began, and with how much before it.
+    replay_from: Option<(BootTime, u64)>,
+    waiting: Option<Waiting>,
+    skips: BTreeSet<(ConnId, EventNo)>,
+    /// Connections whose input is not waited for.
+    passed: BTreeSet<ConnId>,
+    stall: Duration,
+    /// The server said something when it took the last input.
+    answers: bool,
+    pace: Option<Pace>,
+    /// Nothing is given before.
+    hold_until: BootTime,
+    queues: Queues,
+    runners: Vec<Runner>,
+    /// The servers have been given nothing since they began.
+    pristine: bool,
+    began_at: BootTime,
+    /// The servers lack inputs that are not kept.
+    ruined: bool,
+    blind: bool,
+    queues_failed: bool,
+}
+
+impl Order {
+    /// # Errors
+    /// The kernel does not show queues.
+    pub(crate) fn new(
+        history_bytes_max: u64,
+        stall: Duration,
+        runners: Vec<Runner>,
+        now: BootTime,
+    ) -> io::Result<Self> {
+        Ok(Self {
+            history: History::new(history_bytes_max),
+            history_bytes_max,
+            pending: VecDeque::new(),
+            replay: None,
+            given_cost: 0,
+            replay_from: None,
+            waiting: None,
+            skips: BTreeSet::new(),
+            passed: BTreeSet::new(),
+            stall,
+            answers: false,
+            pace: None,
+            hold_until: now,
+            queues: Queues::open()?,
+            runners,
+            pristine: true,
+            began_at: now,
+            ruined: false,
+            blind: false,
+            queues_failed: false,
+        })
+    }
+
+    fn append(&mut self, entry: Entry) {
+        let complete = self.history.complete();
+        self.history.append(&entry);
+        if complete && !self.history.complete() {
+            error!(
+                bytes_max = self.history_bytes_max,
+                "the history of inputs is full: no replica can be brought up any more"
+            );
+            // What was to be given again is gone.
+            self.ruined = self.replay.take().is_some();
+        }
+        if self.replay.is_none() {
+            self.pending.push_back(entry);
+        }
+    }
+
+    fn next(&mut self) -> Option<Entry> {
+        if let Some(cursor) = &mut self.replay {
+            if let Some(entry) = self.history.read(cursor) {
+                return Some(entry);
+            }
+            self.replay = None;
+            if let Some((_, bytes)) = self.replay_from.take() {
+                info!(bytes, "the server was brought up by replay");
+            }
+        }
+        self.pending.pop_front()
+    }
+
+    /// A further piece of the same connection's input, if it follows directly.
+    fn next_of(&mut self, conn: ConnId) -> Option<(EventNo, Bytes)> {
+        if self.replay.is_some() {
+            let mut ahead = self.replay?;
+            let entry = self.history.read(&mut ahead)?;
+            return match entry {
+                Entry {
+                    number,
+                    conn: of,
+                    what: What::Data(bytes),
+                } if of == conn => {
+                    self.replay = Some(ahead);
+                    Some((number, bytes))
+                }
+                _ => None,
+            };
+        }
+        match self.pending.front()? {
+            Entry {
+                conn: of,
+                what: What::Data(_),
+                ..
+            } if *of == conn => {}
+            _ => return None,
+        }
+        match self.pending.pop_front()? {
+            Entry {
+                number,
+                what: What::Data(bytes),
+                ..
+            } => Some((number, bytes)),
+            _ => None,
+        }
+    }
+
+    /// Whether the server's input at `number` was passed over by an event.
+    fn skipped(&self, conn: ConnId, number: EventNo) -> bool {
+        self.skips
+            .range((conn, number)..=(conn, EventNo(u64::MAX)))
+            .next()
+            .is_some()
+    }
+
+    fn up(&self) -> bool {
+        self.runners.iter().all(Runner::up)
+    }
+
+    /// What the servers have yet to be given, as bytes that they are behind.
+    fn behind(&self) -> u64 {
+        self.history.cost_bytes() - self.given_cost
+    }
+
+    /// Servers that begin with nothing, and are given everything again.
+    fn begin(&mut self, now: BootTime) {
+        self.pending.clear();
+        self.waiting = None;
+        self.passed.clear();
+        self.replay = Some(Cursor::default());
+        self.given_cost = 0;
+        self.replay_from = Some((now, self.behind()));
+        self.began_at = now;
+        self.ruined = false;
+        if !std::mem::replace(&mut self.pristine, true) {
+            for runner in &mut self.runners {
+                runner.restart(None);
+            }
+        }
+    }
+}
+
+impl Servers {
+    /// Inputs are given in one order over all connections.
+    pub(crate) fn set_order(&mut self, order: Order) {
+        self.order = Some(order);
+        self.given = Some(EventNo(0));
+    }
+
+    /// Whether inputs are given in one order.
+    pub(crate) fn ordered(&self) -> bool {
+        self.order.is_some()
+    }
+
+    /// Puts what an event means for a server in its place. True: in no order but the connection's.
+    pub(super) fn enqueue(&mut self, number: EventNo, event: &Event) -> bool {
+        let Some(order) = &mut self.order else {
+            return true;
+        };
+        let (conn, what) = match event {
+            Event::Open { state } => {
+                let port = state.local_port();
+                (ConnId(number.0), What::Open { port })
+            }
+            Event::Data { conn, bytes, .. } => (*conn, What::Data(bytes.clone())),
+            Event::PeerFin { conn, .. } => (*conn, What::Fin),
+            Event::Reset { conn, .. } => (*conn, What::End { abort: true }),
+            Event::Closed { conn } => (*conn, What::End { abort: false }),
+            Event::Skip { conn } => {
+                order.skips.insert((*conn, number));
+                return false;
+            }
+            Event::HalfOpen { .. } | Event::Acked { .. } | Event::LocalFin { .. } => return false,
+        };
+        let over = matches!(what, What::End { .. });
+        order.append(Entry { number, conn, what });
+        if over {
+            // What its server says is of use to nobody now, but must be drained.
+            self.wake(conn);
+        }
+        false
+    }
+
+    /// Whether a connection's server is read for nobody: it must not be held up by what it says.
+    pub(super) fn is_unwanted(&self, conn: ConnId, keeper: &impl OutputKeeper) -> bool {
+        self.given.is_some() && !keeper.wants(conn)
+    }
+
+    /// Gives the servers what they may be given now.
+    pub(crate) fn advance(
+        &mut self,
+        now: BootTime,
+        registry: &Registry,
+        keeper: &mut impl OutputKeeper,
+    ) {
+        let Some(mut order) = self.order.take() else {
+            return;
+        };
+        if order.ruined || order.runners.iter().any(Runner::down) {
+            self.dead = true;
+        }
+        if order.up() && !order.ruined {
+            for _ in 0..GIVE_PER_TURN {
+                if !self.settled(now, &mut order, keeper) {
+                    break;
+                }
+                if now < order.hold_until {
+                    break;
+                }
+                let Some(entry) = order.next() else { break };
+                order.given_cost += entry.cost_bytes();
+                self.give(now, entry, &mut order, registry, keeper);
+            }
+        }
+        self.heard = false;
+        self.order = Some(order);
+    }
+
+    /// Whether nothing is waited for (any more).
+    fn settled(
+        &mut self,
+        now: BootTime,
+        order: &mut Order,
+        keeper: &mut impl OutputKeeper,
+    ) -> bool {
+        let Some(waiting) = &mut order.waiting else {
+            return true;
+        };
+        let conn = waiting.conn;
+        let connected = |s: &super::Server| s.upstream.as_ref().is_some_and(Upstream::connected);
+        let looks = self.heard || now >= waiting.look_at;
+        let taken = looks && self.taken_all(now, order, conn);
+        let Some(waiting) = &mut order.waiting else {
+            return true;
+        };
+        if !taken && looks {
+            waiting.look_at = now + waiting.apart;
+            waiting.apart = (waiting.apart * 2).min(LOOKS_APART_MAX);
+        }
+        let waited = now.since(waiting.since);
+        let number = waiting.number;
+        let passed = !taken && waited >= PASSED_OVER_WAIT && order.skipped(conn, number);
+        if taken || passed {
+            order.answers = self.heard;
+            order.waiting = None;
+            if passed {
+                order.passed.insert(conn);
+            }
+            let closing = self.servers.get(&conn).and_then(|s| s.closing);
+            if let Some(abort) = closing {
+                self.finish(conn, abort);
+            }
+            return true;
+        }
+        let stalled = waited >= order.stall && self.servers.get(&conn).is_some_and(connected);
+        if stalled
+            && keeper.leads()
+            && let Some(waiting) = &mut order.waiting
+            && !std::mem::replace(&mut waiting.asked, true)
+        {
+            // A server that waits for a client to read is not one that waits for another's input.
+            let unread: Vec<ConnId> = self.unread(keeper).collect();
+            if unread.is_empty() {
+                warn!(conn = conn.0, ?waited, "input left untaken is passed over");
+                keeper.skip(conn);
+            } else {
+                for conn in unread {
+                    warn!(
+                        conn = conn.0,
+                        "a client that does not read holds others up: reset"
+                    );
+                    keeper.client_stalled(conn);
+                }
+                (waiting.since, waiting.asked) = (now, false);
+            }
+        }
+        false
+    }
+
+    /// Connections whose clients leave so much unread that their servers are not read either.
+    fn unread<'a>(&'a self, keeper: &'a impl OutputKeeper) -> impl Iterator<Item = ConnId> + 'a {
+        self.servers
+            .iter()
+            .filter(|(conn, s)| {
+                s.upstream.as_ref().is_some_and(Upstream::readable)
+                    && keeper.wants(**conn)
+                    && keeper.room(**conn) == 0
+            })
+            .map(|(conn, _)| *conn)
+    }
+
+    /// Whether a connection's server has taken everything that it was given.
+    fn taken_all(&mut self, now: BootTime, order: &mut Order, conn: ConnId) -> bool {
+        let Some(server) = self.servers.get(&conn).filter(|s| !s.lost) else {
+            return true;
+        };
+        let Some(upstream) = server.upstream.as_ref().filter(|u| u.connected()) else {
+            return false;
+        };
+        if upstream.taken() < server.input.end() {
+            return false;
+        }
+        let seen = match upstream.look(&mut order.queues) {
+            Ok(seen) => seen,
+            Err(error) => {
+                if !std::mem::replace(&mut order.queues_failed, true) {
+                    error!(%error, "the kernel does not show what the server has taken");
+                }
+                return true;
+            }
+        };
+        let waiting = order.waiting.as_ref().filter(|w| w.conn == conn);
+        match seen {
+            Seen::NotAccepted => false,
+            Seen::Unread(0) if upstream.end_is_unseen() => {
+                waiting.is_none_or(|w| now.since(w.since) >= END_UNSEEN)
+            }
+            Seen::Unread(n) => n == 0,
+            Seen::Closed => true,
+            Seen::Missing => {
+                let open = waiting.is_some_and(|w| w.open);
+                if open && !upstream.readable() && !std::mem::replace(&mut order.blind, true) {
+                    error!(
+                        target = ?server.target,
+                        "the server's end of its connections cannot be seen (another network \
+                         namespace?): its inputs are in order only as far as it takes them in order"
+                    );
+                }
+                true
+            }
+        }
+    }
+
+    /// Gives one input, and those of the same connection that follow it directly.
+    fn give(
+        &mut self,
+        now: BootTime,
+        entry: Entry,
+        order: &mut Order,
+        registry: &Registry,
+        keeper: &mut impl OutputKeeper,
+    ) {
+        order.pristine = false;
+        let Entry { number, conn, what } = entry;
+        let mut newest = number;
+        let open = matches!(what, What::Open { .. });
+        // Its queue has become empty since it was passed over: waited for again.
+        if order.passed.contains(&conn) && self.taken_all(now, order, conn) {
+            order.passed.remove(&conn);
+        }
+        match what {
+            What::Open { port } => self.open(now, conn, port, Input::default(), number, registry),
+            What::Data(bytes) => {
+                let Some(server) = self.servers.get_mut(&conn) else {
+                    return;
+                };
+                let before = server.input.cost_bytes();
+                let taken = server.upstream.as_ref().map_or(0, Upstream::taken);
+                server.input.forget_before(taken);
+                server.input.push(number, server.input.end(), bytes);
+                for _ in 1..TOGETHER_MAX {
+                    let Some((number, bytes)) = order.next_of(conn) else {
+                        break;
+                    };
+                    order.given_cost +=
+                        bytes.len() as u64 + super::super::history::INPUT_COST_BYTES;
+                    server.input.push(number, server.input.end(), bytes);
+                    newest = number;
+                }
+                self.history_bytes = self.history_bytes + server.input.cost_bytes() - before;
+            }
+            What::Fin => {
+                let Some(server) = self.servers.get_mut(&conn) else {
+                    return;
+                };
+                server.input.finish();
+                server.fin_number = Some(number);
+            }
+            What::End { abort } => {
+                let Some(server) = self.servers.get_mut(&conn) else {
+                    return;
+                };
+                let shut = server.upstream.as_ref().is_none_or(Upstream::shut);
+                if server.lost || shut || order.passed.contains(&conn) {
+                    self.given = Some(number);
+                    self.finish(conn, abort);
+                    return;
+                }
+                // The end is an input like another: seen in order, then the connection goes.
+                server.input.finish();
+                server.closing = Some(abort);
+            }
+        }
+        self.given = Some(newest);
+        self.turn(now, conn, keeper);
+        if !order.passed.contains(&conn) {
+            let first = if order.answers && !open {
+                FIRST_LOOK_ANSWERING
+            } else {
+                FIRST_LOOK
+            };
+            order.waiting = Some(Waiting {
+                conn,
+                number,
+                open,
+                since: now,
+                look_at: now + first,
+                apart: first * 2,
+                asked: false,
+            });
+        }
+    }
+
+    fn finish(&mut self, conn: ConnId, abort: bool) {
+        if let Some(upstream) = self.remove(conn)
+            && abort
+        {
+            upstream.abort();
+        }
+    }
+
+    /// The servers died: others begin, and are given everything again. False: what they were given is
+    /// not kept.
+    pub(crate) fn begin_again(&mut self, now: BootTime) -> bool {
+        let Some(order) = &mut self.order else {
+            return true;
+        };
+        if !order.history.complete() {
+            return false;
+        }
+        if now.since(order.began_at) < BEGIN_AGAIN_AFTER {
+            self.dead = true;
+            return true;
+        }
+        warn!(
+            bytes = order.history.bytes(),
+            "the server begins anew, and is given everything again"
+        );
+        order.begin(now);
+        self.drop_connections();
+        true
+    }
+
+    /// This replica is out of its view: its servers' state is nobody's (R3).
+    pub(super) fn clear_order(&mut self, now: BootTime) {
+        if let Some(order) = &mut self.order {
+            order.history = History::new(order.history_bytes_max);
+            order.skips.clear();
+            order.begin(now);
+            self.given = Some(EventNo(0));
+        }
+    }
+
+    /// The order as a checkpoint carries it.
+    pub(crate) fn order_image(&mut self) -> Option<(OrderHeader, Vec<Bytes>)> {
+        let order = self.order.as_mut()?;
+        let header = OrderHeader {
+            bytes: order.history.bytes(),
+            cost_bytes: order.history.cost_bytes(),
+            skips: order.skips.iter().map(|(c, n)| (c.0, n.0)).collect(),
+        };
+        Some((header, order.history.chunks()))
+    }
+
+    /// Takes the order from a checkpoint and begins the replay. To be called after [`Self::clear`].
+    pub(crate) fn restore_order(&mut self, now: BootTime, header: &OrderHeader, bytes: Bytes) {
+        if let Some(order) = &mut self.order {
+            let max = order.history_bytes_max;
+            order.history = History::restore(max, bytes, header.cost_bytes);
+            let skips = header.skips.iter();
+            order.skips = skips.map(|(c, n)| (ConnId(*c), EventNo(*n))).collect();
+            order.begin(now);
+        }
+    }
+
+    /// Leader: how far the other replicas' servers are behind, at the most. To be told regularly.
+    pub(crate) fn pace(&mut self, now: BootTime, behind: u64) {
+        let Some(order) = &mut self.order else {
+            return;
+        };
+        if behind < PACED_FROM_BYTES {
+            order.pace = None;
+            return;
+        }
+        let pace = order.pace.get_or_insert(Pace {
+            judged_at: now + PACE_JUDGED_AFTER,
+            behind_before: behind,
+            helps: true,
+        });
+        if now >= pace.judged_at {
+            pace.helps = !pace.helps || behind < pace.behind_before;
+            pace.behind_before = behind;
+            let next = if pace.helps {
+                PACE_JUDGED_AFTER
+            } else {
+                PACE_PAUSE
+            };
+            pace.judged_at = now + next;
+            if !pace.helps {
+                warn!(
+                    behind,
+                    "a replica's server does not keep up, and waiting does not help"
+                );
+            }
+        }
+        if pace.helps {
+            let more = behind >= PACED_MORE_FROM_BYTES;
+            order.hold_until = now + if more { PACED_MORE_HOLD } else { PACED_HOLD };
+        }
+    }
+
+    /// What is behind for lack of being given, and whether the servers are up.
+    pub(super) fn order_lag(&self) -> (u64, bool) {
+        self.order
+            .as_ref()
+            .map_or((0, true), |order| (order.behind(), order.up()))
+    }
+
+    pub(super) fn order_bytes(&self) -> u64 {
+        self.order.as_ref().map_or(0, |o| o.history.bytes())
+    }
+
+    /// When the next look at a queue is due, or the next input.
+    pub(super) fn order_timeout(&self) -> Option<BootTime> {
+        let order = self.order.as_ref().filter(|o| o.up())?;
+        match &order.waiting {
+            Some(waiting) => Some(waiting.look_at),
+            None if order.behind() > 0 => Some(order.hold_until),
+            None => None,
+        }
+    }
+}
