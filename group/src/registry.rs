@@ -1,4 +1,9 @@
-//! Where views are agreed: a coordinator's two znodes, behind a small interface; and one in memory, for tests.
+//! Where views are agreed: a coordinator's two znodes, behind a small interface; in memory, for tests; in files, for
+//! several processes of one machine.
+
+mod files;
+
+pub use self::files::FileRegistry;
 
 use crate::output::{CasResult, ReadResult, RegistryReply};
 use crate::process::Request;

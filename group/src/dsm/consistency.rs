@@ -75,7 +75,7 @@ pub enum Output {
     Fbcast(Bytes),
     /// Send to all members, this one included, all in one order.
     Abcast(Bytes),
-    /// Write into the region: [`Region::apply`](super::Region::apply).
+    /// Write into the region: [`Pages::apply`](super::Pages::apply).
     Apply(Diff),
     /// The lock is held: the application may go on.
     Granted {
@@ -87,7 +87,12 @@ pub enum Output {
         abandoned: bool,
     },
     /// All have come to the barrier, and what they had written is applied: the application may go on.
-    Passed(BarrierId),
+    Passed {
+        /// Which.
+        barrier: BarrierId,
+        /// Who came, in order: the same at all of them.
+        members: Vec<MemberId>,
+    },
     /// The region is no longer a true copy, or may soon not be: leave, and join again. Said once; nothing else follows.
     Failed(Failure),
 }
@@ -106,6 +111,12 @@ pub enum Failure {
         member: MemberId,
         /// The number that should have come.
         expected: u64,
+    },
+    /// A member departed whose last updates came here with the copy that this process began with, and to no other.
+    #[error("the copy holds updates of {member} that are lost")]
+    Donor {
+        /// Who sent them.
+        member: MemberId,
     },
     /// A member's updates wait for others' that do not come.
     #[error("too many updates of {member} wait")]
@@ -149,6 +160,9 @@ struct Held {
 struct Sender {
     /// Number of its last update that was applied.
     applied: u64,
+    /// The copy that this process began with holds its updates up to this one. Those above `applied` were on their way
+    /// when the copy was made: they count when they have come, as everywhere, and change nothing then.
+    copied: u64,
     /// Invariant: consecutive, the first has `applied + 1`.
     held: VecDeque<Held>,
     /// How many of `held` are the last part of a release.
@@ -191,7 +205,10 @@ enum Stop {
     /// Not all have come.
     Arrived,
     /// All have; updates are missing.
-    Waiting { path: Vector },
+    Waiting {
+        path: Vector,
+        members: Vec<MemberId>,
+    },
 }
 
 /// A defect that can be planted in tests: the simulation has to find each.
@@ -213,6 +230,10 @@ pub(super) enum Fault {
     KeepLockOfDeparted,
     /// A joiner begins with what was applied here, without what had been ordered.
     SnapshotWithoutLocks,
+    /// A joiner takes for delivered what the donor had only sent.
+    CopiedIsDelivered,
+    /// A joiner goes back to what was on its way to all when its copy was made.
+    ApplyCopiedAgain,
 }
 
 /// One process's part in a region's consistency. See [the module](super) for the contract with who drives it.
@@ -224,6 +245,8 @@ pub struct DsmCore {
     others: BTreeMap<MemberId, Sender>,
     /// Updates that this process has sent.
     sent: u64,
+    /// How many of these were delivered to itself, and so to all that had its view.
+    delivered: u64,
     /// What happened before this process's present: its own updates, and those on the path of every lock it took and
     /// every barrier it passed.
     /// Invariant: all of it is applied.
@@ -253,6 +276,7 @@ impl DsmCore {
             config,
             me,
             sent: 0,
+            delivered: 0,
             seen: Vector::default(),
             locks: BTreeMap::new(),
             barriers: BTreeMap::new(),
@@ -288,7 +312,7 @@ impl DsmCore {
         Ok(())
     }
 
-    /// The application is done with a lock; `diffs` is what [`Region::collect`](super::Region::collect) found after its
+    /// The application is done with a lock; `diffs` is what [`Pages::collect`](super::Pages::collect) found after its
     /// last write. All of it is sent, whichever lock guards it.
     ///
     /// # Errors
@@ -333,11 +357,16 @@ impl DsmCore {
         Ok(())
     }
 
-    /// A delivery of the fbcast.
+    /// A delivery of the fbcast; this process's own ones too.
     pub fn handle_update(&mut self, from: &MemberId, bytes: &[u8]) {
-        if self.failed || *from == self.me {
+        if self.failed {
             return;
         }
+        if *from == self.me {
+            self.delivered = self.sent.min(self.delivered + 1);
+            return;
+        }
+        let copied_again = self.has(Fault::ApplyCopiedAgain);
         let Some(sender) = self.others.get_mut(from) else {
             self.ignored += 1;
             return;
@@ -348,7 +377,10 @@ impl DsmCore {
         match update {
             // In the copy that this process began with.
             Some(update) if update.number < expected => {}
-            Some(update) if update.number == expected && update.diffs.iter().all(within) => {
+            Some(mut update) if update.number == expected && update.diffs.iter().all(within) => {
+                if update.number <= sender.copied && !copied_again {
+                    update.diffs.clear();
+                }
                 sender.held_bytes += bytes.len();
                 sender.whole += usize::from(update.last);
                 sender.held.push_back(Held {
@@ -397,6 +429,15 @@ impl DsmCore {
             return self.fail(Failure::Excluded);
         }
         let stays = |m: &MemberId| members.contains(m);
+        // Its last updates are in the copy that this process began with, and reach nobody else. (If there is nobody else,
+        // this copy is the one that counts.)
+        let only_here = |(m, s): (&MemberId, &Sender)| {
+            let member = (!stays(m) && s.copied > s.applied).then(|| m.clone());
+            member.filter(|_| members.len() > 1)
+        };
+        if let Some(member) = self.others.iter().find_map(only_here) {
+            return self.fail(Failure::Donor { member });
+        }
         // A lock whose path names a lost update: what its holder wrote is not there.
         for lock in self.locks.values_mut() {
             let lost = |(m, n)| !stays(m) && self.others.get(m).is_some_and(|s| s.applied < n);
@@ -640,9 +681,10 @@ impl DsmCore {
             return;
         }
         // The next round begins.
-        let Barrier { path, .. } = self.barriers.remove(&barrier).expect("found just now");
+        let Barrier { path, arrived } = self.barriers.remove(&barrier).expect("found just now");
         if let Some(stop @ Stop::Arrived) = self.stops.get_mut(&barrier) {
-            *stop = Stop::Waiting { path };
+            let members = arrived.into_iter().collect();
+            *stop = Stop::Waiting { path, members };
         }
     }
 
@@ -663,17 +705,29 @@ impl DsmCore {
         }
         let mut passed = Vec::new();
         for (&barrier, stop) in &self.stops {
-            if let Stop::Waiting { path } = stop
+            if let Stop::Waiting { path, members } = stop
                 && (self.covers(path) || self.has(Fault::PassWithoutUpdates))
             {
                 self.seen.join(path);
-                passed.push(barrier);
+                passed.push((barrier, members.clone()));
             }
         }
-        for barrier in passed {
+        for (barrier, members) in passed {
             self.stops.remove(&barrier);
-            self.outputs.push_back(Output::Passed(barrier));
+            let passed = Output::Passed { barrier, members };
+            self.outputs.push_back(passed);
         }
+    }
+
+    /// Whether all have come to a barrier that this process waits at.
+    #[cfg(test)]
+    pub(super) fn is_open(&self, barrier: BarrierId) -> bool {
+        matches!(self.stops.get(&barrier), Some(Stop::Waiting { .. }))
+    }
+
+    #[cfg(test)]
+    pub(super) fn copied(&self, member: &MemberId) -> u64 {
+        self.others.get(member).map_or(0, |s| s.copied)
     }
 
     #[cfg(test)]

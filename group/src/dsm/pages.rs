@@ -18,8 +18,8 @@
 //! What the fault handler asks of the program:
 //!
 //! - **No system call may write into a region.** `read(2)` into a page that was not written yet ends with `EFAULT`,
-//!   without a fault that anybody handles. Read into a buffer, then [`Region::write`]. (Writing *from* it is well.)
-//! - A signal handler of the program may not write into a region: it may have interrupted [`Region::collect`].
+//!   without a fault that anybody handles. Read into a buffer, then [`Pages::write`]. (Writing *from* it is well.)
+//! - A signal handler of the program may not write into a region: it may have interrupted [`Pages::collect`].
 //! - Who installs another handler of SIGSEGV later has to call ours for what it does not know.
 //! - A child of `fork` that does not `exec` shares the memory, and must leave it alone.
 #![expect(
@@ -53,7 +53,7 @@ pub struct OutOfRange;
 /// All methods may be called from several threads. What [`collect`](Self::collect) and [`apply`](Self::apply) find of
 /// a write that another thread makes at that moment is any part of it; the rest is found by the next `collect`.
 #[derive(Debug)]
-pub struct Region {
+pub struct Pages {
     /// What the program sees. Invariant: while nobody holds the slot's turn, a page is writable exactly if its bit in
     /// `dirty` is set.
     view: MmapRaw,
@@ -66,7 +66,7 @@ pub struct Region {
     slot: &'static Slot,
 }
 
-impl Region {
+impl Pages {
     /// A region of zeros, its length rounded up to whole pages.
     ///
     /// # Errors
@@ -307,7 +307,7 @@ impl Region {
     }
 }
 
-impl Drop for Region {
+impl Drop for Pages {
     fn drop(&mut self) {
         // Before the fields: the address may be another mapping's soon.
         self.slot.give_back();

@@ -6,7 +6,7 @@
 //! messages any prefix survives that holds what a survivor has delivered.
 
 use super::consistency::Fault;
-use super::{BarrierId, Config, Diff, DsmCore, LockId, Output, Region};
+use super::{BarrierId, Config, Diff, DsmCore, Failure, LockId, Output, Pages};
 use crate::rng::Rng;
 use crate::view::MemberId;
 use bytes::Bytes;
@@ -21,7 +21,7 @@ pub(super) trait Memory {
     fn contents(&mut self) -> Vec<Diff>;
 }
 
-impl Memory for Region {
+impl Memory for Pages {
     fn read(&self, offset: usize, buffer: &mut [u8]) {
         Self::read(self, offset, buffer);
     }
@@ -136,6 +136,8 @@ pub(super) struct Seen {
     pub(super) lost: u32,
     pub(super) abandoned: u32,
     pub(super) parts: u32,
+    /// Members that had to go because their donor took with it what only they got.
+    pub(super) donors: u32,
 }
 
 /// What the application of a process does.
@@ -160,6 +162,8 @@ struct Process<M> {
     unsent: Vec<u32>,
     /// Ordered messages delivered.
     position: usize,
+    /// It has to go.
+    spoiled: bool,
 }
 
 /// A critical section whose update was sent.
@@ -178,12 +182,16 @@ pub(super) struct World<M> {
     /// All fbcasts of each member ever, and how many of them each other has had.
     sent: Vec<Vec<Bytes>>,
     had: BTreeMap<(usize, usize), usize>,
+    /// Updates that their makers have not handed to the fbcast yet.
+    outbox: Vec<VecDeque<Bytes>>,
     /// Handed to abcast, not ordered yet.
     unordered: Vec<VecDeque<Bytes>>,
     ordered: Vec<(usize, Bytes)>,
-    /// Pairs whose messages take long.
+    /// Pairs whose messages take long; with itself: one that is slow to send.
     slow: Vec<(usize, usize)>,
     sections: Vec<Section>,
+    /// Of each round, who came to its barrier.
+    came: BTreeMap<u32, Vec<MemberId>>,
     memory: fn() -> M,
     region: usize,
     departures_left: u32,
@@ -223,10 +231,12 @@ impl<M: Memory> World<M> {
             processes: Vec::new(),
             sent: Vec::new(),
             had: BTreeMap::new(),
+            outbox: Vec::new(),
             unordered: Vec::new(),
             ordered: Vec::new(),
             slow: Vec::new(),
             sections: Vec::new(),
+            came: BTreeMap::new(),
             memory,
             region,
             departures_left: plan.departures,
@@ -250,10 +260,14 @@ impl<M: Memory> World<M> {
                 let apps: Vec<_> = self.alive().map(|n| self.at(n).app.clone()).collect();
                 return Err(format!("stuck: {apps:?}"));
             }
-            if self.below(60) == 0 {
+            let spoiled = self.alive().filter(|n| self.at(*n).spoiled).count();
+            if spoiled == self.alive().count() {
+                return Ok(self.seen); // nobody has the region any more
+            }
+            if self.below(60) == 0 || (spoiled > 0 && self.below(5) == 0) {
                 self.change_view()?;
             }
-            if !self.step()? {
+            if !self.step()? && spoiled == 0 {
                 break;
             }
         }
@@ -296,9 +310,14 @@ impl<M: Memory> World<M> {
             round,
             unsent: Vec::new(),
             position: self.ordered.len(),
+            spoiled: false,
         }));
         self.sent.push(Vec::new());
+        self.outbox.push(VecDeque::new());
         self.unordered.push(VecDeque::new());
+        if self.below(4) == 0 {
+            self.slow.push((n, n));
+        }
         for other in 0..n {
             self.had.insert((other, n), self.sent[other].len());
             self.had.insert((n, other), 0);
@@ -314,6 +333,7 @@ impl<M: Memory> World<M> {
     /// One thing happens. `false`: nothing is left to happen.
     fn step(&mut self) -> Result<bool, String> {
         enum Choice {
+            Send(usize),
             Deliver(usize, usize),
             Order(usize),
             DeliverOrdered(usize),
@@ -327,6 +347,9 @@ impl<M: Memory> World<M> {
                     choices.push(Choice::Deliver(from, to));
                 }
             }
+            if !self.outbox[to].is_empty() {
+                choices.push(Choice::Send(to));
+            }
             if !self.unordered[to].is_empty() {
                 choices.push(Choice::Order(to));
             }
@@ -335,6 +358,7 @@ impl<M: Memory> World<M> {
             }
             match self.at(to).app {
                 App::Wants(_) | App::AtBarrier => {}
+                _ if self.at(to).spoiled => {}
                 App::Idle if self.at(to).round == self.plan.rounds => {}
                 App::Idle | App::Holds(_) => choices.push(Choice::Act(to)),
             }
@@ -348,6 +372,8 @@ impl<M: Memory> World<M> {
             Choice::Deliver(from, to) if self.slow.contains(&(from, to)) && self.below(30) != 0 => {
             }
             Choice::Deliver(from, to) => self.deliver(from, to)?,
+            Choice::Send(from) if self.slow.contains(&(from, from)) && self.below(30) != 0 => {}
+            Choice::Send(from) => self.send(from)?,
             Choice::Order(from) => self.order(from),
             Choice::DeliverOrdered(to) => self.deliver_ordered(to)?,
             Choice::Act(n) => self.act(n)?,
@@ -361,6 +387,14 @@ impl<M: Memory> World<M> {
         *had += 1;
         self.at_mut(to).core.handle_update(&name(from), &bytes);
         self.drain(to)
+    }
+
+    /// Sent is delivered, to the sender at once.
+    fn send(&mut self, from: usize) -> Result<(), String> {
+        let bytes = self.outbox[from].pop_front().expect("looked before");
+        self.at_mut(from).core.handle_update(&name(from), &bytes);
+        self.sent[from].push(bytes);
+        self.drain(from)
     }
 
     fn order(&mut self, from: usize) {
@@ -380,12 +414,16 @@ impl<M: Memory> World<M> {
     fn drain(&mut self, n: usize) -> Result<(), String> {
         while let Some(output) = self.at_mut(n).core.poll_output() {
             match output {
-                Output::Fbcast(bytes) => self.sent[n].push(bytes),
+                Output::Fbcast(bytes) => self.outbox[n].push_back(bytes),
                 Output::Abcast(bytes) => self.unordered[n].push_back(bytes),
                 Output::Apply(diff) => self.at_mut(n).memory.apply(&diff),
                 Output::Granted { lock, abandoned } => self.granted(n, lock.0, abandoned)?,
-                Output::Passed(BarrierId(0)) => self.passed(n)?,
-                Output::Passed(_) => return Err("a barrier that nobody came to".into()),
+                Output::Passed {
+                    barrier: BarrierId(0),
+                    members,
+                } => self.passed(n, members)?,
+                Output::Passed { .. } => return Err("a barrier that nobody came to".into()),
+                Output::Failed(Failure::Donor { .. }) => self.at_mut(n).spoiled = true,
                 Output::Failed(failure) => return Err(format!("m{n}: {failure}")),
             }
         }
@@ -451,7 +489,7 @@ impl<M: Memory> World<M> {
         Ok(())
     }
 
-    fn passed(&mut self, n: usize) -> Result<(), String> {
+    fn passed(&mut self, n: usize, members: Vec<MemberId>) -> Result<(), String> {
         let sections = self.plan.sections;
         let process = self.at_mut(n);
         if process.app != App::AtBarrier {
@@ -461,9 +499,13 @@ impl<M: Memory> World<M> {
         process.left = sections;
         self.at_mut(n).app = App::Idle;
         self.seen.barriers += 1;
-        let round = u64::from(self.at(n).round);
-        for other in self.alive() {
-            // A joiner has written none before its first barrier.
+        let round = self.at(n).round;
+        let came = self.came.entry(round).or_insert_with(|| members.clone());
+        if *came != members || !members.contains(&name(n)) {
+            return Err(format!("m{n} was told that {members:?} came, not {came:?}"));
+        }
+        let round = u64::from(round);
+        for other in self.alive().filter(|m| members.contains(&name(*m))) {
             let is = self.read(n, round_of(other));
             if is < round {
                 return Err(format!(
@@ -567,7 +609,7 @@ impl<M: Memory> World<M> {
                 lost: false,
             });
         }
-        let before = self.sent[n].len() as u64;
+        let before = (self.sent[n].len() + self.outbox[n].len()) as u64;
         self.seen.parts += u32::from(number > before + 1);
     }
 
@@ -584,11 +626,17 @@ impl<M: Memory> World<M> {
     /// Some depart, some join, or nobody does.
     fn change_view(&mut self) -> Result<(), String> {
         let alive: Vec<_> = self.alive().collect();
-        let mut departed = Vec::new();
+        let mut departed: Vec<_> = alive
+            .iter()
+            .copied()
+            .filter(|n| self.at(*n).spoiled)
+            .collect();
+        self.seen.donors += u32::try_from(departed.len()).unwrap();
         if self.departures_left > 0 && self.below(3) == 0 {
             for &n in &alive {
                 if self.departures_left > 0
                     && departed.len() + 1 < alive.len()
+                    && !departed.contains(&n)
                     && self.below(2) == 0
                 {
                     departed.push(n);
@@ -648,6 +696,7 @@ impl<M: Memory> World<M> {
                 self.order(n);
             }
             self.unordered[n].clear();
+            self.outbox[n].clear();
         }
         loop {
             let mut left = Vec::new();
@@ -676,15 +725,27 @@ impl<M: Memory> World<M> {
     /// Sections whose updates no survivor may ever see, and that survivors agree on that.
     fn count_lost(&mut self, stay: &[usize], departed: &[usize]) -> Result<(), String> {
         for &n in departed {
-            let applied: Vec<_> = stay
-                .iter()
-                .map(|s| self.at(*s).core.applied(&name(n)))
+            // One whose copy holds more than came has to go.
+            let goes = |core: &DsmCore| core.copied(&name(n)) > core.applied(&name(n));
+            let cores = || stay.iter().map(|s| &self.at(*s).core);
+            let mut applied: Vec<_> = cores()
+                .filter(|c| !goes(c))
+                .map(|c| c.applied(&name(n)))
                 .collect();
+            if applied.is_empty() {
+                applied = cores().map(|c| c.applied(&name(n))).collect();
+                applied.truncate(1);
+            }
             if applied.iter().any(|a| *a != applied[0]) {
                 return Err(format!("survivors differ about m{n}: {applied:?}"));
             }
+            let there = match stay {
+                // Its copy is the only one.
+                [alone] => applied[0].max(self.at(*alone).core.copied(&name(n))),
+                _ => applied[0],
+            };
             for section in &mut self.sections {
-                if section.member == n && section.number > applied[0] && !section.lost {
+                if section.member == n && section.number > there && !section.lost {
                     section.lost = true;
                     self.seen.lost += 1;
                 }
@@ -698,7 +759,8 @@ impl<M: Memory> World<M> {
         let process = self.at_mut(donor);
         let contents = process.memory.contents();
         let image = process.core.snapshot(contents).map_err(|e| e.to_string())?;
-        let round = process.round;
+        // Those who came to a barrier that is open wait for nothing of the joiner.
+        let round = process.round + u32::from(process.core.is_open(BarrierId(0)));
         let (core, contents) =
             DsmCore::restore(&image, name(joiner), config).map_err(|e| e.to_string())?;
         let mut memory = (self.memory)();

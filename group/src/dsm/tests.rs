@@ -27,6 +27,7 @@ fn counters_are_exact_whatever_the_network_does() {
         all.lost += seen.lost;
         all.abandoned += seen.abandoned;
         all.parts += seen.parts;
+        all.donors += seen.donors;
     }
     println!("{all:?}");
     // The runs met what they are for.
@@ -35,7 +36,7 @@ fn counters_are_exact_whatever_the_network_does() {
         "{all:?}"
     );
     assert!(
-        all.joins > 100 && all.lost > 50 && all.abandoned > 50 && all.parts > 500,
+        all.joins > 100 && all.lost > 50 && all.abandoned > 50 && all.parts > 500 && all.donors > 2,
         "{all:?}"
     );
 }
@@ -59,6 +60,8 @@ fn the_simulation_finds_planted_defects() {
         Fault::ApplyParts,
         Fault::KeepLockOfDeparted,
         Fault::SnapshotWithoutLocks,
+        Fault::CopiedIsDelivered,
+        Fault::ApplyCopiedAgain,
     ] {
         let found = (0..2000).find_map(|seed| {
             let plan = Plan {
@@ -76,7 +79,7 @@ fn the_simulation_finds_planted_defects() {
 fn real_pages_under_the_same_network() {
     for seed in 1000..1020 {
         let plan = Plan::new(seed);
-        World::new(plan.clone(), REGION, || Region::new(REGION).unwrap())
+        World::new(plan.clone(), REGION, || Pages::new(REGION).unwrap())
             .run()
             .unwrap_or_else(|e| panic!("{plan:?}: {e}"));
     }
@@ -273,7 +276,11 @@ fn a_barrier_is_passed_when_all_have_come_and_their_updates_too() {
     cores[0].handle_update(&name(2), &all[2].0[0]);
     assert_eq!(drain(&mut cores[0]), [Output::Apply(diff(2, &[3]))]);
     cores[0].handle_update(&name(1), &all[1].0[0]);
-    let expected = [Output::Apply(diff(1, &[2])), Output::Passed(barrier)];
+    let passed = |who: &[u8]| Output::Passed {
+        barrier,
+        members: view(who),
+    };
+    let expected = [Output::Apply(diff(1, &[2])), passed(&[0, 1, 2])];
     assert_eq!(drain(&mut cores[0]), expected);
     // Who departs is not waited for.
     cores[1].handle_ordered(&name(0), &all[0].1);
@@ -281,7 +288,7 @@ fn a_barrier_is_passed_when_all_have_come_and_their_updates_too() {
     cores[1].handle_ordered(&name(1), &all[1].1);
     assert_eq!(drain(&mut cores[1]).len(), 1);
     cores[1].handle_view(&view(&[0, 1]));
-    assert_eq!(drain(&mut cores[1]), [Output::Passed(barrier)]);
+    assert_eq!(drain(&mut cores[1]), [passed(&[0, 1])]);
 }
 
 #[test]
@@ -506,21 +513,21 @@ struct Two {
 }
 
 impl Two {
-    fn drain(&mut self, n: usize, regions: &[Region; 2]) {
+    fn drain(&mut self, n: usize, regions: &[Pages; 2]) {
         while let Some(output) = self.cores[n].poll_output() {
             match output {
                 Output::Fbcast(bytes) => self.updates[1 - n].push_back(bytes),
                 Output::Abcast(bytes) => self.unordered[n].push_back(bytes),
                 Output::Apply(diff) => regions[n].apply(&diff).unwrap(),
                 Output::Granted { lock, .. } => assert!(self.granted[n].insert(lock)),
-                Output::Passed(_) => self.passed[n] = true,
+                Output::Passed { .. } => self.passed[n] = true,
                 Output::Failed(failure) => panic!("{failure}"),
             }
         }
     }
 
     /// The network does one thing, if it has one to do.
-    fn pump(&mut self, regions: &[Region; 2]) {
+    fn pump(&mut self, regions: &[Pages; 2]) {
         let n = usize::from(self.rng.next_u64().is_multiple_of(2));
         let from = [name(0), name(1)];
         match self.rng.next_u64() % 4 {
@@ -546,7 +553,7 @@ impl Two {
 }
 
 /// Pumps the network until something has come true.
-fn until(two: &Mutex<Two>, regions: &[Region; 2], mut done: impl FnMut(&mut Two) -> bool) {
+fn until(two: &Mutex<Two>, regions: &[Pages; 2], mut done: impl FnMut(&mut Two) -> bool) {
     loop {
         let mut two = two.lock().unwrap();
         if done(&mut two) {
@@ -562,7 +569,7 @@ fn until(two: &Mutex<Two>, regions: &[Region; 2], mut done: impl FnMut(&mut Two)
 fn threads_of_two_processes_count_on_real_pages() {
     const LOCKS: u32 = 3;
     const ROUNDS: u64 = 150;
-    let regions = [Region::new(REGION).unwrap(), Region::new(REGION).unwrap()];
+    let regions = [Pages::new(REGION).unwrap(), Pages::new(REGION).unwrap()];
     let two = Mutex::new(Two {
         cores: cores(2),
         updates: Default::default(),

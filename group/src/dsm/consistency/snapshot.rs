@@ -49,7 +49,7 @@ struct Image {
 impl DsmCore {
     /// A copy for a joiner, to be made right after [`handle_view`](Self::handle_view) with the view that holds it, its
     /// outputs drained, and before any other input. `contents` is
-    /// [`Region::contents`](crate::dsm::Region::contents), without what was written here and not released.
+    /// [`Pages::contents`](crate::dsm::Pages::contents), without what was written here and not released.
     ///
     /// # Errors
     /// `Failed`: another donor has to do it.
@@ -59,7 +59,12 @@ impl DsmCore {
         }
         let mut members = self.others.clone();
         let donor = Sender {
-            applied: self.sent,
+            applied: if self.has(Fault::CopiedIsDelivered) {
+                self.sent
+            } else {
+                self.delivered
+            },
+            copied: self.sent,
             ..Sender::default()
         };
         members.insert(self.me.clone(), donor);
@@ -116,7 +121,7 @@ impl DsmCore {
         image.check()?;
         let mut members = image.members;
         // A joiner has sent nothing: its incarnation is new.
-        if members.remove(&me).is_none_or(|s| s.applied != 0) {
+        if members.remove(&me).is_none_or(|s| s.copied != 0) {
             return Err(SnapshotError::NotForUs);
         }
         let names: Vec<_> = members.keys().chain([&me]).cloned().collect();
@@ -138,7 +143,7 @@ impl Image {
         let sound = |s: &Sender| {
             let numbers = s.held.iter().map(|h| h.update.number);
             // Far from where numbers end: the next ones are computed without a check.
-            s.applied < u64::MAX / 2
+            s.applied.max(s.copied) < u64::MAX / 2
                 && numbers.eq((s.applied + 1..).take(s.held.len()))
                 && s.whole == s.held.iter().filter(|h| h.update.last).count()
                 && s.held.iter().flat_map(|h| &h.update.diffs).all(within)

@@ -18,7 +18,7 @@ fn diff(offset: usize, bytes: &[u8]) -> Diff {
 
 #[test]
 fn the_first_write_to_a_page_is_noticed_and_collected_once() {
-    let mut region = Region::new(1).unwrap();
+    let mut region = Pages::new(1).unwrap();
     assert_eq!(region.len(), page_bytes());
     assert_eq!(region.dirty_pages(), 0);
     assert!(region.as_slice().iter().all(|b| *b == 0));
@@ -39,7 +39,7 @@ fn the_first_write_to_a_page_is_noticed_and_collected_once() {
 #[test]
 fn runs_cross_pages_and_words_and_hold_only_what_changed() {
     let page = page_bytes();
-    let region = Region::new(4 * page).unwrap();
+    let region = Pages::new(4 * page).unwrap();
     let long: Vec<u8> = (1..=250).cycle().take(page + 13).collect();
     region.write(page - 5, &long);
     region.write(3 * page + 11, &[1]);
@@ -58,7 +58,7 @@ fn runs_cross_pages_and_words_and_hold_only_what_changed() {
 
 #[test]
 fn an_update_keeps_what_was_written_here_and_is_not_collected() {
-    let region = Region::new(2 * page_bytes()).unwrap();
+    let region = Pages::new(2 * page_bytes()).unwrap();
     region.write(100, &[1, 1, 1, 1]);
     region.apply(&diff(102, &[7; 30])).unwrap();
     region.apply(&diff(page_bytes(), &[])).unwrap();
@@ -79,7 +79,7 @@ fn an_update_keeps_what_was_written_here_and_is_not_collected() {
 
 #[test]
 fn a_diff_outside_is_refused_in_whole() {
-    let region = Region::new(1).unwrap();
+    let region = Pages::new(1).unwrap();
     let end = region.len();
     for offset in [end as u64 - 1, end as u64, u64::MAX, u64::MAX - 1] {
         let bytes = Bytes::from_static(&[1, 1]);
@@ -95,7 +95,7 @@ fn diffs_carry_random_writes_exactly() {
         let mut rng = Rng::new(seed);
         let pages = 1 + below(&mut rng, 70);
         let bytes = pages * page_bytes();
-        let regions = [Region::new(bytes).unwrap(), Region::new(bytes).unwrap()];
+        let regions = [Pages::new(bytes).unwrap(), Pages::new(bytes).unwrap()];
         let mut expected = vec![0; bytes];
         for _ in 0..8 {
             // Runs of random places, owned by one or the other in turns.
@@ -128,7 +128,7 @@ fn diffs_carry_random_writes_exactly() {
                 region.read(0, &mut now);
                 assert!(now == expected, "seed {seed}");
                 assert_eq!(region.dirty_pages(), 0);
-                let copy = Region::new(bytes).unwrap();
+                let copy = Pages::new(bytes).unwrap();
                 region.write(0, &[now[0] ^ 1]);
                 for d in region.contents() {
                     copy.apply(&d).unwrap();
@@ -146,7 +146,7 @@ fn diffs_carry_random_writes_exactly() {
 fn threads_write_pages_and_regions_at_once() {
     const PAGES: usize = 256;
     let page = page_bytes();
-    let regions: Vec<Region> = (0..3).map(|_| Region::new(PAGES * page).unwrap()).collect();
+    let regions: Vec<Pages> = (0..3).map(|_| Pages::new(PAGES * page).unwrap()).collect();
     std::thread::scope(|scope| {
         for thread in 0..4_u8 {
             let regions = &regions;
@@ -178,8 +178,8 @@ fn collecting_and_applying_meets_writers_without_loss() {
     const PAGES: usize = 8;
     const ROUNDS: u64 = 3000;
     let page = page_bytes();
-    let region = Region::new(PAGES * page).unwrap();
-    let replica = Region::new(PAGES * page).unwrap();
+    let region = Pages::new(PAGES * page).unwrap();
+    let replica = Pages::new(PAGES * page).unwrap();
     let writers_left = AtomicUsize::new(2);
     std::thread::scope(|scope| {
         for thread in 0..2 {
@@ -229,7 +229,7 @@ fn collecting_and_applying_meets_writers_without_loss() {
 /// is too small for chance to hit it often: so the turn is held, and nobody else may come through.
 #[test]
 fn protection_and_note_change_together() {
-    let region = Region::new(2 * page_bytes()).unwrap();
+    let region = Pages::new(2 * page_bytes()).unwrap();
     region.write(0, &[1]);
     let through = AtomicUsize::new(0);
     let diffs = std::thread::scope(|scope| {
@@ -258,26 +258,26 @@ fn protection_and_note_change_together() {
 fn places_in_the_table_are_used_again() {
     // Other tests hold regions meanwhile.
     for _ in 0..3 * REGIONS_MAX {
-        let region = Region::new(1).unwrap();
+        let region = Pages::new(1).unwrap();
         region.write(0, &[1]);
         assert_eq!(region.collect().len(), 1);
     }
     assert_eq!(
-        Region::new(0).unwrap_err().kind(),
+        Pages::new(0).unwrap_err().kind(),
         io::ErrorKind::InvalidInput
     );
-    assert!(Region::new(usize::MAX).is_err());
+    assert!(Pages::new(usize::MAX).is_err());
 }
 
 #[test]
 fn one_region_too_many_is_refused() {
     // In a process of its own: other tests need regions meanwhile.
     if is_child("one_region_too_many_is_refused") {
-        let mut all: Vec<_> = (0..REGIONS_MAX).map(|_| Region::new(1).unwrap()).collect();
-        let refused = Region::new(1).unwrap_err().kind();
+        let mut all: Vec<_> = (0..REGIONS_MAX).map(|_| Pages::new(1).unwrap()).collect();
+        let refused = Pages::new(1).unwrap_err().kind();
         assert_eq!(refused, io::ErrorKind::QuotaExceeded);
         all.pop();
-        all.push(Region::new(1).unwrap());
+        all.push(Pages::new(1).unwrap());
         for region in &all {
             region.write(0, &[1]);
             assert_eq!(region.collect().len(), 1);
@@ -290,10 +290,10 @@ fn one_region_too_many_is_refused() {
 
 #[test]
 fn the_kernel_does_not_write_into_a_protected_page() {
-    let region = Region::new(1).unwrap();
+    let region = Pages::new(1).unwrap();
     let file = rustix::fs::memfd_create("source", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
     assert_eq!(rustix::io::pwrite(&file, &[1, 2, 3, 4], 0).unwrap(), 4);
-    let read = |region: &Region| {
+    let read = |region: &Pages| {
         // SAFETY: four bytes of the region, which nobody else uses.
         let buffer = unsafe { std::slice::from_raw_parts_mut(region.as_ptr(), 4) };
         rustix::io::pread(&file, buffer, 0)
@@ -334,8 +334,8 @@ fn is_child(test: &str) -> bool {
     yes
 }
 
-fn use_a_region() -> Region {
-    let region = Region::new(3 * page_bytes()).unwrap();
+fn use_a_region() -> Pages {
+    let region = Pages::new(3 * page_bytes()).unwrap();
     region.write(page_bytes(), &[1]);
     assert_eq!(region.collect().len(), 1);
     println!("the region works");
