@@ -1,6 +1,6 @@
 //! Several processes share one mapped region: they relax a grid together (Jacobi), with a barrier after each step, and
-//! count their steps under a lock. In the middle one of them is killed while it holds the lock and has scribbled over
-//! the count, and a new one joins. In the end the grid has to be, bit for bit, what one process alone computes.
+//! count their steps under a lock. In the middle a new one joins, and one is killed while it holds the lock and has
+//! scribbled over the count. In the end the grid has to be, bit for bit, what one process alone computes.
 //!
 //! `cargo run -p unbroken-group --example dsm`
 
@@ -14,7 +14,7 @@ use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Lines, Write};
 use std::net::{SocketAddr, TcpListener};
 use std::path::Path;
-use std::process::{Child, ChildStdout, Command, Stdio};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::Duration;
 use unbroken_group::MemberId;
 use unbroken_group::dsm::Region;
@@ -105,7 +105,7 @@ async fn work(region: &Region, victim: bool) -> Result<u64, Error> {
 }
 
 /// One process.
-#[tokio::main(flavor = "current_thread")]
+#[tokio::main(flavor = "multi_thread", worker_threads = 2)]
 async fn member(name: &str, dir: &Path, addresses: &[String]) -> Result<(), Error> {
     let mut members: BTreeMap<String, SocketAddr> = BTreeMap::new();
     for (i, address) in addresses.iter().enumerate() {
@@ -119,6 +119,15 @@ async fn member(name: &str, dir: &Path, addresses: &[String]) -> Result<(), Erro
     let (region, rest) = Region::join(&node, "grid", BYTES).await?;
     let rest = tokio::spawn(rest);
     say("joined");
+    let (told, go) = tokio::sync::oneshot::channel();
+    std::thread::spawn(|| {
+        let mut lines = std::io::stdin().lines();
+        if let Some(Ok(_)) = lines.next() {
+            let _ = told.send(());
+        }
+        let _ = lines.next();
+        std::process::exit(1);
+    });
     if name == "r1" {
         // The founder lays out both grids, and lets others see them.
         let held = region.lock(LOCK).await?;
@@ -127,9 +136,9 @@ async fn member(name: &str, dir: &Path, addresses: &[String]) -> Result<(), Erro
                 .copy_from_slice(&beginning());
         }
     }
-    // Nobody begins before the parent says so: three are there then.
+    // Nobody begins before the parent says so (three are there then), or goes on without it.
     if name != "r4" {
-        std::io::stdin().lines().next().ok_or("no parent")??;
+        go.await?;
     }
     let counted = work(&region, name == "r3").await?;
     if name == "r1" {
@@ -147,6 +156,8 @@ async fn member(name: &str, dir: &Path, addresses: &[String]) -> Result<(), Erro
 struct Started {
     name: String,
     child: Child,
+    // Not the child's, which closes it when it is waited for.
+    stdin: ChildStdin,
     lines: Lines<BufReader<ChildStdout>>,
 }
 
@@ -160,9 +171,15 @@ impl Started {
             .stdout(Stdio::piped())
             .spawn()?;
         let lines = BufReader::new(child.stdout.take().ok_or("no pipe")?).lines();
+        let stdin = child.stdin.take().ok_or("no pipe")?;
         let name = name.to_owned();
         println!("{name} is process {}", child.id());
-        Ok(Self { name, child, lines })
+        Ok(Self {
+            name,
+            child,
+            stdin,
+            lines,
+        })
     }
 
     /// Waits until it says something that begins so; gives the number behind, and whether it said "abandoned" before.
@@ -180,7 +197,7 @@ impl Started {
     }
 
     fn go(&mut self) -> Result<(), Error> {
-        Ok(writeln!(self.child.stdin.as_mut().ok_or("no pipe")?, "go")?)
+        Ok(writeln!(self.stdin, "go")?)
     }
 }
 
@@ -211,9 +228,11 @@ fn parent(dir: &Path) -> Result<(), Error> {
     }
     let mut victim = members.pop().ok_or("three were started")?;
     let (mut expected, _) = victim.until("holding")?;
-    println!("r3 is killed while it holds the lock, and r4 joins");
+    let mut late = Started::new("r4", dir, &addresses)?;
+    late.until("joined")?;
+    members.push(late);
+    println!("r3 is killed while it holds the lock");
     drop(victim);
-    members.push(Started::new("r4", dir, &addresses)?);
     let mut abandoned = 0;
     for started in &mut members {
         let (counted, said) = started.until("counted")?;
@@ -227,8 +246,8 @@ fn parent(dir: &Path) -> Result<(), Error> {
         }
     }
     let result = std::fs::read(dir.join("result"))?;
-    let word = |at: usize| result[at..at + 8].try_into().map(u64::from_ne_bytes);
-    let (done, counted) = (word(DONE)?, word(COUNTED)?);
+    let word = |at: usize| u64::from_ne_bytes(std::array::from_fn(|i| result[at + i]));
+    let (done, counted) = (word(DONE), word(COUNTED));
     let mut alone = [beginning(), beginning()];
     for _ in 0..STEPS {
         let [from, to] = &mut alone;
@@ -237,7 +256,7 @@ fn parent(dir: &Path) -> Result<(), Error> {
         }
         alone.swap(0, 1);
     }
-    let same = (0..SIDE * SIDE).all(|i| word(grid(STEPS) + i * 8) == Ok(alone[0][i].to_bits()));
+    let same = (0..SIDE * SIDE).all(|i| word(grid(STEPS) + i * 8) == alone[0][i].to_bits());
     println!(
         "steps {done} of {STEPS}; counted {counted} of {expected}; the grid is the same: {same}"
     );

@@ -150,6 +150,24 @@ async fn a_lock_outlives_its_holder_without_what_that_had_not_released() {
     }
 }
 
+/// The example makes real processes, kills one of them, and verifies what is left.
+#[test]
+fn processes_share_a_region_and_one_is_killed() {
+    let mut path = std::env::current_exe().unwrap();
+    path.pop();
+    path.set_file_name("examples");
+    path.push("dsm");
+    let ran = std::process::Command::new(&path).output();
+    let ran = ran.unwrap_or_else(|e| {
+        panic!(
+            "{}: {e}: cargo test builds it, cargo test --test does not",
+            path.display()
+        )
+    });
+    let said = String::from_utf8_lossy(&ran.stdout);
+    assert!(ran.status.success() && said.ends_with("PASS\n"), "{ran:?}");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn mistakes_are_told() {
     let site = Site::new(2);
