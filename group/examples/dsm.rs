@@ -46,9 +46,9 @@ fn beginning() -> Vec<f64> {
 /// One row of the next grid: each point is the mean of its neighbours.
 fn relax(from: &[f64], row: usize, to: &mut [f64]) {
     to.copy_from_slice(&from[row * SIDE..][..SIDE]);
-    for column in 1..SIDE - 1 {
+    for (column, to) in to.iter_mut().enumerate().take(SIDE - 1).skip(1) {
         let at = row * SIDE + column;
-        to[column] = (from[at - SIDE] + from[at + SIDE] + from[at - 1] + from[at + 1]) / 4.0;
+        *to = (from[at - SIDE] + from[at + SIDE] + from[at - 1] + from[at + 1]) / 4.0;
     }
 }
 
