@@ -68,7 +68,7 @@ async fn counters_are_exact_and_come_to_those_who_join() {
     let come = [&first, &second, &late].map(|region| {
         let region = region.clone();
         tokio::spawn(async move {
-            let me = usize::try_from(region.me().name.as_bytes()[1]).unwrap();
+            let me = usize::from(region.me().name.as_bytes()[1]);
             region.slice_mut::<u8>(30_000 + me, 1)[0] = 1;
             let came = region.barrier(2).await.unwrap();
             let written = region.slice::<u8>(30_000 + usize::from(b'1'), 3).to_vec();
