@@ -19,7 +19,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use unbroken_coord::driver::ServerConfig;
 use unbroken_coord::tls::ServerTls;
 
@@ -259,6 +259,8 @@ pub struct ServiceConfig {
     pub upstream: Upstream,
     /// How the VIP moves between nodes.
     pub address: AddressMode,
+    /// Who enforces the lease.
+    pub fence: FenceMode,
     /// What order the servers need.
     pub ordering: Ordering,
     /// How long a close waits for another replica's agreement (rule R5).
@@ -299,6 +301,16 @@ impl fmt::Display for Upstream {
 pub enum AddressMode {
     /// The leader's own MAC address, made known by gratuitous ARP or unsolicited NA.
     Garp,
+}
+
+/// Who enforces that a node without the lease emits nothing (rule R2).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum FenceMode {
+    /// The kernel as well, by nftables rules that the node sets up and takes down.
+    Kernel,
+    /// The node's own check alone, which a pause between check and sending can defeat.
+    Process,
 }
 
 /// What order the servers need across connections.
@@ -342,6 +354,8 @@ pub struct VipConfig<'a> {
     pub interface: &'a str,
     /// How it moves.
     pub address: AddressMode,
+    /// Who enforces the lease.
+    pub fence: FenceMode,
     /// What order its servers need.
     pub ordering: Ordering,
     /// Its services, in file order; never empty.
@@ -377,6 +391,7 @@ impl Config {
                     prefix: service.prefix,
                     interface: &service.interface,
                     address: service.address,
+                    fence: service.fence,
                     ordering: service.ordering,
                     services: vec![service],
                 }),

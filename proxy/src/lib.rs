@@ -12,6 +12,7 @@ pub mod clock;
 pub mod config;
 mod dataplane;
 pub mod determinism;
+mod fault;
 pub mod groups;
 pub mod metrics;
 pub mod node;

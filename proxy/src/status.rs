@@ -10,6 +10,8 @@ use std::time::Instant;
 use serde::{Deserialize, Serialize};
 use unbroken_coord::driver;
 
+use crate::config::FenceMode;
+
 /// A node as a whole.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Status {
@@ -106,6 +108,9 @@ pub struct ServiceStatus {
     /// The leader's lease; `None` on a backup.
     #[serde(default)]
     pub lease: Option<LeaseStatus>,
+    /// Who enforces the lease on this node.
+    #[serde(default)]
+    pub fence: Option<FenceMode>,
     /// Every member the configuration names, with what this node knows of it.
     #[serde(default)]
     pub members: Vec<MemberStatus>,
@@ -129,6 +134,7 @@ impl ServiceStatus {
             redundancy_reason: Some("this node is in no view yet".to_owned()),
             connections: 0,
             lease: None,
+            fence: None,
             members: Vec::new(),
             counters: ServiceCounters::default(),
         }

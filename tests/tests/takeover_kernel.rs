@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use rustix::event::{PollFd, PollFlags, Timespec};
-use unbroken::wire::{BootTime, Flushed, Kind, OutPacket, RECEIVE_BATCH, Wire};
+use unbroken::wire::{BootTime, Flushed, Kind, Options, OutPacket, RECEIVE_BATCH, Wire};
 use unbroken_tcpstate as tcp;
 use unbroken_tcpstate::{Checksum, ConnId, Event, EventNo, LinkAddr, Output, Replica, Stack};
 use unbroken_tests::client::{self, ClientError, Outcome, Progress};
@@ -200,7 +200,7 @@ impl Cluster {
     fn new(lab: &Lab, vip: IpAddr, seed: u64, between_crashes: u64) -> Self {
         let hosts = (1..=REPLICAS).map(|i| lab.host(&format!("r{i}")));
         let wires: Vec<Wire> = hosts
-            .map(|host: &Host| host.enter(|| Wire::open("eth0", vip).unwrap()))
+            .map(|host: &Host| host.enter(|| Wire::open(&Options::new("eth0", vip)).unwrap()))
             .collect();
         let mut config = tcp::Config::new(vip, [PORT]);
         config.mtu = usize::from(wires[0].mtu());

@@ -13,7 +13,8 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::thread::{CapabilitySet, CapabilitySets};
 use socket2::{Domain, Protocol, Socket, Type};
 use unbroken::wire::{
-    BootTime, Flushed, Frame, HEADROOM, Kind, Mac, OutPacket, RECEIVE_BATCH, Wire, WireError,
+    BootTime, Flushed, Frame, HEADROOM, Kind, Mac, Options, OutPacket, RECEIVE_BATCH, Wire,
+    WireError,
 };
 use unbroken_tests::netns::{Host, Lab, LabOptions, userns, wait_until};
 
@@ -24,7 +25,7 @@ const VIPS: [IpAddr; 2] = [IpAddr::V4(VIP4), IpAddr::V6(VIP6)];
 const MSS: u16 = 1400;
 
 fn open(host: &Host, vip: IpAddr) -> Result<Wire, WireError> {
-    host.enter(|| Wire::open("eth0", vip))
+    host.enter(|| Wire::open(&Options::new("eth0", vip)))
 }
 
 /// A wire that owns its VIP under a lease that outlasts the test.
@@ -531,7 +532,10 @@ fn what_stands_in_the_way_is_named() {
     userns::privileged("what_stands_in_the_way_is_named", || {
         let lab = Lab::new(LabOptions { replicas: 1 }).unwrap();
         let r1 = lab.host("r1");
-        let on = |interface: &str| r1.enter(|| Wire::open(interface, VIPS[0])).unwrap_err();
+        let on = |interface: &str| {
+            r1.enter(|| Wire::open(&Options::new(interface, VIPS[0])))
+                .unwrap_err()
+        };
         let says = |error: WireError, part: &str| {
             let message = error.to_string();
             assert!(message.contains(part), "{message}");
@@ -554,7 +558,7 @@ fn what_stands_in_the_way_is_named() {
                 inheritable: none,
             };
             rustix::thread::set_capabilities(None, sets).unwrap();
-            Wire::open("eth0", VIPS[0]).unwrap_err()
+            Wire::open(&Options::new("eth0", VIPS[0])).unwrap_err()
         });
         says(error, "CAP_NET_RAW");
         r1.enter(|| std::fs::write("/proc/sys/net/ipv6/conf/eth0/disable_ipv6", "1").unwrap());

@@ -94,6 +94,9 @@ fn write_service(html: &mut String, service: &ServiceStatus) -> std::fmt::Result
         let held = if lease.held { "held" } else { "not held" };
         row("Lease", &format!("{held}, {} ms left", lease.remaining_ms))?;
     }
+    if let Some(fence) = &service.fence {
+        row("Fence", &word(fence))?;
+    }
     let counters = &service.counters;
     row(
         "Events",

@@ -9,7 +9,7 @@ use clap::Args;
 use serde::Serialize;
 
 use crate::admin::fetch_status;
-use crate::config::Config;
+use crate::config::{Config, FenceMode};
 use crate::status::{Role, ServiceStatus, Status, word};
 
 /// Shows roles, views, redundancy and connections of one node or several
@@ -152,6 +152,10 @@ fn table(answers: &[Answer]) -> String {
                 for service in &status.services {
                     if let Some(reason) = &service.redundancy_reason {
                         remarks.push(format!("{}: {}: {reason}", status.node, service.name));
+                    }
+                    if service.fence == Some(FenceMode::Process) {
+                        let what = "fence process: the kernel does not enforce the lease";
+                        remarks.push(format!("{}: {}: {what}", status.node, service.name));
                     }
                 }
             }

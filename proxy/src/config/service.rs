@@ -9,7 +9,7 @@ use toml::de::DeValue;
 use super::document::{Complaint, Document};
 use super::section::{Found, Section};
 use super::value;
-use super::{AddressMode, Divergence, HistoryConfig, Ordering, ServiceConfig, Upstream};
+use super::{AddressMode, Divergence, FenceMode, HistoryConfig, Ordering, ServiceConfig, Upstream};
 
 /// Services of one node; each costs sockets and a share of the one data-plane thread.
 const SERVICES_MAX: usize = 64;
@@ -21,6 +21,7 @@ pub(super) struct ServiceSection {
     name: Found<String>,
     pub(super) vip: Found<(IpAddr, u8)>,
     interface: Found<String>,
+    fence: Option<Found<FenceMode>>,
     ports: Vec<Found<u16>>,
     ordering: Option<Found<Ordering>>,
 }
@@ -90,12 +91,18 @@ fn service_section(section: Section<'_, '_>) -> Option<ServiceSection> {
         value::upstream,
     );
     let address = section.optional("address", value::address_mode);
+    let fence = section.optional("fence", value::fence);
     let ordering = section.optional("ordering", value::ordering);
     let close_wait = section.optional(
         "close_wait",
         value::duration(Duration::from_millis(10), Duration::from_secs(60)),
     );
     let divergence = section.optional("divergence", value::divergence);
+    if let Some(found) = fence.as_ref().filter(|f| f.value == FenceMode::Process) {
+        let sentence = "fence = \"process\": the kernel does not enforce the lease, so a leader that is paused at \
+                        the wrong moment and wakes may send some frames beside its successor";
+        document.warn(&found.span, sentence);
+    }
     if let Some(found) = &close_wait {
         let sentence = "close_wait has no effect yet: a close is not held against other replicas";
         document.warn(&found.span, sentence);
@@ -163,6 +170,9 @@ fn service_section(section: Section<'_, '_>) -> Option<ServiceSection> {
         ordering: ordering
             .as_ref()
             .map_or(Ordering::Connection, |found| found.value),
+        fence: fence
+            .as_ref()
+            .map_or(FenceMode::Kernel, |found| found.value),
         close_wait: close_wait.map_or(Duration::from_secs(1), |found| found.value),
         divergence: divergence.map_or(Divergence::Evict, |found| found.value),
         history,
@@ -175,6 +185,7 @@ fn service_section(section: Section<'_, '_>) -> Option<ServiceSection> {
         name,
         vip,
         interface,
+        fence,
         ports,
         ordering,
     })
@@ -327,5 +338,14 @@ fn check_services(document: &Document<'_>, services: &[ServiceSection]) {
             document.problem(key, span, true, complaint);
         }
         // `address` must agree too; it has one available value in this version.
+        if service.config.fence != first.config.fence {
+            let found = service.fence.as_ref().or(first.fence.as_ref());
+            let Some(found) = found else { continue };
+            let complaint = Complaint::new(
+                format!("service \"{other}\" has the same VIP with another fence"),
+                "the same: services of one VIP share its fence",
+            );
+            document.problem(&found.key, &found.span, true, complaint);
+        }
     }
 }

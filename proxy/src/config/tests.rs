@@ -36,6 +36,7 @@ ports = [80]
 interface = "eth0"
 upstream = "127.0.0.1:7000"                # or "unix:/run/app.sock"
 address = "garp"                           # "vmac", "flood"
+fence = "kernel"                           # "process"
 ordering = "connection"                    # "total"
 close_wait = "1s"
 divergence = "evict"                       # "warn", "stop"
@@ -163,6 +164,7 @@ fn the_example_of_the_design_is_read() {
         interface: "eth0".to_owned(),
         upstream: Upstream::Tcp("127.0.0.1:7000".parse().unwrap()),
         address: AddressMode::Garp,
+        fence: FenceMode::Kernel,
         ordering: Ordering::Connection,
         close_wait: Duration::from_secs(1),
         divergence: Divergence::Evict,
@@ -190,6 +192,7 @@ fn the_example_spells_out_the_defaults() {
         "[admin]",
         "listen",
         "address",
+        "fence",
         "ordering",
         "close_wait",
         "divergence",
@@ -646,6 +649,7 @@ const WRONG: &[(&str, &str, &str)] = &[
         "close_wait = \"1s\"",
         "stall = \"1ms\"",
     ),
+    ("a fence that is none", "\"kernel\"  ", "\"iptables\""),
     ("a close_wait too long", "\"1s\"", "\"2m\""),
     ("a divergence that is none", "\"evict\"  ", "\"ignore\""),
     ("a size without unit", "\"256MiB\"", "\"256\""),
@@ -693,6 +697,8 @@ fn every_mistake_is_explained() {
     show("one vip with two prefixes", &second("/24", "/16"));
     let total = "ports = [7]\nordering = \"total\"\ncommand = [\"/usr/bin/server\"]";
     show("one vip with two orderings", &second("ports = [7]", total));
+    let fence = "[7]\nfence = \"process\"";
+    show("one vip with two fences", &second("[7]", fence));
     show("an empty file", "");
     let many = EXAMPLE
         .replace("name = \"r1\"", "nmae = \"r1\"")

@@ -9,7 +9,7 @@ use toml::de::DeValue;
 use unbroken_coord::tls::ClientAuth;
 
 use super::document::Complaint;
-use super::{AddressMode, Divergence, ExternalCoord, Ordering, Resilience, Upstream};
+use super::{AddressMode, Divergence, ExternalCoord, FenceMode, Ordering, Resilience, Upstream};
 
 pub(super) type Parsed<T> = Result<T, Complaint>;
 
@@ -310,6 +310,13 @@ pub(super) fn command(value: &DeValue<'_>) -> Parsed<Vec<String>> {
         return Err(Complaint::new("no program", EXPECTED));
     }
     Ok(words)
+}
+
+pub(super) fn fence(value: &DeValue<'_>) -> Parsed<FenceMode> {
+    Ok(match word(value, &["kernel", "process"])? {
+        "process" => FenceMode::Process,
+        _ => FenceMode::Kernel,
+    })
 }
 
 pub(super) fn ordering(value: &DeValue<'_>) -> Parsed<Ordering> {

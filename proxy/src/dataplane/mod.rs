@@ -46,7 +46,7 @@ use crate::config::{Config, GroupConfig, Ordering, Resilience, Upstream, VipConf
 use crate::metrics::NodeMetrics;
 use crate::registry::{Answer, Node, Operation, Request};
 use crate::status::Board;
-use crate::wire::Wire;
+use crate::wire::{self, Wire};
 
 pub(crate) use self::upstream::Target;
 
@@ -171,7 +171,10 @@ impl Dataplane {
             .context("registering the timer")?;
         let mut kept_running = Vec::new();
         for (index, vip) in vips.iter().enumerate() {
-            let mut wire = Wire::open(vip.interface, vip.vip)?;
+            let mut wire = Wire::open(&wire::Options {
+                fence: vip.fence,
+                ..wire::Options::new(vip.interface, vip.vip)
+            })?;
             poll.registry()
                 .register(&mut wire, Token(WIRES + index), Interest::READABLE)
                 .with_context(|| format!("registering the packet socket of {}", vip.vip))?;

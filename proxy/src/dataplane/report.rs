@@ -9,7 +9,7 @@ use super::Note;
 use super::plane::{BEHIND_BYTES_MAX, Plane};
 use super::role::Role;
 use crate::clock::BootTime;
-use crate::config::Config;
+use crate::config::{Config, FenceMode};
 use crate::metrics::{NodeMetrics, ServiceMetrics};
 use crate::status::{
     Board, LeaseStatus, MemberState, MemberStatus, Redundancy, Role as StatusRole, ServiceCounters,
@@ -132,6 +132,11 @@ impl Reporter {
             reason,
             connections: connections as u64,
             lease,
+            fence: if plane.wire.fence().is_in_kernel() {
+                FenceMode::Kernel
+            } else {
+                FenceMode::Process
+            },
             counters: ServiceCounters {
                 last_event: plane.last_event,
                 stable_event: group.stable,
@@ -244,6 +249,7 @@ struct Report {
     reason: Option<String>,
     connections: u64,
     lease: Option<LeaseStatus>,
+    fence: FenceMode,
     members: Vec<MemberStatus>,
     counters: ServiceCounters,
     fenced: u64,
@@ -265,6 +271,7 @@ impl Report {
         service.redundancy_reason.clone_from(&self.reason);
         service.connections = self.connections;
         service.lease = self.lease;
+        service.fence = Some(self.fence);
         service.members.clone_from(&self.members);
         service.counters = self.counters;
     }

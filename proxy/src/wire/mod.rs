@@ -17,6 +17,7 @@
 mod fence;
 mod filter;
 mod neighbour;
+mod nft;
 mod packet;
 mod queue;
 mod socket;
@@ -30,7 +31,9 @@ use thiserror::Error;
 pub use fence::Fence;
 
 pub use crate::clock::BootTime;
+use crate::config::FenceMode;
 pub use neighbour::Announcer;
+pub use nft::KernelFenceError;
 pub use packet::{Frame, HEADROOM, Kind, Mac, OutPacket};
 
 use neighbour::Meaning;
@@ -56,7 +59,7 @@ pub enum WireError {
     /// Packet sockets are not permitted to this process.
     #[error(
         "opening a packet socket on {interface:?} is not permitted: \
-         run as root or grant CAP_NET_RAW (setcap cap_net_raw+ep)"
+         run as root or grant CAP_NET_RAW (setcap cap_net_raw,cap_net_admin+ep)"
     )]
     MissingCapability {
         /// The interface asked for.
@@ -89,6 +92,19 @@ pub enum WireError {
     NotEthernet {
         /// The interface asked for.
         interface: String,
+    },
+    /// The kernel does not enforce the lease.
+    #[error(
+        "no kernel fence for {vip} on interface {interface:?}; with fence = \"process\" in the \
+         [[service]] the node checks its lease alone, which a pause at the wrong moment can defeat"
+    )]
+    NoKernelFence {
+        /// The interface asked for.
+        interface: String,
+        /// The VIP.
+        vip: IpAddr,
+        /// Why.
+        source: KernelFenceError,
     },
     /// Anything else that the kernel refused.
     #[error("cannot {action} on interface {interface:?}")]
@@ -146,6 +162,29 @@ pub struct Counters {
     pub send_errors: u64,
 }
 
+/// What a [`Wire`] is opened for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Options<'a> {
+    /// The interface, in the network namespace of the calling thread.
+    pub interface: &'a str,
+    /// The virtual address.
+    pub vip: IpAddr,
+    /// Who enforces the lease.
+    pub fence: FenceMode,
+}
+
+impl<'a> Options<'a> {
+    /// `vip` on `interface`, fenced by the process alone.
+    #[must_use]
+    pub const fn new(interface: &'a str, vip: IpAddr) -> Self {
+        Self {
+            interface,
+            vip,
+            fence: FenceMode::Process,
+        }
+    }
+}
+
 /// One VIP on one interface.
 #[derive(Debug)]
 pub struct Wire {
@@ -161,17 +200,24 @@ pub struct Wire {
     spent: Vec<Vec<u8>>,
     owns: bool,
     fence: Fence,
+    /// Frames passed since the last flush.
+    stirred: bool,
     announcer: Announcer,
     counters: Counters,
 }
 
 impl Wire {
-    /// Opens the packet socket for `vip` on `interface`, both in the network namespace of the
-    /// calling thread. Not the owner, fence shut.
+    /// Opens the packet socket and sets up the fence, in the network namespace of the calling thread.
+    /// Not the owner, fence shut.
     ///
     /// # Errors
     /// See [`WireError`]; each names the interface.
-    pub fn open(interface: &str, vip: IpAddr) -> Result<Self, WireError> {
+    pub fn open(options: &Options<'_>) -> Result<Self, WireError> {
+        let Options {
+            interface,
+            vip,
+            fence,
+        } = *options;
         let name = || interface.to_owned();
         let os = |action| {
             move |source| WireError::Os {
@@ -217,6 +263,16 @@ impl Wire {
                 )
             }
         };
+        let fence = match fence {
+            FenceMode::Process => Fence::shut(),
+            FenceMode::Kernel => {
+                Fence::with_kernel(interface, vip).map_err(|source| WireError::NoKernelFence {
+                    interface: name(),
+                    vip,
+                    source,
+                })?
+            }
+        };
         socket::bind(socket.as_fd(), link.index, &filter::program(vip))
             .map_err(os("bind the packet socket"))?;
         Ok(Self {
@@ -229,7 +285,8 @@ impl Wire {
             queue: Queue::default(),
             spent: Vec::new(),
             owns: false,
-            fence: Fence::shut(),
+            fence,
+            stirred: false,
             announcer: Announcer::default(),
             counters: Counters::default(),
         })
@@ -314,6 +371,7 @@ impl Wire {
             match socket::receive(self.socket.as_fd(), &mut self.slots, lengths) {
                 Ok(n) => {
                     self.counters.frames_in += n as u64;
+                    self.stirred |= n > 0;
                     return Ok(n);
                 }
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(0),
@@ -361,6 +419,10 @@ impl Wire {
     /// it; the type leaves room for a socket that is lost.
     pub fn flush(&mut self, recycled: &mut Vec<Vec<u8>>) -> io::Result<Flushed> {
         let outcome = self.flush_queue();
+        // What came in is answered soon: the fence is renewed while others work.
+        if std::mem::take(&mut self.stirred) {
+            self.fence.refresh();
+        }
         recycled.append(&mut self.spent);
         outcome
     }
@@ -377,6 +439,7 @@ impl Wire {
             match socket::send(self.socket.as_fd(), frames) {
                 Ok(n) => {
                     self.counters.frames_out += n as u64;
+                    self.stirred = true;
                     self.spent.extend((0..n).map_while(|_| self.queue.pop()));
                 }
                 Err(e) => match e.raw_os_error() {
@@ -427,6 +490,12 @@ impl Wire {
     /// The fence, to be opened for as long as the lease lasts, and shut before a wedge.
     pub fn fence_mut(&mut self) -> &mut Fence {
         &mut self.fence
+    }
+
+    /// The fence.
+    #[must_use]
+    pub const fn fence(&self) -> &Fence {
+        &self.fence
     }
 
     /// Queues one announcement now, ahead of what waits; the schedule makes its own by

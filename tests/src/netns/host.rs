@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
-use super::{LabError, NAMESPACES, Process};
+use super::{Injector, LabError, NAMESPACES, Process};
 
 /// A host of a [`super::Lab`]. Clones are the same host.
 #[derive(Debug, Clone)]
@@ -97,6 +97,14 @@ impl Host {
                 Err(panic) => std::panic::resume_unwind(panic),
             }
         })
+    }
+
+    /// Whatever this host might send, without its programs.
+    ///
+    /// # Errors
+    /// Packet sockets are not permitted.
+    pub fn injector(&self) -> io::Result<Injector> {
+        self.enter(|| Injector::open("eth0"))
     }
 
     /// Starts a program on this host, its output appended to the file `log`. `label` names it

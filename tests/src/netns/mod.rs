@@ -29,6 +29,7 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+mod frames;
 mod host;
 mod process;
 pub mod userns;
@@ -44,8 +45,10 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::process::{Pid, PidfdFlags, Signal};
+use socket2::{Domain, Type};
 use thiserror::Error;
 
+pub use frames::{Capture, Captured, Injector};
 pub use host::Host;
 pub use process::{Process, ProcessError, Timeout, wait_until};
 
@@ -228,6 +231,22 @@ impl Lab {
             command,
             &format!("bridge link set dev {port} state {state}"),
         )
+    }
+
+    /// Listens at all ports of the switch, from now on.
+    ///
+    /// # Errors
+    /// Packet sockets are not permitted.
+    pub fn capture(&self) -> io::Result<Capture> {
+        self.switch.enter(|| {
+            let any = socket2::Socket::new(Domain::UNIX, Type::DGRAM, None)?;
+            let mut ports = BTreeMap::new();
+            for name in self.hosts.keys() {
+                let index = rustix::net::netdevice::name_to_index(&any, name)?;
+                ports.insert(i32::try_from(index).expect("a small number"), name.clone());
+            }
+            Capture::open(ports)
+        })
     }
 
     /// Kills everything that runs on the host with SIGKILL, as the loss of a machine would: the node

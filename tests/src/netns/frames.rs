@@ -1,0 +1,142 @@
+//! Frames as such: those that pass the switch, in order and from which host, and those that a test
+//! makes itself.
+
+#![expect(
+    unsafe_code,
+    reason = "no crate reads or makes the address of a packet socket, which names the interface"
+)]
+
+use std::collections::BTreeMap;
+use std::io;
+use std::mem::MaybeUninit;
+use std::time::{Duration, Instant};
+
+use socket2::{Domain, Protocol, SockAddr, SockAddrStorage, Socket, Type};
+
+/// Enough for what a switch of this machine passes while the reader is not scheduled.
+const RECEIVE_BUFFER: usize = 64 << 20;
+/// Bytes kept of a frame: the headers.
+const SNAP: usize = 128;
+
+/// One frame.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Captured {
+    /// The host whose port it came in at.
+    pub host: String,
+    /// When it was read, which is soon after it came.
+    pub at: Instant,
+    /// Its beginning: Ethernet header and what follows, at most 128 bytes.
+    pub head: Vec<u8>,
+}
+
+/// Hears every frame that comes in at any port of the switch, from when it was made on.
+#[derive(Debug)]
+pub struct Capture {
+    socket: Socket,
+    ports: BTreeMap<i32, String>,
+}
+
+impl Capture {
+    /// Called in the switch's namespace; `ports` maps interface numbers to hosts.
+    pub(super) fn open(ports: BTreeMap<i32, String>) -> io::Result<Self> {
+        let everything = u16::try_from(libc::ETH_P_ALL)
+            .expect("a small constant")
+            .to_be();
+        let socket = Socket::new(
+            Domain::PACKET,
+            Type::RAW,
+            Some(Protocol::from(i32::from(everything))),
+        )?;
+        rustix::net::sockopt::set_socket_recv_buffer_size_force(&socket, RECEIVE_BUFFER).or_else(
+            |_| rustix::net::sockopt::set_socket_recv_buffer_size(&socket, RECEIVE_BUFFER),
+        )?;
+        Ok(Self { socket, ports })
+    }
+
+    /// The next frame that comes in at a port, or `None` after `wait`.
+    ///
+    /// # Errors
+    /// The socket failed.
+    pub fn next(&self, wait: Duration) -> io::Result<Option<Captured>> {
+        let deadline = Instant::now() + wait;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            // Zero would mean for ever.
+            self.socket
+                .set_read_timeout(Some(left.max(Duration::from_micros(1))))?;
+            let mut head = [MaybeUninit::uninit(); SNAP];
+            let (n, from) = match self.socket.recv_from(&mut head) {
+                Ok(received) => received,
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(None),
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+                Err(e) => return Err(e),
+            };
+            let Some(host) = port(&from).and_then(|port| self.ports.get(&port)) else {
+                continue;
+            };
+            // SAFETY: recvfrom(2) has written the first `n` bytes.
+            let head = head[..n]
+                .iter()
+                .map(|b| unsafe { b.assume_init() })
+                .collect();
+            return Ok(Some(Captured {
+                host: host.clone(),
+                at: Instant::now(),
+                head,
+            }));
+        }
+    }
+}
+
+/// Sends frames as they are from a host's eth0, past whatever the host's own programs would check.
+#[derive(Debug)]
+pub struct Injector {
+    socket: Socket,
+    to: SockAddr,
+}
+
+impl Injector {
+    /// Called in the host's namespace.
+    pub(super) fn open(interface: &str) -> io::Result<Self> {
+        let socket = Socket::new(Domain::PACKET, Type::RAW, None)?;
+        let index = rustix::net::netdevice::name_to_index(&socket, interface)?;
+        let fill = |storage: *mut SockAddrStorage, length: *mut libc::socklen_t| {
+            // SAFETY: the storage is zeroed and larger than any address.
+            let address = unsafe { &mut *storage.cast::<libc::sockaddr_ll>() };
+            address.sll_family = u16::try_from(libc::AF_PACKET).expect("a small constant");
+            address.sll_ifindex = i32::try_from(index).expect("a small number");
+            let size = size_of::<libc::sockaddr_ll>();
+            // SAFETY: the length belongs to us during the call.
+            unsafe { *length = libc::socklen_t::try_from(size).expect("a few bytes") };
+            Ok(())
+        };
+        // SAFETY: the closure sets family, interface and length; zeroes are right for the rest.
+        let ((), to) = unsafe { SockAddr::try_init(fill) }?;
+        Ok(Self { socket, to })
+    }
+
+    /// Sends one frame, its Ethernet header in front. False if a rule on the way out dropped it.
+    ///
+    /// # Errors
+    /// The socket failed.
+    pub fn send(&self, frame: &[u8]) -> io::Result<bool> {
+        match self.socket.send_to(frame, &self.to) {
+            Ok(_) => Ok(true),
+            Err(e) if e.raw_os_error() == Some(libc::ENOBUFS) => Ok(false),
+            Err(e) => Err(e),
+        }
+    }
+}
+
+/// The interface at which a frame came in; `None` for one that goes out.
+fn port(from: &SockAddr) -> Option<i32> {
+    let length = usize::try_from(from.len()).ok()?;
+    // The kernel gives as many bytes of the hardware address as there are.
+    if i32::from(from.family()) != libc::AF_PACKET || length < 12 {
+        return None;
+    }
+    // SAFETY: the storage behind a `SockAddr` is larger than any address and initialised; the
+    // family says that this is one of a packet socket.
+    let address = unsafe { *from.as_ptr().cast::<libc::sockaddr_ll>() };
+    (address.sll_pkttype != libc::PACKET_OUTGOING).then_some(address.sll_ifindex)
+}
