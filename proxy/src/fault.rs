@@ -4,12 +4,13 @@
 #[cfg(feature = "faults")]
 pub(crate) use planting::Fault;
 
-/// `true` when the defect is planted; constant `false` in a build that cannot plant any.
+/// `true` when one of the defects is planted; constant `false` in a build that cannot plant any.
 macro_rules! planted {
-    ($fault:ident) => {{
+    ($($fault:ident)|+) => {{
         #[cfg(feature = "faults")]
         {
-            $crate::fault::Fault::planted() == Some($crate::fault::Fault::$fault)
+            let planted = $crate::fault::Fault::planted();
+            false $(|| planted == Some($crate::fault::Fault::$fault))+
         }
         #[cfg(not(feature = "faults"))]
         {

@@ -67,7 +67,7 @@ impl Fence {
     /// # Errors
     /// The kernel does not take them.
     pub(super) fn with_kernel(interface: &str, vip: IpAddr) -> Result<Self, KernelFenceError> {
-        if planted!(NoFence) || planted!(NoKernelFence) {
+        if planted!(NoFence | NoKernelFence) {
             return Ok(Self::shut());
         }
         let rules = KernelFence::open(interface, vip)?;

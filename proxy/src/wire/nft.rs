@@ -190,8 +190,9 @@ impl KernelFence {
             ],
         });
         let mut messages = vec![(set, NLM_F_CREATE), (chain, NLM_F_CREATE)];
-        // Where in the packet the address is, and what the bytes before it must be.
-        let rules: &[(u16, u32, &[(u32, u8)])] = match vip {
+        // Where in a packet the address is, and what single bytes before it must be.
+        type Pattern = (u16, u32, &'static [(u32, u8)]);
+        let rules: &[Pattern] = match vip {
             IpAddr::V4(_) => &[(ETHERTYPE_IPV4, 12, &[]), (ETHERTYPE_ARP, 14, &[])],
             // An advertisement says whose the address is, whoever sends it (RFC 4861 §4.4).
             IpAddr::V6(_) => &[
