@@ -9,6 +9,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::mem::MaybeUninit;
+use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use socket2::{Domain, Protocol, SockAddr, SockAddrStorage, Socket, Type};
@@ -27,6 +28,26 @@ pub struct Captured {
     pub at: Instant,
     /// Its beginning: Ethernet header and what follows, at most 128 bytes.
     pub head: Vec<u8>,
+}
+
+impl Captured {
+    /// Whether this frame is a packet from `address`, or claims it as a neighbour (ARP, NDP).
+    #[must_use]
+    pub fn speaks_for(&self, address: IpAddr) -> bool {
+        let at =
+            |from: usize, bytes: &[u8]| self.head.get(from..).is_some_and(|b| b.starts_with(bytes));
+        match address {
+            IpAddr::V4(ip) => {
+                let ip = ip.octets();
+                (at(12, &[8, 0]) && at(26, &ip)) || (at(12, &[8, 6]) && at(28, &ip))
+            }
+            IpAddr::V6(ip) => {
+                let ip = ip.octets();
+                let advertisement = at(20, &[58]) && at(54, &[136]) && at(62, &ip);
+                at(12, &[0x86, 0xdd]) && (at(22, &ip) || advertisement)
+            }
+        }
+    }
 }
 
 /// Hears every frame that comes in at any port of the switch, from when it was made on.
