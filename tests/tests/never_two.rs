@@ -130,7 +130,9 @@ fn sleepers(options: Options, rounds: u32) -> Option<String> {
         }
         // Two leaders may well break a connection; then this is not the first thing to say.
         if found.is_none() {
-            downloads.map(|download| download.unwrap());
+            for download in downloads {
+                download.unwrap();
+            }
         }
     });
     found
