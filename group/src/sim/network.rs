@@ -39,17 +39,23 @@ impl Network {
     }
 
     /// After how many microseconds a datagram arrives: none, one or two times.
-    pub(super) fn delays(&self, rng: &mut Rng, from: usize, to: usize) -> Vec<u64> {
-        if !self.open(from, to) || chance(rng, self.loss) {
-            return Vec::new();
+    pub(super) fn delays(
+        &self,
+        rng: &mut Rng,
+        from: usize,
+        to: usize,
+    ) -> impl Iterator<Item = u64> + use<> {
+        let mut delays = [None, None];
+        if self.open(from, to) && !chance(rng, self.loss) {
+            let mut first = 30 + below(rng, 40);
+            if chance(rng, self.reorder) {
+                first += below(rng, 3000);
+            }
+            delays[0] = Some(first);
+            if chance(rng, self.duplicates) {
+                delays[1] = Some(30 + below(rng, 20_000));
+            }
         }
-        let mut delays = vec![30 + below(rng, 40)];
-        if chance(rng, self.reorder) {
-            delays[0] += below(rng, 3000);
-        }
-        if chance(rng, self.duplicates) {
-            delays.push(30 + below(rng, 20_000));
-        }
-        delays
+        delays.into_iter().flatten()
     }
 }

@@ -115,6 +115,9 @@ impl Endpoint {
 
     /// Tells of what has become stable.
     pub(super) fn settle_done(&mut self, cx: &mut Cx<'_>) {
+        if self.done.is_empty() {
+            return;
+        }
         let mut numbers = Vec::new();
         for (holders, queue) in &mut self.done {
             let stable = self.out.held_by(*holders);
@@ -312,18 +315,20 @@ impl Endpoint {
         }
         self.push_back_on_the_slow(cx);
         self.tell_of_room(cx);
-        // A joiner that gets the state from here has it first: with the last that has it the state would go.
-        let gives = self.donating.values().any(Donating::gives);
-        let all_held =
-            !gives && self.out.all_hold() == self.out.log.held() && self.queue.is_empty();
-        let directs = self.directs.values();
-        let directs_held = directs
-            .map(|d| &d.out)
-            .all(|o| o.all_hold() == o.log.held());
-        if self.leaving == Leaving::Wished && all_held && directs_held && self.blocked.is_none() {
+        if self.leaving == Leaving::Wished && self.may_leave() {
             self.leaving = Leaving::Asked;
             cx.requests.push(Op::Leave { group: self.id });
         }
+    }
+
+    /// Whether all hold what this member sent, and nobody gets the state from here: with the last that has it the state would
+    /// go.
+    fn may_leave(&self) -> bool {
+        let mut outs = self.directs.values().map(|d| &d.out).chain([&self.out]);
+        self.blocked.is_none()
+            && self.queue.is_empty()
+            && !self.donating.values().any(Donating::gives)
+            && outs.all(|o| o.all_hold() == o.log.held())
     }
 
     /// Says that there is room, once, where something was refused for want of it.
@@ -417,14 +422,13 @@ impl Endpoint {
         // Taken out for the moment, so that the headers can be made beside them.
         let mut directs = std::mem::take(&mut self.directs);
         for ((m, lane), direct) in &mut directs {
-            let to: Arc<[MemberId]> = Arc::from([m.clone()]);
             while direct.out.unsent() {
                 let mut header = self.direct_header(m, *lane, direct);
                 let bodies = direct.out.burst(cx.now, &mut header, &[], limits);
                 if bodies.is_empty() {
                     break;
                 }
-                Self::send_bodies(cx, to.clone(), bodies);
+                Self::send_bodies(cx, Arc::from([m.clone()]), bodies);
             }
             let mut small = Vec::new();
             if direct.inc.ack_due(cx.now) {
@@ -437,13 +441,14 @@ impl Endpoint {
             {
                 small.push(Small::Nak(ranges));
             }
-            let mut header = self.direct_header(m, *lane, direct);
             let probe = direct.out.probe(cx.now);
-            if probe {
-                header.flags |= crate::process::wire::URGENT;
-            }
             if probe || !small.is_empty() {
-                Self::send_bodies(cx, to, vec![lane::body(&header, &small)]);
+                let mut header = self.direct_header(m, *lane, direct);
+                if probe {
+                    header.flags |= crate::process::wire::URGENT;
+                }
+                let body = lane::body(&header, &small);
+                Self::send_bodies(cx, Arc::from([m.clone()]), vec![body]);
             }
         }
         self.directs = directs;

@@ -16,6 +16,7 @@ use crate::time::Instant;
 use crate::view::MemberId;
 use bytes::Bytes;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::Arc;
 use std::time::Duration;
 
 pub(super) const NAMES: [&str; 3] = ["a", "b", "c"];
@@ -90,7 +91,7 @@ pub(super) enum Happening {
 
 #[derive(Clone)]
 pub(super) enum Incoming {
-    Datagram { from: MemberId, body: Bytes },
+    Datagram { from: Arc<MemberId>, body: Bytes },
     Control { peer: usize, event: ControlEvent },
     Registry(RegistryReply),
 }
@@ -236,7 +237,7 @@ impl World {
         let Some(process) = &self.nodes[node].process else {
             return;
         };
-        let who: Who = (process.me().clone(), group);
+        let who: Who = (process.me().incarnation, group);
         let view = self.nodes[node].programs.get(&group).map_or(0, |p| p.view);
         let mut failed = None;
         for invariant in &mut self.invariants {
@@ -245,7 +246,7 @@ impl World {
             }
         }
         if let Some((name, what)) = failed {
-            self.fail(name, format!("{} in {group:?}: {what}", who.0));
+            self.fail(name, format!("{} in {group:?}: {what}", self::name(node)));
         }
     }
 
@@ -401,7 +402,7 @@ impl World {
                 let Some(process) = &self.nodes[node].process else {
                     return;
                 };
-                let from = process.me().clone();
+                let from = Arc::new(process.me().clone());
                 for m in to.iter() {
                     let to = index(m);
                     let epoch = self.nodes[to].epoch;

@@ -28,7 +28,7 @@ impl Invariant for Cbcast {
                 let Some(t) = thread(*order) else {
                     return Ok(());
                 };
-                let past = self.past.entry((who.clone(), t)).or_default();
+                let past = self.past.entry((*who, t)).or_default();
                 self.before.insert((who.1, *id), (view, past.clone()));
                 past.insert(*id);
             }
@@ -40,8 +40,8 @@ impl Invariant for Cbcast {
                 let Some(t) = thread(*order) else {
                     return Ok(());
                 };
-                let key = (who.clone(), t);
-                let here = self.delivered.entry(key.clone()).or_default();
+                let key = (*who, t);
+                let here = self.delivered.entry(key).or_default();
                 if let Some((sent_in, before)) = self.before.get(&(who.1, *id))
                     && *sent_in == view
                     && let Some(missing) = before.difference(here).next()

@@ -18,7 +18,7 @@ impl Invariant for Direct {
                 order: None,
                 from,
             } => {
-                let last = self.0.entry((who.clone(), id.sender)).or_default();
+                let last = self.0.entry((*who, id.sender)).or_default();
                 let expected = *last + 1;
                 *last = id.count;
                 if id.count == expected {

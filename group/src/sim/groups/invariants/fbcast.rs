@@ -20,7 +20,7 @@ impl Invariant for Fbcast {
         else {
             return Ok(());
         };
-        let last = self.0.insert((who.clone(), id.sender), id.count);
+        let last = self.0.insert((*who, id.sender), id.count);
         match last {
             Some(last) if id.count != last + 1 => Err(format!("{id:?} after {last}")),
             _ => Ok(()),

@@ -35,8 +35,8 @@ pub(super) enum Seen<'a> {
     Left,
 }
 
-/// One member's part in one group.
-pub(super) type Who = (MemberId, GroupId);
+/// One member's part in one group: its incarnation, and the group.
+pub(super) type Who = (u128, GroupId);
 
 /// What each member was given of its view, in order: the same for all that go on to the next.
 #[derive(Default)]
@@ -52,7 +52,7 @@ impl Agreement {
     }
 
     fn give(&mut self, who: &Who, id: Id) {
-        self.given.entry(who.clone()).or_default().push(id);
+        self.given.entry(*who).or_default().push(id);
     }
 
     fn forget(&mut self, who: &Who) {

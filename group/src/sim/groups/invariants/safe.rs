@@ -21,7 +21,7 @@ impl Invariant for Safe {
             Seen::Delivered {
                 id, order: Some(_), ..
             } if id.safe => {
-                self.mine.entry(who.clone()).or_default().insert(*id);
+                self.mine.entry(*who).or_default().insert(*id);
                 self.anybody.entry((who.1, view)).or_default().insert(*id);
                 if let Some(ended) = self.ended.get(&(who.1, view))
                     && !ended.contains(id)

@@ -17,7 +17,7 @@ impl Invariant for ViewSynchrony {
         match seen {
             Seen::Delivered {
                 id, order: Some(_), ..
-            } if !self.delivered.entry(who.clone()).or_default().insert(*id) => {
+            } if !self.delivered.entry(*who).or_default().insert(*id) => {
                 return Err(format!("{id:?} twice"));
             }
             Seen::View { view: next, .. } => {
