@@ -2,7 +2,7 @@
 
 use super::invariants::Seen;
 use super::program::{DIRECT, Id, Program, kind};
-use super::world::{HEALED_AT, Happening, NAMES, World, index, name};
+use super::world::{Happening, NAMES, World, index, name};
 use crate::process::{
     Calling, Command, GroupEvent, GroupId, Multicast, Order, Refused, Stability, ThreadId, Want,
 };
@@ -10,13 +10,12 @@ use crate::sim::network::{below, chance};
 use crate::time::Instant;
 use bytes::Bytes;
 
-/// After healing, programs go on sending for this long.
-pub(super) const QUIET_AT: u64 = HEALED_AT + 200_000;
-
 impl World {
     pub(super) fn act(&mut self, node: usize) {
-        if self.now < QUIET_AT {
-            let us = 500 + below(&mut self.rng, 8000);
+        if self.now < self.quiet_at {
+            // With many members each does less: what is sent to all grows with their square.
+            let members = self.nodes.len().max(4) as u64;
+            let us = 500 + below(&mut self.rng, 2000 * members);
             self.after(us, Happening::Act { node });
         } else {
             self.after(20_000, Happening::Act { node });
@@ -37,7 +36,7 @@ impl World {
         let Some(group) = found.map(|(id, _)| *id) else {
             return;
         };
-        if self.now >= QUIET_AT || self.nodes[node].programs[&group].leaving {
+        if self.now >= self.quiet_at || self.nodes[node].programs[&group].leaving {
             return;
         }
         match below(&mut self.rng, 40) {
