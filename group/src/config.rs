@@ -150,6 +150,8 @@ pub enum Fault {
     ClockWithoutLease,
     /// The joiner is given a checkpoint and misses the first event after it.
     JoinerSkipsOne,
+    /// A successor is chosen by rank alone, fit or not.
+    LeaderUnfit,
     /// A member of a group delivers while the view is being left.
     DeliverWhileBlocked,
     /// The view of a group ends at what the first survivor holds.

@@ -89,8 +89,6 @@ impl Core {
                 };
                 self.propose(stage);
             }
-        } else if self.now < self.not_proposing_before {
-            // An attempt was just given up.
         } else if self.phase == Phase::Leading {
             // A view's existence proves every earlier lease over: none is written while a usurped leader may speak.
             if self.now >= self.silent_before && self.leader_has_reason() {
@@ -603,7 +601,10 @@ impl Core {
             old_leader.clone()
         } else {
             let fitness = |m: &&MemberId| {
-                let lag = acks.get(*m).map_or(Lag::default(), |a| a.lag);
+                let lag = acks
+                    .get(*m)
+                    .filter(|_| !planted!(self.config, LeaderUnfit))
+                    .map_or(Lag::default(), |a| a.lag);
                 (
                     *m == old_leader,
                     lag.unfit,

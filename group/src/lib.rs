@@ -40,6 +40,7 @@ pub mod process;
 mod receiving;
 pub mod registry;
 mod rng;
+mod sending;
 #[cfg(any(test, feature = "faults"))]
 pub mod sim;
 mod snapshot;

@@ -19,7 +19,7 @@ pub struct Lag {
 }
 
 /// What this member is in the installed view.
-#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+#[derive(Copy, Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Role {
     /// It numbers the events and speaks to clients, under its lease.
     Leader,

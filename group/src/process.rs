@@ -30,10 +30,13 @@ mod lane;
 mod ledger;
 mod loading;
 mod replies;
+mod snapshot;
 mod types;
 mod vclock;
 mod wire;
 
+#[cfg(test)]
+pub(crate) use self::endpoint::FORGETTING;
 use self::endpoint::{Cx, Endpoint};
 use self::gbcast::Flushes;
 use self::ledger::{Effect, Ledger};
@@ -49,6 +52,7 @@ use crate::time::Instant;
 use crate::view::MemberId;
 use crate::wire::Reader;
 use bytes::Bytes;
+use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
@@ -61,7 +65,12 @@ const REQUESTS_MAX: usize = 20_000;
 ///
 /// Call one entry point, drain [`Process::poll_output`] to `None` and execute in order, then read
 /// [`Process::poll_timeout`]. After [`Output::Outside`] it is spent.
+///
+/// Its serde form is the inside of an image, without the checks: [`Process::snapshot`] and [`Process::restore`] are the way.
+/// A field that is added here is in the image; raise the format's number in `snapshot.rs`.
+#[derive(Serialize, Deserialize)]
 pub struct Process {
+    #[serde(with = "snapshot::identity")]
     config: ProcessConfig,
     core: Core,
     me: MemberId,
@@ -90,8 +99,11 @@ pub struct Process {
     /// Something changed that the site leader has to hear of, or to act on.
     speak: bool,
     /// The core's outputs are being carried out; what they cause in the core comes after them.
+    #[serde(skip)]
     draining: bool,
     image: Vec<u8>,
+    /// Empty whenever an image is taken.
+    #[serde(skip)]
     out: VecDeque<Output>,
     gone: bool,
 }

@@ -1,8 +1,9 @@
 //! What a datagram does to a member: events, heartbeats, requests for what is missing.
 
 use crate::config::planted;
-use crate::core::{Core, Phase, TELL_INTERVAL};
+use crate::core::{Core, Phase};
 use crate::output::Output;
+use crate::sending::TELL_INTERVAL;
 use crate::time::Instant;
 use crate::view::MemberId;
 use crate::wire::{self, Chunk, Header, Item, Message, Pos};

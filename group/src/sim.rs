@@ -7,6 +7,7 @@ mod app;
 mod control;
 mod groups;
 mod invariants;
+mod judge;
 mod network;
 mod plan;
 mod processes;

@@ -33,6 +33,7 @@ fn fault(name: &str) -> Option<unbroken_group::Fault> {
         RestartSurvives,
         EarlyTrim,
         JoinerSkipsOne,
+        LeaderUnfit,
         ClockWithoutLease,
         DeliverWhileBlocked,
         CutIsFirstReport,

@@ -8,6 +8,7 @@
 use super::cbcast::{Pending, Threads};
 use super::types::ThreadId;
 use super::wire::TotalId;
+use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, VecDeque};
 
 /// The token goes to a member that sent this many placed abcasts in a row.
@@ -23,6 +24,7 @@ pub(crate) struct Sequence {
 }
 
 /// The total order of one view.
+#[derive(Serialize, Deserialize)]
 pub(crate) struct Total {
     me: usize,
     /// The index of the next abcast to be delivered.

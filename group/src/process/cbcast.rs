@@ -8,13 +8,14 @@
 use super::types::ThreadId;
 use super::vclock::VClock;
 use bytes::Bytes;
+use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 /// Threads that one member may have in one view: a peer must not make us keep clocks without end.
 pub(crate) const THREADS_MAX: usize = 4096;
 
 /// A message that waits for its turn.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Pending {
     pub(crate) stamp: VClock,
     /// An abcast: it waits for its place in the total order too.
@@ -24,6 +25,7 @@ pub(crate) struct Pending {
 }
 
 /// One causal thread in one view.
+#[derive(Serialize, Deserialize)]
 struct Thread {
     delivered: VClock,
     /// Messages that this member has sent in it.
@@ -33,6 +35,7 @@ struct Thread {
 }
 
 /// All causal threads of one view.
+#[derive(Serialize, Deserialize)]
 pub(crate) struct Threads {
     ranks: usize,
     threads: BTreeMap<ThreadId, Thread>,
@@ -47,6 +50,17 @@ impl Threads {
             threads: BTreeMap::new(),
             active: BTreeSet::new(),
         }
+    }
+
+    /// As an image must have it: every clock as long as the view.
+    pub(crate) fn consistent(&self, ranks: usize) -> bool {
+        let fits = |t: &Thread| {
+            let mut waiting = t.waiting.iter().flatten();
+            t.delivered.0.len() == ranks
+                && t.waiting.len() == ranks
+                && waiting.all(|p| p.stamp.0.len() == ranks)
+        };
+        self.ranks == ranks && self.threads.values().all(fits)
     }
 
     fn thread(&mut self, id: ThreadId) -> Option<&mut Thread> {

@@ -4,6 +4,10 @@
 
 mod receiving;
 mod sending;
+mod snapshot;
+
+#[cfg(test)]
+pub(crate) use self::snapshot::FORGETTING;
 
 use super::abcast::Total;
 use super::cbcast::{Pending, Threads};
@@ -20,6 +24,7 @@ use crate::config::planted;
 use crate::time::Instant;
 use crate::view::MemberId;
 use bytes::Bytes;
+use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
@@ -37,6 +42,7 @@ pub(crate) struct Cx<'a> {
 const EVENT_BYTES: u64 = 64;
 
 /// Messages between two members.
+#[derive(Serialize, Deserialize)]
 struct Direct {
     out: Outgoing,
     inc: Incoming,
@@ -52,18 +58,21 @@ impl Direct {
 }
 
 /// The view is being left.
+#[derive(Serialize, Deserialize)]
 struct Blocked {
     /// Lanes to be fetched from other members than their sender.
     holders: BTreeMap<u8, u8>,
 }
 
 /// One membership.
+#[derive(Serialize, Deserialize)]
 pub(crate) struct Endpoint {
     pub(crate) id: GroupId,
     me: MemberId,
     view: GroupView,
     rank: usize,
     /// The members of the view but this one.
+    #[serde(with = "crate::process::snapshot::shared")]
     others: Arc<[MemberId]>,
     out: Outgoing,
     /// How far this member's own lane was given to the ordering.
@@ -103,14 +112,14 @@ pub(crate) struct Endpoint {
 }
 
 /// What was refused for want of room, and not yet told that there is some.
-#[derive(Default)]
+#[derive(Default, Serialize, Deserialize)]
 struct Refusals {
     multicast: bool,
     call: bool,
     directs: BTreeSet<MemberId>,
 }
 
-#[derive(Copy, Clone, PartialEq, Eq)]
+#[derive(Copy, Clone, PartialEq, Eq, Serialize, Deserialize)]
 enum Leaving {
     No,
     /// When all hold what this member sent.

@@ -13,6 +13,7 @@ use crate::config::planted;
 use crate::time::Instant;
 use crate::view::MemberId;
 use bytes::Bytes;
+use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,10 +22,10 @@ use std::time::Duration;
 const FETCH_AGAIN: Duration = Duration::from_millis(5);
 
 /// The site leader's side: the reports that have come.
-#[derive(Default)]
+#[derive(Default, Serialize, Deserialize)]
 pub(crate) struct Flushes(BTreeMap<GroupId, Flush>);
 
-#[derive(Default)]
+#[derive(Default, Serialize, Deserialize)]
 struct Flush {
     epoch: u64,
     held: BTreeMap<MemberId, Vec<u64>>,

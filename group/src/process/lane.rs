@@ -10,6 +10,7 @@ use crate::fbcast::{Assembler, EventLog};
 use crate::time::Instant;
 use crate::wire::{Chunk, Pos};
 use bytes::{Bytes, BytesMut};
+use serde::{Deserialize, Serialize};
 use std::time::Duration;
 
 /// When nothing acknowledges what was sent, its end is announced again after this long; doubled up to 32 times.
@@ -26,6 +27,7 @@ pub(crate) const RESEND_BYTES: usize = 128 * 1024;
 /// What this member sends.
 ///
 /// Invariant: the log holds every message that somebody may not hold.
+#[derive(Serialize, Deserialize)]
 pub(crate) struct Outgoing {
     pub(crate) log: EventLog,
     next_send: Pos,
@@ -132,6 +134,16 @@ impl Outgoing {
         self.next_send < Pos::start(self.log.next())
     }
 
+    /// As an image must have it: for so many receivers, with a log that ends where it can.
+    pub(crate) fn consistent(&self, receivers: usize, taken: Option<u64>) -> bool {
+        [self.held.len(), self.vouched.len(), self.gone.len()] == [receivers; 3]
+            && spans(
+                &self.log,
+                taken.unwrap_or(self.log.first().saturating_sub(1)),
+            )
+            && (1..=self.log.next()).contains(&self.next_send.number)
+    }
+
     /// Forgets what all hold, up to `done`.
     pub(crate) fn collect(&mut self, done: u64) {
         self.log.trim_to(self.all_hold().min(done));
@@ -201,6 +213,7 @@ impl Outgoing {
 }
 
 /// What one other member sends.
+#[derive(Serialize, Deserialize)]
 pub(crate) struct Incoming {
     pub(crate) log: EventLog,
     pub(crate) assembler: Assembler,
@@ -251,6 +264,11 @@ impl Incoming {
         self.log.trim_to(self.trim.min(self.taken));
     }
 
+    /// As an image must have it.
+    pub(crate) fn consistent(&self) -> bool {
+        spans(&self.log, self.taken)
+    }
+
     /// Asks for everything up to `number`.
     pub(crate) fn want(&mut self, number: u64) {
         self.assembler.announce(number);
@@ -279,6 +297,12 @@ impl Incoming {
             .flatten()
             .min()
     }
+}
+
+/// Whether what was taken lies where a log begins, or in it.
+fn spans(log: &EventLog, taken: u64) -> bool {
+    let first = log.first();
+    (1..=crate::wire::NUMBER_MAX).contains(&first) && (first - 1..=log.held()).contains(&taken)
 }
 
 /// One body with these small messages.

@@ -11,9 +11,11 @@ use crate::transfer::{Donor, Receiving};
 use crate::view::MemberId;
 use crate::wire::Piece;
 use bytes::{Bytes, BytesMut};
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 
 /// The joiner's side.
+#[derive(Serialize, Deserialize)]
 pub(crate) struct Load {
     pub(crate) since: u64,
     pub(crate) donors: Vec<MemberId>,
@@ -101,6 +103,7 @@ impl Load {
 }
 
 /// The donor's side: the image of one view, for its joiners.
+#[derive(Serialize, Deserialize)]
 pub(crate) struct Donating {
     pub(crate) joiners: BTreeSet<MemberId>,
     image: Option<(u32, Donor)>,

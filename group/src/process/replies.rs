@@ -7,12 +7,14 @@ use super::types::{Calling, GroupEvent, Want};
 use crate::time::Instant;
 use crate::view::MemberId;
 use bytes::Bytes;
+use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 /// Calls of one member that may be open at a time.
 pub(crate) const CALLS_MAX: usize = 65_536;
 
+#[derive(Serialize, Deserialize)]
 struct Call {
     owing: BTreeSet<MemberId>,
     missing: usize,
@@ -23,7 +25,7 @@ struct Call {
 }
 
 /// The open calls of this member.
-#[derive(Default)]
+#[derive(Default, Serialize, Deserialize)]
 pub(crate) struct Calls(BTreeMap<u64, Call>);
 
 impl Calls {

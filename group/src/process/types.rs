@@ -295,7 +295,7 @@ pub enum GroupEvent {
 }
 
 /// What a process asks of its driver. Execute in order.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 #[must_use]
 pub enum Output {
     /// As [`crate::Output::Send`].

@@ -6,6 +6,7 @@ mod invariants;
 mod program;
 #[cfg(test)]
 mod tests;
+mod twin;
 mod world;
 
 pub use self::world::{GroupReport, run_groups};

@@ -105,6 +105,10 @@ pub(super) enum Happening {
         life: u64,
     },
     Load,
+    /// A replica's server keeps up, or does not.
+    Progress {
+        node: usize,
+    },
     Trouble(Trouble),
     Heal,
     Check,
@@ -264,6 +268,7 @@ impl World {
         for node in 0..count {
             let at = below(&mut w.rng, 20_000);
             w.at(at, Happening::Trouble(Trouble::Restart(node)));
+            w.at(at, Happening::Progress { node });
         }
         w.at(1000, Happening::Load);
         w.at(HEALED_AT, Happening::Heal);
@@ -401,6 +406,7 @@ impl World {
                     self.after(us, Happening::Trouble(Trouble::Restart(node)));
                 }
             }
+            Happening::Progress { node } => self.progress(node),
             Happening::Load => self.load(),
             Happening::Trouble(trouble) => {
                 if !self.healed {
@@ -565,7 +571,7 @@ impl World {
         None
     }
 
-    fn observe(&mut self, who: &MemberId, what: &Observed<'_>) {
+    pub(super) fn observe(&mut self, who: &MemberId, what: &Observed<'_>) {
         let mut failure = None;
         for i in &mut self.invariants {
             if let Err(what) = i.observe(who, what) {
@@ -608,6 +614,7 @@ impl World {
                 cut: installed.cut,
                 role: installed.role,
                 survivor: installed.survivor,
+                full: &view.full,
                 applied: app.applied,
                 chain: app.now(),
                 chain_at: &|number| app.at(number),
@@ -695,118 +702,6 @@ impl World {
         let life = self.nodes[node].life;
         let what = Incoming::Registry { epoch, reply };
         self.after(us, Happening::Arrives { node, life, what });
-    }
-
-    // ---- load and judgement ------------------------------------------------------------------------------------
-
-    fn load(&mut self) {
-        let us = 300 + below(&mut self.rng, 4000);
-        self.after(us, Happening::Load);
-        for node in 0..self.nodes.len() {
-            let n = &self.nodes[node];
-            let open = n.core.as_ref().is_some_and(Core::window_open);
-            if !n.alive || n.stopped || !open {
-                continue;
-            }
-            for _ in 0..=below(&mut self.rng, 2) {
-                let size = match below(&mut self.rng, 30) {
-                    0 => 0,
-                    1 => 20_000,
-                    2..=4 => below(&mut self.rng, 4000),
-                    _ => below(&mut self.rng, 100),
-                };
-                let byte = u8::try_from(self.events % 251).expect("small");
-                let len = usize::try_from(size).expect("small");
-                let mut payload = vec![byte; len];
-                if let Some(first) = payload.first_mut() {
-                    *first = u8::try_from(below(&mut self.rng, 256)).expect("a byte");
-                }
-                let payload = Bytes::from(payload);
-                let urgent = chance(&mut self.rng, 600);
-                let number = self.nodes[node].app.applied + 1;
-                self.events += 1;
-                // The leader applies its own events itself, and at once.
-                self.nodes[node].app.apply(number, &payload);
-                self.call(node, |core, now| {
-                    core.multicast(now, number, payload.clone(), urgent)
-                });
-            }
-        }
-    }
-
-    fn watch_emitters(&mut self) {
-        let mut who = Vec::new();
-        let mut speaks = Vec::new();
-        for (i, n) in self.nodes.iter().enumerate() {
-            // One that is stopped counts: frames may still be in its hands.
-            if let (true, Some(core)) = (n.alive, &n.core)
-                && core.may_emit(self.local(i, self.now))
-            {
-                who.push(core.me().clone());
-                speaks.push((i, core.me().clone()));
-            }
-        }
-        if who.is_empty() {
-            if !self.healed {
-                let silence = self.now - self.spoke_at;
-                self.longest_silence_us = self.longest_silence_us.max(silence);
-            }
-        } else {
-            for (node, me) in &speaks {
-                let n = &self.nodes[*node];
-                let Some(core) = &n.core else { continue };
-                let clock_us = core.service_clock(self.local(*node, self.now));
-                let generation = n.generation;
-                let what = Observed::Clock {
-                    generation,
-                    clock_us,
-                };
-                self.observe(me, &what);
-            }
-            self.spoke_at = self.now;
-            if who.len() > 1 {
-                let first = who[0].clone();
-                self.observe(&first, &Observed::Emitters(&who));
-            }
-        }
-    }
-
-    fn all_is_well(&self) -> bool {
-        let Some(leader) = self.leader() else {
-            return false;
-        };
-        let Some(core) = &self.nodes[leader].core else {
-            return false;
-        };
-        let id = self.nodes[leader].view;
-        let status = core.status();
-        let whole = status
-            .view
-            .is_some_and(|v| v.full.len() == self.nodes.len());
-        let together = self.nodes.iter().all(|n| {
-            n.view == id
-                && n.core
-                    .as_ref()
-                    .is_some_and(|c| c.status().view.is_some() && !c.status().wedged)
-        });
-        whole && together && self.stable_since_heal && core.may_emit(self.local(leader, self.now))
-    }
-
-    fn where_everyone_is(&self) -> String {
-        let mut out = String::new();
-        for n in &self.nodes {
-            let Some(core) = &n.core else { continue };
-            let s = core.status();
-            out += &format!(
-                "{}: {:?} view {:?} wedged {} held {}; ",
-                core.me(),
-                s.role,
-                s.view.map(|v| v.id.0),
-                s.wedged,
-                s.held
-            );
-        }
-        out
     }
 }
 

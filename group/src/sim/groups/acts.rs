@@ -96,8 +96,13 @@ impl World {
     }
 
     fn command(&mut self, node: usize, command: Command) -> Result<(), Refused> {
-        let mut result = Ok(());
-        self.call(node, |p, now| result = p.handle_command(now, command));
+        let now = Instant::from_micros(self.now);
+        let Some(process) = &mut self.nodes[node].process else {
+            return Ok(());
+        };
+        process.cut(now);
+        let result = process.command(now, &command);
+        self.drain(node);
         result
     }
 
@@ -319,7 +324,7 @@ impl World {
         let now = Instant::from_micros(self.now);
         if let Some(process) = &mut self.nodes[node].process {
             // A member that is out by now has nobody to answer.
-            let _ = process.handle_command(now, command);
+            let _ = process.command(now, &command);
         }
     }
 }

@@ -1,7 +1,9 @@
 //! The simulator as a test: many seeds pass; the same seed is the same run; each planted fault is found.
 
 use super::run_groups;
+use super::world::run_forgetting;
 use crate::config::Fault;
+use crate::process::{FORGETTING, Process};
 use crate::sim::{Options, Outcome};
 
 fn seeds(from: u64, count: u64) {
@@ -20,7 +22,7 @@ fn seeds(from: u64, count: u64) {
 
 #[test]
 fn many_seeds_pass() {
-    seeds(1, 40);
+    seeds(1, 100);
 }
 
 #[test]
@@ -35,7 +37,12 @@ fn one_seed_is_one_run() {
 }
 
 fn found(fault: Fault, invariants: &[&str]) {
-    for seed in 1..400 {
+    found_from(1, fault, invariants);
+}
+
+/// Beginning with a seed that is known to find it.
+fn found_from(first: u64, fault: Fault, invariants: &[&str]) {
+    for seed in first..first + 1000 {
         let report = run_groups(&Options {
             seed,
             fault: Some(fault),
@@ -51,7 +58,8 @@ fn found(fault: Fault, invariants: &[&str]) {
 
 #[test]
 fn delivering_while_the_view_is_left_is_found() {
-    found(
+    found_from(
+        31,
         Fault::DeliverWhileBlocked,
         &["view synchrony", "state", "abcast", "fbcast"],
     );
@@ -95,16 +103,48 @@ fn a_gbcast_that_does_not_wait_is_found() {
 fn a_joiner_that_forgets_what_waited_is_found() {
     found(
         Fault::JoinerForgets,
-        &["state", "view synchrony", "fbcast", "cbcast"],
+        &["state", "view synchrony", "fbcast", "cbcast", "abcast"],
     );
 }
 
 #[test]
 fn messages_of_an_earlier_membership_are_found() {
-    found(Fault::OldDirects, &["direct", "liveness"]);
+    found_from(10, Fault::OldDirects, &["direct", "liveness"]);
 }
 
 #[test]
 fn an_acknowledgement_after_the_report_that_counts_is_found() {
-    found(Fault::VouchAfterReport, &["safe"]);
+    found_from(272, Fault::VouchAfterReport, &["safe"]);
+}
+
+fn with_twins(seed: u64) -> Options {
+    Options {
+        seed,
+        twins: true,
+        ..Options::default()
+    }
+}
+
+#[test]
+fn a_run_cut_again_and_again_is_the_uncut_run() {
+    for seed in 1..=7 {
+        let uncut = Options {
+            twins: false,
+            ..with_twins(seed)
+        };
+        assert_eq!(run_groups(&with_twins(seed)), run_groups(&uncut), "{seed}");
+    }
+}
+
+#[test]
+fn a_snapshot_that_forgets_is_found() {
+    let missed = |forget: fn(&mut Process)| {
+        (1..=12).any(|seed| {
+            let outcome = run_forgetting(&with_twins(seed), forget).outcome;
+            matches!(outcome, Outcome::Failed { invariant, .. } if invariant == "twin")
+        })
+    };
+    let not_missed = FORGETTING.iter().filter(|(_, forget)| !missed(*forget));
+    let not_missed: Vec<_> = not_missed.map(|(field, _)| field).collect();
+    assert!(not_missed.is_empty(), "{not_missed:?}");
 }

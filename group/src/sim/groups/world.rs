@@ -2,6 +2,7 @@
 
 use super::invariants::{self, Invariant, Seen, Who};
 use super::program::Program;
+use super::twin::Pair;
 use crate::config::Config;
 use crate::output::{ControlEvent, RegistryReply};
 use crate::process::{GroupId, Order, Output, Process, ProcessConfig, Request};
@@ -98,7 +99,7 @@ pub(super) enum Incoming {
 }
 
 pub(super) struct Node {
-    pub(super) process: Option<Process>,
+    pub(super) process: Option<Pair>,
     /// Counts processes.
     epoch: u64,
     pub(super) paused_until: u64,
@@ -130,11 +131,19 @@ pub(super) struct World {
     pub(super) incarnations: u128,
     pub(super) memberships: u64,
     pub(super) checks: u64,
+    /// Done to every twin: what a snapshot would forget.
+    forget: fn(&mut Process),
 }
 
 /// Runs one seed to its end.
 pub fn run_groups(options: &Options) -> GroupReport {
+    run_forgetting(options, |_| {})
+}
+
+/// Runs one seed; its twins forget something.
+pub(super) fn run_forgetting(options: &Options, forget: fn(&mut Process)) -> GroupReport {
     let mut w = World::new(options.clone());
+    w.forget = forget;
     while w.failure.is_none() {
         let Some(((at, _), what)) = w.queue.pop_first() else {
             break;
@@ -208,6 +217,7 @@ impl World {
             incarnations: 0,
             memberships: 0,
             checks: 0,
+            forget: |_| {},
         };
         w.network.duplicates = 30;
         for node in 0..count {
@@ -251,7 +261,7 @@ impl World {
         let Some(process) = &self.nodes[node].process else {
             return;
         };
-        let who: Who = (process.me().incarnation, group);
+        let who: Who = (process.process().me().incarnation, group);
         let view = self.nodes[node].programs.get(&group).map_or(0, |p| p.view);
         let mut failed = None;
         for invariant in &mut self.invariants {
@@ -352,7 +362,9 @@ impl World {
                 let name = name(peer);
                 self.call(node, |p, now| p.handle_control(now, &name, event));
             }
-            Incoming::Registry(reply) => self.call(node, |p, now| p.handle_registry(now, reply)),
+            Incoming::Registry(reply) => {
+                self.call(node, |p, now| p.handle_registry(now, reply.clone()))
+            }
         }
     }
 
@@ -378,16 +390,16 @@ impl World {
         Some(self.registry.apply(&request))
     }
 
-    pub(super) fn call(&mut self, node: usize, f: impl FnOnce(&mut Process, Instant)) {
+    pub(super) fn call(&mut self, node: usize, f: impl Fn(&mut Process, Instant)) {
         let now = Instant::from_micros(self.now);
         let Some(process) = &mut self.nodes[node].process else {
             return;
         };
-        f(process, now);
+        process.give(now, f);
         self.drain(node);
     }
 
-    fn drain(&mut self, node: usize) {
+    pub(super) fn drain(&mut self, node: usize) {
         let epoch = self.nodes[node].epoch;
         while let Some(process) = &mut self.nodes[node].process {
             let Some(output) = process.poll_output() else {
@@ -398,10 +410,15 @@ impl World {
                 return;
             }
         }
-        let Some(process) = &self.nodes[node].process else {
+        let Some(process) = &mut self.nodes[node].process else {
             return;
         };
-        if let Some(at) = process.poll_timeout() {
+        let difference = process.difference();
+        let due = process.process().poll_timeout();
+        if let Some(what) = difference {
+            self.fail("twin", what);
+        }
+        if let Some(at) = due {
             let at = at.micros().max(self.now + 1);
             if at < self.nodes[node].timer_at {
                 self.nodes[node].timer_at = at;
@@ -416,7 +433,7 @@ impl World {
                 let Some(process) = &self.nodes[node].process else {
                     return;
                 };
-                let from = Arc::new(process.me().clone());
+                let from = Arc::new(process.process().me().clone());
                 for m in to.iter() {
                     let to = index(m);
                     let epoch = self.nodes[to].epoch;
@@ -488,15 +505,20 @@ impl World {
         let mut config = ProcessConfig::new(core);
         config.slow_after = Some(Duration::from_secs(3));
         let seed = self.rng.next_u64();
+        let twin = self
+            .options
+            .twins
+            .then_some((self.options.seed, self.forget));
+        let now = Instant::from_micros(self.now);
         let n = &mut self.nodes[node];
         n.epoch += 1;
         n.timer_at = u64::MAX;
         n.inbox.clear();
         n.wanted.clear();
-        n.process = Some(Process::new(config, seed, Instant::from_micros(self.now)));
+        n.process = Some(Pair::new(config, seed, now, twin));
         self.log(|| format!("{me} begins"));
         self.connect(node);
-        self.call(node, |_, _| {});
+        self.drain(node);
     }
 
     /// Control connections both ways.
@@ -511,7 +533,7 @@ impl World {
                     continue;
                 };
                 let event = ControlEvent::Connected {
-                    incarnation: p.me().incarnation,
+                    incarnation: p.process().me().incarnation,
                     since,
                 };
                 let what = Incoming::Control { peer: of, event };

@@ -2,6 +2,7 @@
 
 mod clock;
 mod fifo;
+mod fitness;
 mod joiner_state;
 mod no_ack_after_wedge;
 mod one_leader_emits;
@@ -24,6 +25,8 @@ pub(crate) enum Observed<'a> {
         cut: u64,
         role: Role,
         survivor: bool,
+        /// The full members, in rank order.
+        full: &'a [MemberId],
         applied: u64,
         chain: u64,
         /// Digest of the application's state at the newest event that was ever stable, if it has it.
@@ -36,6 +39,8 @@ pub(crate) enum Observed<'a> {
         number: u64,
         chain: u64,
     },
+    /// It reports from now on whether it is unfit to lead.
+    Progress { unfit: bool },
     /// A datagram's body left.
     Sent { body: &'a [u8] },
     /// A checkpoint came in whole: what it says.
@@ -63,6 +68,7 @@ pub(crate) trait Invariant {
 pub(crate) fn all() -> Vec<Box<dyn Invariant>> {
     vec![
         Box::<fifo::Fifo>::default(),
+        Box::<fitness::Fitness>::default(),
         Box::<view_synchrony::ViewSynchrony>::default(),
         Box::<no_ack_after_wedge::NoAckAfterWedge>::default(),
         Box::<stable_survives::StableSurvives>::default(),

@@ -1,0 +1,44 @@
+//! What must fit together in a membership that was read from an image.
+
+use super::Endpoint;
+use crate::view::MemberId;
+
+impl Endpoint {
+    /// That every list is as long as the view says, and nothing was taken that is not held.
+    pub(crate) fn consistent(&self, me: &MemberId) -> bool {
+        let ranks = self.view.members.len();
+        let others = self.view.members.iter().filter(|m| *m != me);
+        let directs = self.directs.values();
+        self.me == *me
+            && self.view.rank(me) == Some(self.rank)
+            && ranks <= crate::process::MEMBERS_MAX
+            && others.eq(self.others.iter())
+            && self.ins.len() == ranks
+            && self.out.consistent(ranks - 1, Some(self.own_taken))
+            && self
+                .ins
+                .iter()
+                .all(crate::process::lane::Incoming::consistent)
+            && self.threads.consistent(ranks)
+            && directs
+                .into_iter()
+                .all(|d| d.out.consistent(1, None) && d.inc.consistent())
+    }
+}
+
+/// What an image that forgot this would do to a restored process: fields of it, and of its memberships.
+#[cfg(test)]
+pub(crate) const FORGETTING: &[(&str, fn(&mut crate::process::Process))] = {
+    macro_rules! forgetting {
+        ($($field:ident),* ; $($in_endpoint:ident),*) => {&[
+            $((stringify!($field), |p| p.$field = Default::default()),)*
+            $((stringify!($in_endpoint), |p| for e in p.endpoints.values_mut() {
+                e.$in_endpoint = Default::default();
+            }),)*
+        ]};
+    }
+    forgetting![
+        asked, flushes, requests, changing, repeat_at, reported, image;
+        together, done, calls, blocked, load, donating, buffered, paused, queue
+    ]
+};
