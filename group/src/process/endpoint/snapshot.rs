@@ -38,7 +38,7 @@ pub(crate) const FORGETTING: &[(&str, fn(&mut crate::process::Process))] = {
         ]};
     }
     forgetting![
-        asked, flushes, requests, changing, repeat_at, reported, image;
+        asked, flushes, requests, changing, repeat_at, reported;
         together, done, calls, blocked, load, donating, buffered, paused, queue
     ]
 };
