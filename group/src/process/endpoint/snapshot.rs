@@ -26,9 +26,13 @@ impl Endpoint {
     }
 }
 
-/// What an image that forgot this would do to a restored process: fields of it, and of its memberships.
+/// A field, and what an image that forgot it would do to a restored process.
 #[cfg(test)]
-pub(crate) const FORGETTING: &[(&str, fn(&mut crate::process::Process))] = {
+type Forgotten = (&'static str, fn(&mut crate::process::Process));
+
+/// Fields of a process, and of its memberships.
+#[cfg(test)]
+pub(crate) const FORGETTING: &[Forgotten] = {
     macro_rules! forgetting {
         ($($field:ident),* ; $($in_endpoint:ident),*) => {&[
             $((stringify!($field), |p| p.$field = Default::default()),)*

@@ -8,6 +8,9 @@ use crate::time::Instant;
 const EVERY: u64 = 7;
 const FIRST: u64 = 200;
 
+/// What a snapshot would forget.
+pub(super) type Forget = fn(&mut Process);
+
 /// A process; in a run with twins, a restored one and its uncut twin.
 pub(super) struct Pair {
     process: Process,
@@ -19,7 +22,7 @@ struct Uncut {
     process: Process,
     inputs: u64,
     /// Done to every restored one: what a snapshot would forget.
-    forget: fn(&mut Process),
+    forget: Forget,
     difference: Option<String>,
 }
 
@@ -29,7 +32,7 @@ impl Pair {
         config: ProcessConfig,
         seed: u64,
         now: Instant,
-        twin: Option<(u64, fn(&mut Process))>,
+        twin: Option<(u64, Forget)>,
     ) -> Self {
         let uncut = twin.map(|(inputs, forget)| Uncut {
             config: config.clone(),

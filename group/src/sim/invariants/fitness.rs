@@ -30,10 +30,8 @@ impl Invariant for Fitness {
 
     fn observe(&mut self, who: &MemberId, what: &Observed<'_>) -> Result<(), String> {
         match what {
-            Observed::Progress { unfit } => {
-                if !self.was(who, *unfit, u64::MAX) {
-                    self.unfit.insert(who.clone(), (*unfit, self.newest));
-                }
+            Observed::Progress { unfit } if !self.was(who, *unfit, u64::MAX) => {
+                self.unfit.insert(who.clone(), (*unfit, self.newest));
             }
             Observed::Installed {
                 view,
