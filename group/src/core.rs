@@ -146,6 +146,9 @@ pub struct Core {
     pub(crate) instance: Option<u128>,
     pub(crate) tick_at: Instant,
     pub(crate) due: Option<Instant>,
+    /// Bytes that may be sent again because of the datagram that is being taken.
+    #[serde(skip)]
+    pub(crate) resend_left: usize,
     /// Empty whenever an image is taken.
     #[serde(skip)]
     pub(crate) outputs: VecDeque<Output>,
@@ -225,6 +228,7 @@ impl Core {
             instance: None,
             tick_at: now,
             due: None,
+            resend_left: 0,
             outputs: VecDeque::new(),
             counters: Counters::default(),
             config,
@@ -244,6 +248,7 @@ impl Core {
             return;
         };
         self.clock.observe(header.clock_us);
+        self.resend_left = crate::receiving::RESEND_BYTES;
         for item in items.by_ref() {
             self.on_item(from, &header, item);
             if self.phase == Phase::Gone {

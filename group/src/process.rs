@@ -29,6 +29,8 @@ mod gbcast;
 mod lane;
 mod ledger;
 mod loading;
+#[cfg(test)]
+pub(crate) mod nonsense;
 mod replies;
 mod snapshot;
 mod types;

@@ -15,8 +15,8 @@ mod tests;
 
 /// An amortised acknowledgement waits at most this long.
 const ACK_DELAY: Duration = Duration::from_millis(1);
-/// Bytes sent again for one request.
-const RESEND_BYTES: usize = 256 * 1024;
+/// Bytes sent again because of one datagram, however many requests are in it.
+pub(crate) const RESEND_BYTES: usize = 256 * 1024;
 
 impl Core {
     pub(crate) fn on_item(&mut self, from: &MemberId, header: &Header, item: Item<'_>) {
@@ -248,26 +248,30 @@ impl Core {
         } else if self.phase != Phase::Leading {
             return;
         }
-        let mut budget = RESEND_BYTES;
         let sent = if self.wedged.is_some() {
             Pos::start(self.log.next())
         } else {
             self.next_send
         };
         for (a, b) in ranges.iter().take(crate::fbcast::NAK_RANGES_MAX) {
+            if self.resend_left == 0 {
+                break;
+            }
             let to = (*b).min(sent);
             if a.number < self.log.first() {
                 continue; // an old request that was long on its way: whoever sent it holds this by now
             }
-            let (bodies, _) = self
-                .log
-                .pack(&header.bytes(), *a, to, budget, &self.config.limits);
-            budget = budget.saturating_sub(bodies.iter().map(Bytes::len).sum());
+            let (bodies, _) = self.log.pack(
+                &header.bytes(),
+                *a,
+                to,
+                self.resend_left,
+                &self.config.limits,
+            );
+            let sent = bodies.iter().map(Bytes::len).sum();
+            self.resend_left = self.resend_left.saturating_sub(sent);
             self.counters.retransmitted += bodies.len() as u64;
             self.send_bodies(from, bodies);
-            if budget == 0 {
-                break;
-            }
         }
     }
 }

@@ -7,6 +7,11 @@
 
 use super::seal::TAG_BYTES;
 
+/// Raised with every change to what stands in a datagram or how it is sealed.
+///
+/// A node speaks this version alone until there is a release. From then on it opens its predecessor's version too, and sends
+/// that until every member of the view has shown, by a datagram of the newer one, that it opens it; so a cluster is upgraded
+/// node by node, one version at a time. What is of neither version is dropped, and counted apart from damage.
 const VERSION: u8 = 2;
 /// The only lane so far; a node with several data-plane shards will number them.
 const LANE: u8 = 0;
@@ -31,6 +36,11 @@ impl Header {
         out.extend_from_slice(&self.incarnation.to_le_bytes());
         out.extend_from_slice(&self.epoch.to_le_bytes());
         out.extend_from_slice(&self.counter.to_le_bytes());
+    }
+
+    /// Whether a datagram is of a version that this node does not speak.
+    pub(super) fn is_of_another_version(datagram: &[u8]) -> bool {
+        datagram.first().is_some_and(|v| *v != VERSION)
     }
 
     /// The header of a datagram; `None` if it is of another version or lane, or too short for any body.

@@ -29,8 +29,10 @@ const EPOCHS_MAX: usize = 3;
 pub struct Counters {
     /// Accepted.
     pub received: u64,
-    /// Too short, or of another version or lane.
+    /// Too short, or of another lane.
     pub malformed: u64,
+    /// Of another version of the wire: that node is to be upgraded, or this one.
+    pub other_version: u64,
     /// From an address that is not that of the member it names, or of a group that is not here or not known yet.
     pub stranger: u64,
     /// Not sealed by the member that it names, as the life and in the epoch that it names.
@@ -46,6 +48,7 @@ pub struct Counters {
 /// Why a datagram is dropped.
 enum Refusal {
     Malformed,
+    OtherVersion,
     Stranger,
     Forged,
     Replayed,
@@ -126,6 +129,13 @@ impl Inbound {
                 &mut counters.received
             }
             Err(Refusal::Malformed) => &mut counters.malformed,
+            Err(Refusal::OtherVersion) => {
+                if counters.other_version == 0 {
+                    let version = datagram.first();
+                    tracing::warn!(%from, ?version, "datagrams of another version are dropped");
+                }
+                &mut counters.other_version
+            }
             Err(Refusal::Stranger) => &mut counters.stranger,
             Err(Refusal::Forged) => &mut counters.forged,
             Err(Refusal::Replayed) => &mut counters.replayed,
@@ -154,6 +164,9 @@ impl Keyring {
         from: SocketAddr,
         datagram: &'a mut [u8],
     ) -> Result<(u32, &'a MemberId, &'a [u8]), Refusal> {
+        if Header::is_of_another_version(datagram) {
+            return Err(Refusal::OtherVersion);
+        }
         let header = Header::of(datagram).ok_or(Refusal::Malformed)?;
         let rank = usize::from(header.rank);
         match self.ranks.get(&from) {

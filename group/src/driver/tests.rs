@@ -75,7 +75,14 @@ struct Heard {
 }
 
 fn total(c: Counters) -> u64 {
-    c.received + c.malformed + c.stranger + c.forged + c.replayed + c.stale + c.own
+    c.received
+        + c.malformed
+        + c.other_version
+        + c.stranger
+        + c.forged
+        + c.replayed
+        + c.stale
+        + c.own
 }
 
 /// Gives one datagram to the listener: it is counted once, and handed on at most once.
@@ -103,6 +110,7 @@ fn fate(inbound: &mut Inbound, from: SocketAddr, datagram: &[u8]) -> &'static st
     let moved = [
         ("received", after.received - before.received),
         ("malformed", after.malformed - before.malformed),
+        ("version", after.other_version - before.other_version),
         ("stranger", after.stranger - before.stranger),
         ("forged", after.forged - before.forged),
         ("replayed", after.replayed - before.replayed),
@@ -147,7 +155,7 @@ fn each_kind_of_wrong_datagram_has_its_counter() {
     );
     let mut version = good.clone();
     version[0] += 1;
-    assert_eq!(fate(&mut b, address(0), &version), "malformed");
+    assert_eq!(fate(&mut b, address(0), &version), "version");
     assert_eq!(fate(&mut b, address(1), &good), "own");
     assert_eq!(fate(&mut b, address(2), &good), "stranger");
     assert_eq!(fate(&mut b, address(9), &good), "stranger");

@@ -21,7 +21,7 @@ const BURST_BYTES: usize = 60 * 1024;
 const ACK_BYTES: usize = 64 * 1024;
 /// Or for this long.
 const ACK_DELAY: Duration = Duration::from_millis(1);
-/// Bytes sent again for one request.
+/// Bytes sent again because of one datagram, however many requests are in it.
 pub(crate) const RESEND_BYTES: usize = 128 * 1024;
 
 /// What this member sends.
@@ -187,13 +187,19 @@ impl Outgoing {
     }
 
     /// Datagrams with one of the ranges that a receiver misses.
-    pub(crate) fn again(&self, header: &Header, from: Pos, to: Pos, limits: &Limits) -> Vec<Bytes> {
+    pub(crate) fn again(
+        &self,
+        header: &Header,
+        (from, to): (Pos, Pos),
+        budget: usize,
+        limits: &Limits,
+    ) -> Vec<Bytes> {
         let to = to.min(self.next_send);
         if from.number < self.log.first() {
             return Vec::new(); // an old request that was long on its way
         }
         let head = header.bytes();
-        self.log.pack(&head, from, to, RESEND_BYTES, limits).0
+        self.log.pack(&head, from, to, budget, limits).0
     }
 
     pub(crate) fn probe_due(&self) -> Option<Instant> {

@@ -364,8 +364,8 @@ impl Chaos {
     }
 }
 
-/// What one datagram of 1360 bytes can make a core send: what a request asks for, and a few answers.
-const ANSWER_BYTES_MAX: usize = 8 << 20;
+/// What one datagram can make a core send: what its requests ask for, together, and a few answers.
+const ANSWER_BYTES_MAX: usize = super::RESEND_BYTES + (64 << 10);
 
 /// The third member may be silent to the others, so that they suspect it; all speak nonsense to the victim.
 fn bears_garbage(seed: u64, role: Role) {

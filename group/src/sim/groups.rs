@@ -3,6 +3,8 @@
 
 mod acts;
 mod invariants;
+#[cfg(test)]
+mod nonsense;
 mod program;
 #[cfg(test)]
 mod tests;

@@ -2,11 +2,18 @@
 
 use super::{Cx, Direct, Endpoint};
 use crate::config::planted;
+use crate::fbcast::NAK_RANGES_MAX;
+use crate::process::lane::RESEND_BYTES;
 use crate::process::types::{GroupEvent, Message};
 use crate::process::wire::{BLOCKED, DIRECT, Envelope, Header, Kind, Op, Small};
 use crate::view::MemberId;
 use crate::wire::{Chunk, Item, Piece, Pos, Reader};
+use bytes::Bytes;
 use std::sync::Arc;
+
+fn spend(budget: &mut usize, bodies: &[Bytes]) {
+    *budget = budget.saturating_sub(bodies.iter().map(Bytes::len).sum());
+}
 
 impl Endpoint {
     /// A datagram's items.
@@ -26,12 +33,13 @@ impl Endpoint {
         if direct && !ours && !planted!(cx.config.core, OldDirects) {
             return;
         }
+        let mut resend = RESEND_BYTES;
         for item in items {
             match item {
                 Item::Chunk(chunk) if direct => self.on_direct_chunk(cx, from, header.lane, &chunk),
                 Item::Chunk(chunk) if here => self.on_chunk(cx, rank, header.lane, &chunk),
                 Item::Piece(piece) => self.on_piece(cx, from, &piece),
-                Item::Message(small) => self.on_small(cx, from, rank, header, small),
+                Item::Message(small) => self.on_small(cx, (from, rank), header, small, &mut resend),
                 Item::Chunk(_) | Item::Unicast(_) => {}
             }
         }
@@ -104,10 +112,10 @@ impl Endpoint {
     fn on_small(
         &mut self,
         cx: &mut Cx<'_>,
-        from: &MemberId,
-        rank: usize,
+        (from, rank): (&MemberId, usize),
         header: &Header,
         small: Small,
+        resend: &mut usize,
     ) {
         let here = header.view == self.view.id;
         match small {
@@ -133,13 +141,15 @@ impl Endpoint {
                 };
                 let header = self.direct_header(from, lane, direct);
                 let mut bodies = Vec::new();
-                for (a, b) in ranges.iter().take(crate::fbcast::NAK_RANGES_MAX) {
+                for range in ranges.iter().take(NAK_RANGES_MAX) {
                     let limits = &cx.config.core.limits;
-                    bodies.extend(direct.out.again(&header, *a, *b, limits));
+                    let again = direct.out.again(&header, *range, *resend, limits);
+                    spend(resend, &again);
+                    bodies.extend(again);
                 }
                 Self::send_bodies(cx, Arc::from([from.clone()]), bodies);
             }
-            Small::Nak(ranges) if here => self.on_nak(cx, from, header.lane, &ranges),
+            Small::Nak(ranges) if here => self.on_nak(cx, from, header.lane, &ranges, resend),
             Small::StateWanted {
                 since,
                 offset,
@@ -174,7 +184,14 @@ impl Endpoint {
         }
     }
 
-    fn on_nak(&mut self, cx: &mut Cx<'_>, from: &MemberId, lane: u8, ranges: &[(Pos, Pos)]) {
+    fn on_nak(
+        &mut self,
+        cx: &mut Cx<'_>,
+        from: &MemberId,
+        lane: u8,
+        ranges: &[(Pos, Pos)],
+        resend: &mut usize,
+    ) {
         let mut header = self.header();
         header.lane = lane;
         let rank = usize::from(lane);
@@ -183,17 +200,20 @@ impl Endpoint {
         }
         let limits = &cx.config.core.limits;
         let mut bodies = Vec::new();
-        for (a, b) in ranges.iter().take(crate::fbcast::NAK_RANGES_MAX) {
-            if rank == self.rank {
-                bodies.extend(self.out.again(&header, *a, *b, limits));
+        for (a, b) in ranges.iter().take(NAK_RANGES_MAX) {
+            let again = if rank == self.rank {
+                self.out.again(&header, (*a, *b), *resend, limits)
             } else if let Some(inc) = self.ins.get(rank)
                 && a.number >= inc.log.first()
             {
-                let budget = crate::process::lane::RESEND_BYTES;
                 let until = (*b).min(Pos::start(inc.log.next()));
                 let head = header.bytes();
-                bodies.extend(inc.log.pack(&head, *a, until, budget, limits).0);
-            }
+                inc.log.pack(&head, *a, until, *resend, limits).0
+            } else {
+                continue;
+            };
+            spend(resend, &again);
+            bodies.extend(again);
         }
         Self::send_bodies(cx, Arc::from([from.clone()]), bodies);
     }

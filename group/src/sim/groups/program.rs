@@ -28,11 +28,12 @@ impl Id {
 
     pub(super) fn read(body: &Bytes) -> Self {
         let mut body = body.clone();
+        // Only nonsense is shorter.
         Self {
-            sender: body.get_u64(),
-            kind: body.get_u8(),
-            count: body.get_u64(),
-            safe: body.get_u8() != 0,
+            sender: body.try_get_u64().unwrap_or(0),
+            kind: body.try_get_u8().unwrap_or(0),
+            count: body.try_get_u64().unwrap_or(0),
+            safe: body.try_get_u8().unwrap_or(0) != 0,
         }
     }
 

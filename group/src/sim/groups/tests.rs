@@ -1,7 +1,7 @@
 //! The simulator as a test: many seeds pass; the same seed is the same run; each planted fault is found.
 
 use super::run_groups;
-use super::world::run_forgetting;
+use super::world::{run_forgetting, run_nonsense};
 use crate::config::Fault;
 use crate::process::{FORGETTING, Process};
 use crate::sim::{Options, Outcome};
@@ -147,4 +147,16 @@ fn a_snapshot_that_forgets_is_found() {
     let not_missed = FORGETTING.iter().filter(|(_, forget)| !missed(*forget));
     let not_missed: Vec<_> = not_missed.map(|(field, _)| field).collect();
     assert!(not_missed.is_empty(), "{not_missed:?}");
+}
+
+#[test]
+fn nonsense_of_members_is_borne() {
+    for seed in 1..=60 {
+        let options = Options {
+            seed,
+            ..Options::default()
+        };
+        let report = run_nonsense(&options);
+        assert!(report.delivered > 0, "{seed}");
+    }
 }

@@ -131,6 +131,8 @@ pub(super) struct World {
     pub(super) incarnations: u128,
     pub(super) memberships: u64,
     pub(super) checks: u64,
+    /// Members say nonsense besides; nothing is promised then but that it is borne.
+    pub(super) nonsense: bool,
     /// Done to every twin: what a snapshot would forget.
     forget: fn(&mut Process),
 }
@@ -144,30 +146,51 @@ pub fn run_groups(options: &Options) -> GroupReport {
 pub(super) fn run_forgetting(options: &Options, forget: fn(&mut Process)) -> GroupReport {
     let mut w = World::new(options.clone());
     w.forget = forget;
-    while w.failure.is_none() {
-        let Some(((at, _), what)) = w.queue.pop_first() else {
-            break;
-        };
-        w.now = at;
-        w.report.steps += 1;
-        if matches!(what, Happening::Check) {
-            match w.not_well() {
-                None => break,
-                Some(what) if at > w.healed_at + LIVE_WITHIN => w.fail("liveness", what),
-                Some(_) => w.after(10_000, Happening::Check),
+    w.run()
+}
+
+/// Runs one seed in which members say nonsense.
+#[cfg(test)]
+pub(super) fn run_nonsense(options: &Options) -> GroupReport {
+    let mut w = World::new(options.clone());
+    w.nonsense = true;
+    w.run()
+}
+
+impl World {
+    fn run(mut self) -> GroupReport {
+        let w = &mut self;
+        while w.failure.is_none() {
+            let Some(((at, _), what)) = w.queue.pop_first() else {
+                break;
+            };
+            w.now = at;
+            w.report.steps += 1;
+            if matches!(what, Happening::Check) {
+                match w.not_well() {
+                    None => break,
+                    Some(what) if at > w.healed_at + LIVE_WITHIN => w.fail("liveness", what),
+                    Some(_) => w.after(10_000, Happening::Check),
+                }
+                continue;
             }
-            continue;
+            w.happen(what);
+            if w.nonsense {
+                w.failure = None;
+                if w.healed {
+                    break;
+                }
+            }
         }
-        w.happen(what);
+        if let Some((invariant, what)) = w.failure.take() {
+            w.report.outcome = Outcome::Failed {
+                invariant,
+                what,
+                at_us: w.now,
+            };
+        }
+        self.report
     }
-    if let Some((invariant, what)) = w.failure.take() {
-        w.report.outcome = Outcome::Failed {
-            invariant,
-            what,
-            at_us: w.now,
-        };
-    }
-    w.report
 }
 
 impl World {
@@ -217,6 +240,7 @@ impl World {
             incarnations: 0,
             memberships: 0,
             checks: 0,
+            nonsense: false,
             forget: |_| {},
         };
         w.network.duplicates = 30;
@@ -356,6 +380,10 @@ impl World {
     fn arrives(&mut self, node: usize, what: Incoming) {
         match what {
             Incoming::Datagram { from, body } => {
+                #[cfg(test)]
+                if self.nonsense {
+                    self.talk_nonsense(node, &from, &body);
+                }
                 self.call(node, |p, now| p.handle_datagram(now, &from, &body));
             }
             Incoming::Control { peer, event } => {
