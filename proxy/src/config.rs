@@ -259,6 +259,8 @@ pub struct ServiceConfig {
     pub upstream: Upstream,
     /// How the VIP moves between nodes.
     pub address: AddressMode,
+    /// Run when this node begins to lead, and when it no longer does; empty for none.
+    pub hooks: HooksConfig,
     /// Who enforces the lease.
     pub fence: FenceMode,
     /// What order the servers need.
@@ -276,6 +278,15 @@ pub struct ServiceConfig {
     pub restore: Option<Vec<String>>,
     /// With `ordering = "total"`: how long an input may be left untaken before others pass it.
     pub stall: Duration,
+}
+
+/// Commands of the user's for networks that move addresses by API; program and arguments each.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct HooksConfig {
+    /// When this node begins to lead.
+    pub on_promote: Vec<String>,
+    /// When it no longer leads, or ends.
+    pub on_demote: Vec<String>,
 }
 
 /// Where the local copy of the server listens.
@@ -301,6 +312,12 @@ impl fmt::Display for Upstream {
 pub enum AddressMode {
     /// The leader's own MAC address, made known by gratuitous ARP or unsolicited NA.
     Garp,
+    /// A virtual MAC address that moves with the VIP: neighbours' caches stay right, switches learn the
+    /// new port.
+    Vmac,
+    /// A virtual MAC address that no frame bears as its source, so that no switch learns a port for it
+    /// and every replica hears every frame of a client: what comes while nobody leads is not lost.
+    Flood,
 }
 
 /// Who enforces that a node without the lease emits nothing (rule R2).

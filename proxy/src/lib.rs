@@ -14,6 +14,7 @@ mod dataplane;
 pub mod determinism;
 mod fault;
 pub mod groups;
+mod hooks;
 pub mod metrics;
 pub mod node;
 mod registry;

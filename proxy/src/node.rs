@@ -23,6 +23,7 @@ use unbroken_coord::driver as coord;
 use crate::admin::{self, Admin};
 use crate::config::{Config, CoordConfig, ServiceConfig};
 use crate::dataplane::{self, Dataplane, Input, Note};
+use crate::hooks::Hooks;
 use crate::metrics::NodeMetrics;
 use crate::registry::{self, Reads};
 use crate::status::{Board, CoordinatorRole, CoordinatorStatus, Role, ServiceStatus};
@@ -77,6 +78,7 @@ pub async fn run(config: Config, mut shutdown: watch::Receiver<bool>) -> anyhow:
         },
     ));
 
+    let hooks = Hooks::start(&config);
     let (ended_sender, mut ended) = tokio::sync::oneshot::channel();
     std::thread::Builder::new()
         .name("dataplane".into())
@@ -99,6 +101,7 @@ pub async fn run(config: Config, mut shutdown: watch::Receiver<bool>) -> anyhow:
             Some(note) = note_queue.recv() => match note {
                 Note::PeerDied(name) => coordinator.peer_died(&name),
                 Note::Leading => coordinator.keep_off(&board),
+                Note::Turn { plane, leads, view } => hooks.turn(plane, leads, view),
             },
             _ = look.tick() => {
                 coordinator.keep_off(&board);
@@ -116,6 +119,7 @@ pub async fn run(config: Config, mut shutdown: watch::Receiver<bool>) -> anyhow:
             Err(_) => warn!("the data plane did not leave its groups in time"),
         }
     }
+    hooks.end().await;
     stop_admin.send_replace(true);
     if let Err(error) = page.await {
         error!(%error, "the admin page");

@@ -108,6 +108,9 @@ pub struct ServiceStatus {
     /// The leader's lease; `None` on a backup.
     #[serde(default)]
     pub lease: Option<LeaseStatus>,
+    /// What an operator should look at now: another station that announces the VIP.
+    #[serde(default)]
+    pub alarm: Option<String>,
     /// Who enforces the lease on this node.
     #[serde(default)]
     pub fence: Option<FenceMode>,
@@ -134,6 +137,7 @@ impl ServiceStatus {
             redundancy_reason: Some("this node is in no view yet".to_owned()),
             connections: 0,
             lease: None,
+            alarm: None,
             fence: None,
             members: Vec::new(),
             counters: ServiceCounters::default(),

@@ -31,12 +31,22 @@ pub(crate) fn fold(mut sum: u64) -> u16 {
 
 /// The sum of TCP's pseudo header (RFC 9293 §3.1, RFC 8200 §8.1).
 pub(crate) fn pseudo_header(source: IpAddr, destination: IpAddr, tcp_len: usize) -> u64 {
+    pseudo_header_of(source, destination, 6, tcp_len)
+}
+
+/// The sum of the pseudo header of any protocol.
+pub(crate) fn pseudo_header_of(
+    source: IpAddr,
+    destination: IpAddr,
+    protocol: u64,
+    len: usize,
+) -> u64 {
     let addresses = match (source, destination) {
         (IpAddr::V4(a), IpAddr::V4(b)) => sum(&a.octets()) + sum(&b.octets()),
         (IpAddr::V6(a), IpAddr::V6(b)) => sum(&a.octets()) + sum(&b.octets()),
         _ => 0,
     };
-    addresses + 6 + tcp_len as u64
+    addresses + protocol + len as u64
 }
 
 /// Whether a TCP segment's checksum fits.

@@ -51,6 +51,7 @@ mod error;
 mod event;
 mod gate;
 mod guard;
+mod icmp;
 mod mapped;
 mod output;
 mod receive;

@@ -57,6 +57,11 @@ impl Recovery {
         }
     }
 
+    /// The path takes smaller segments than it did.
+    pub(crate) fn shrink_segments(&mut self, mss: u16) {
+        self.mss = u64::from(mss);
+    }
+
     /// How many bytes may be in flight.
     pub(crate) fn cwnd(&self) -> u64 {
         self.cwnd

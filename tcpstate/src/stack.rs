@@ -9,6 +9,7 @@ use crate::config::Config;
 use crate::conn_state::{ConnState, LinkAddr, Tuple};
 use crate::endpoint::{Context, Endpoint, Fate, Log};
 use crate::event::{ConnId, Event, EventNo, HalfOpen, ResetBy};
+use crate::icmp::TooBig;
 use crate::output::{Checksum, Output, Packet};
 use crate::replica::{Image, Record, Replica};
 use crate::segment::{Refused, Reply, Segment, flag};
@@ -57,6 +58,8 @@ pub struct Counters {
     pub stateless_resets: u64,
     /// Handshakes refused because `max_connections` are open.
     pub refused_by_limit: u64,
+    /// A router's words that a segment was too large for the path.
+    pub too_big: u64,
 }
 
 /// The leader's TCP for one VIP. See the crate's root for the contract.
@@ -185,6 +188,11 @@ impl Stack {
         let segment = match Segment::parse(packet, self.config.vip, checksum) {
             Ok(segment) => segment,
             Err(refused) => {
+                if refused == Refused::NotOurs
+                    && let Some(too_big) = TooBig::parse(packet, self.config.vip, checksum)
+                {
+                    return self.on_too_big(now, &too_big);
+                }
                 let counter = match refused {
                     Refused::Malformed => &mut self.counters.malformed,
                     Refused::Fragment => &mut self.counters.fragments,
@@ -619,6 +627,16 @@ impl Stack {
             && self.quiet_until.is_none_or(|until| until <= now)
         {
             self.refuse(segment, link);
+        }
+    }
+
+    /// Path MTU discovery: smaller segments from now on, on the connection that it was about.
+    fn on_too_big(&mut self, now: Instant, too_big: &TooBig) {
+        if let Some(conn) = self.by_tuple.get(&too_big.tuple).copied() {
+            self.counters.too_big += 1;
+            self.with(now, conn, |endpoint, cx| {
+                endpoint.handle_too_big(cx, too_big.seq, too_big.mtu)
+            });
         }
     }
 

@@ -94,6 +94,9 @@ fn write_service(html: &mut String, service: &ServiceStatus) -> std::fmt::Result
         let held = if lease.held { "held" } else { "not held" };
         row("Lease", &format!("{held}, {} ms left", lease.remaining_ms))?;
     }
+    if let Some(alarm) = &service.alarm {
+        row("Alarm", &escape(alarm))?;
+    }
     if let Some(fence) = &service.fence {
         row("Fence", &word(fence))?;
     }

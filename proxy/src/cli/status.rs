@@ -153,6 +153,9 @@ fn table(answers: &[Answer]) -> String {
                     if let Some(reason) = &service.redundancy_reason {
                         remarks.push(format!("{}: {}: {reason}", status.node, service.name));
                     }
+                    if let Some(alarm) = &service.alarm {
+                        remarks.push(format!("{}: {}: {alarm}", status.node, service.name));
+                    }
                     if service.fence == Some(FenceMode::Process) {
                         let what = "fence process: the kernel does not enforce the lease";
                         remarks.push(format!("{}: {}: {what}", status.node, service.name));

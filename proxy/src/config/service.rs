@@ -9,7 +9,10 @@ use toml::de::DeValue;
 use super::document::{Complaint, Document};
 use super::section::{Found, Section};
 use super::value;
-use super::{AddressMode, Divergence, FenceMode, HistoryConfig, Ordering, ServiceConfig, Upstream};
+use super::{
+    AddressMode, Divergence, FenceMode, HistoryConfig, HooksConfig, Ordering, ServiceConfig,
+    Upstream,
+};
 
 /// Services of one node; each costs sockets and a share of the one data-plane thread.
 const SERVICES_MAX: usize = 64;
@@ -21,6 +24,7 @@ pub(super) struct ServiceSection {
     name: Found<String>,
     pub(super) vip: Found<(IpAddr, u8)>,
     interface: Found<String>,
+    address: Option<Found<AddressMode>>,
     fence: Option<Found<FenceMode>>,
     ports: Vec<Found<u16>>,
     ordering: Option<Found<Ordering>>,
@@ -138,12 +142,8 @@ fn service_section(section: Section<'_, '_>) -> Option<ServiceSection> {
         "health",
         "a server that does not accept is seen when a connection is opened to it",
     );
-    for key in ["on_promote", "on_demote"] {
-        section.not_yet(
-            key,
-            "the address moves by gratuitous ARP or neighbour advertisement alone",
-        );
-    }
+    let on_promote = section.optional("on_promote", value::command);
+    let on_demote = section.optional("on_demote", value::command);
     section.finish();
     let (name, vip, interface, ports) = (name?, vip?, interface?, ports?);
     if let Some(Found {
@@ -166,7 +166,13 @@ fn service_section(section: Section<'_, '_>) -> Option<ServiceSection> {
         ports: ports.iter().map(|port| port.value).collect(),
         interface: interface.value.clone(),
         upstream: upstream?.value,
-        address: address.map_or(AddressMode::Garp, |found| found.value),
+        address: address
+            .as_ref()
+            .map_or(AddressMode::Garp, |found| found.value),
+        hooks: HooksConfig {
+            on_promote: on_promote.map_or_else(Vec::new, |found| found.value),
+            on_demote: on_demote.map_or_else(Vec::new, |found| found.value),
+        },
         ordering: ordering
             .as_ref()
             .map_or(Ordering::Connection, |found| found.value),
@@ -185,6 +191,7 @@ fn service_section(section: Section<'_, '_>) -> Option<ServiceSection> {
         name,
         vip,
         interface,
+        address,
         fence,
         ports,
         ordering,
@@ -337,15 +344,22 @@ fn check_services(document: &Document<'_>, services: &[ServiceSection]) {
             );
             document.problem(key, span, true, complaint);
         }
-        // `address` must agree too; it has one available value in this version.
-        if service.config.fence != first.config.fence {
-            let found = service.fence.as_ref().or(first.fence.as_ref());
-            let Some(found) = found else { continue };
+        let mut differs = |what: &str, key: &str, span: &std::ops::Range<usize>| {
             let complaint = Complaint::new(
-                format!("service \"{other}\" has the same VIP with another fence"),
-                "the same: services of one VIP share its fence",
+                format!("service \"{other}\" has the same VIP with another {what}"),
+                format!("the same: services of one VIP share its {what}"),
             );
-            document.problem(&found.key, &found.span, true, complaint);
+            document.problem(key, span, true, complaint);
+        };
+        if service.config.fence != first.config.fence
+            && let Some(found) = service.fence.as_ref().or(first.fence.as_ref())
+        {
+            differs("fence", &found.key, &found.span);
+        }
+        if service.config.address != first.config.address
+            && let Some(found) = service.address.as_ref().or(first.address.as_ref())
+        {
+            differs("address mode", &found.key, &found.span);
         }
     }
 }

@@ -165,6 +165,7 @@ fn the_example_of_the_design_is_read() {
         upstream: Upstream::Tcp("127.0.0.1:7000".parse().unwrap()),
         address: AddressMode::Garp,
         fence: FenceMode::Kernel,
+        hooks: HooksConfig::default(),
         ordering: Ordering::Connection,
         close_wait: Duration::from_secs(1),
         divergence: Divergence::Evict,
@@ -622,7 +623,6 @@ const WRONG: &[(&str, &str, &str)] = &[
         "\"127.0.0.1:7000\"",
         "\"unix:app.sock\"",
     ),
-    ("an address mode to come", "\"garp\"    ", "\"vmac\""),
     ("an address mode that is none", "\"garp\"    ", "\"grap\""),
     (
         "one order without a command",
@@ -663,7 +663,7 @@ const WRONG: &[(&str, &str, &str)] = &[
     (
         "hooks",
         "close_wait = \"1s\"",
-        "on_promote = [\n  \"/bin/true\",\n]\nhealth = { every = \"1s\" }",
+        "on_promote = \"/bin/true\"\non_demote = []\nhealth = { every = \"1s\" }",
     ),
 ];
 
@@ -698,13 +698,15 @@ fn every_mistake_is_explained() {
     let total = "ports = [7]\nordering = \"total\"\ncommand = [\"/usr/bin/server\"]";
     show("one vip with two orderings", &second("ports = [7]", total));
     let fence = "[7]\nfence = \"process\"";
+    let address = "[7]\naddress = \"vmac\"";
+    show("one vip with two address modes", &second("[7]", address));
     show("one vip with two fences", &second("[7]", fence));
     show("an empty file", "");
     let many = EXAMPLE
         .replace("name = \"r1\"", "nmae = \"r1\"")
         .replace("\"10ms\"", "\"10 parsecs\"")
         .replace("[80]", "[80, 99999]")
-        .replace("\"garp\"", "\"flood\"");
+        .replace("\"garp\"", "\"gratuitous\"");
     show("many at once", &many);
     show(
         "a tab and what is not ASCII",

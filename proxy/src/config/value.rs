@@ -283,13 +283,11 @@ pub(super) fn resilience(value: &DeValue<'_>) -> Parsed<Resilience> {
 }
 
 pub(super) fn address_mode(value: &DeValue<'_>) -> Parsed<AddressMode> {
-    match word(value, &["garp", "vmac", "flood"])? {
-        "garp" => Ok(AddressMode::Garp),
-        mode => Err(unavailable(
-            format!("the address mode \"{mode}\" is not available yet"),
-            "\"garp\"",
-        )),
-    }
+    Ok(match word(value, &["garp", "vmac", "flood"])? {
+        "vmac" => AddressMode::Vmac,
+        "flood" => AddressMode::Flood,
+        _ => AddressMode::Garp,
+    })
 }
 
 /// A program and its arguments.

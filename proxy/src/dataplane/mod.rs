@@ -8,6 +8,7 @@ mod input;
 mod liveness;
 mod plane;
 mod queues;
+mod recent;
 mod report;
 mod role;
 mod runner;
@@ -42,7 +43,7 @@ use self::report::Reporter;
 use self::runner::{Program, Runner};
 use self::servers::{Order, Servers};
 use crate::clock::BootTime;
-use crate::config::{Config, GroupConfig, Ordering, Resilience, Upstream, VipConfig};
+use crate::config::{AddressMode, Config, GroupConfig, Ordering, Resilience, Upstream, VipConfig};
 use crate::metrics::NodeMetrics;
 use crate::registry::{Answer, Node, Operation, Request};
 use crate::status::Board;
@@ -75,6 +76,15 @@ pub(crate) enum Note {
     PeerDied(String),
     /// This node leads a VIP.
     Leading,
+    /// This node began to lead a VIP, or leads it no more.
+    Turn {
+        /// Which VIP, in the configuration's order.
+        plane: usize,
+        /// Whether it leads now.
+        leads: bool,
+        /// The view.
+        view: u64,
+    },
 }
 
 /// The control plane's end of the data plane's queue.
@@ -173,6 +183,7 @@ impl Dataplane {
         for (index, vip) in vips.iter().enumerate() {
             let mut wire = Wire::open(&wire::Options {
                 fence: vip.fence,
+                address: vip.address,
                 ..wire::Options::new(vip.interface, vip.vip)
             })?;
             poll.registry()
@@ -454,6 +465,7 @@ fn open_plane(
     let plane = PlaneConfig {
         index,
         vip: vip.vip,
+        keeps_recent: vip.address == AddressMode::Flood,
         znode: crate::node::znode(vip.vip).into(),
         tcp: tcp_config,
         secrets: secrets(config, vip),

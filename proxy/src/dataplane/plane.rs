@@ -15,16 +15,19 @@ use unbroken_tcpstate::{ConnId, Event, EventNo, Output as TcpOutput, Replica, St
 
 use super::checkpoint;
 use super::context::Context;
+use super::recent::Recent;
 use super::role::{Keeper, Role};
 use super::servers::Servers;
 use crate::clock::BootTime;
 use crate::registry::{Node, Operation, Request};
-use crate::wire::{Flushed, Frame, Kind, OutPacket, RECEIVE_BATCH, Wire};
+use crate::wire::{Flushed, Frame, Kind, Mac, OutPacket, RECEIVE_BATCH, Wire};
 
 /// What does not change in a plane's life.
 pub(crate) struct PlaneConfig {
     pub(crate) index: usize,
     pub(crate) vip: IpAddr,
+    /// A backup hears what clients send, and keeps the last of it.
+    pub(crate) keeps_recent: bool,
     /// The group's znode.
     pub(crate) znode: Arc<str>,
     pub(crate) tcp: tcp::Config,
@@ -42,6 +45,10 @@ const BATCHES_PER_TURN: usize = 2;
 const PROGRESS_EVERY: Duration = Duration::from_millis(10);
 /// A leader without a server hands over no more often than this.
 const HAND_OVER_EVERY: Duration = Duration::from_secs(1);
+/// A foreign announcement of our address is logged no more often than this.
+const CLAIM_SAID_EVERY: Duration = Duration::from_secs(10);
+/// Batches of frames that a new leader takes out of its socket before its first turn.
+const BATCHES_LEFT_MAX: usize = 128;
 /// What the other fields of an event take beside its payload, roughly.
 const EVENT_OVERHEAD_BYTES: usize = 64;
 /// At most this much room is made for a checkpoint on the word of its donor; more as it comes.
@@ -75,6 +82,12 @@ pub(crate) struct Plane {
     wire_readable: bool,
     progress_at: BootTime,
     hand_over_at: BootTime,
+    /// What clients sent in the last moments, on a backup that hears it.
+    recent: Recent,
+    /// Who announced our address last, and when.
+    pub(crate) claimed: Option<(Mac, BootTime)>,
+    /// When that was said last.
+    claim_said: BootTime,
     recycled: Vec<Vec<u8>>,
     datagrams_taken: bool,
     stable: EventNo,
@@ -107,6 +120,9 @@ impl Plane {
             wire_readable: true,
             progress_at: now,
             hand_over_at: now,
+            recent: Recent::default(),
+            claimed: None,
+            claim_said: BootTime::from_micros(0),
             recycled: Vec::new(),
             datagrams_taken: false,
             stable: EventNo(0),
@@ -263,10 +279,17 @@ impl Plane {
             };
             let mut stack = stack;
             let vip = self.config.vip;
-            let received = self.wire.receive(now, |frame| {
-                let Some(stack) = stack.as_mut() else { return };
-                handle_frame(stack, now, vip, &frame);
+            let (recent, keeps) = (&mut self.recent, self.config.keeps_recent);
+            let claimed = &mut self.claimed;
+            let received = self.wire.receive(now, |frame| match &mut stack {
+                Some(stack) => match frame.kind {
+                    Kind::Ip(packet) => handle_packet(stack, now, packet, &frame),
+                    Kind::Claim(by) => *claimed = Some((by, now)),
+                },
+                None if keeps => recent.keep(now, &frame),
+                None => {}
             });
+            self.warn_of_claim(now);
             match received {
                 Ok(n) => self.wire_readable = n == RECEIVE_BATCH,
                 Err(error) => {
@@ -275,6 +298,19 @@ impl Plane {
                 }
             }
             self.settle(now, cx);
+        }
+    }
+
+    /// Another station says that our address is its own: said at once, and then now and then.
+    fn warn_of_claim(&mut self, now: BootTime) {
+        if let Some((by, at)) = self.claimed
+            && at == now
+            && now.since(self.claim_said) >= CLAIM_SAID_EVERY
+        {
+            self.claim_said = now;
+            self.changed = true;
+            let by = mac_text(by);
+            warn!(vip = %self.config.vip, by, "another station announces the VIP; announcing again");
         }
     }
 
@@ -461,6 +497,10 @@ impl Plane {
             return;
         };
         replica.apply(tcp_time(now), number, &event);
+        // What is delivered while a view is left is older: it says nothing of the gap.
+        if !self.wedged {
+            self.recent.handle_event(now);
+        }
         self.servers.apply(now, number, &event, cx.registry);
         // Retained output was let go: the server may be read again.
         while let Some(conn) = replica.poll_room() {
@@ -573,8 +613,33 @@ impl Plane {
         }
         info!(vip = %self.config.vip, connections = stack.connections(), "took over");
         self.stable_told = EventNo(0);
+        if self.config.keeps_recent {
+            self.replay_recent(now, &mut stack);
+        }
         self.claim(now);
         Role::Leader(Box::new(stack))
+    }
+
+    /// The first input of a new leader is what clients sent while nobody led.
+    fn replay_recent(&mut self, now: BootTime, stack: &mut Stack) {
+        let recent = &mut self.recent;
+        for _ in 0..BATCHES_LEFT_MAX {
+            let received = self.wire.receive(now, |frame| recent.keep(now, &frame));
+            match received {
+                Ok(RECEIVE_BATCH) => {}
+                Ok(_) => break,
+                Err(error) => {
+                    warn!(vip = %self.config.vip, %error, "receiving frames");
+                    break;
+                }
+            }
+        }
+        debug!(vip = %self.config.vip, frames = recent.len(), "frames from before the takeover");
+        recent.replay(now, |frame| {
+            if let Kind::Ip(packet) = frame.kind {
+                handle_packet(stack, now, packet, &frame);
+            }
+        });
     }
 
     /// Claims the address; frames from before are stale.
@@ -648,6 +713,7 @@ impl Plane {
     /// A new life in the group: every upstream connection is closed first (R3).
     fn renew(&mut self, now: BootTime, cx: &mut Context<'_>) {
         self.servers.clear(now);
+        self.recent.clear();
         self.role = Role::Outside;
         self.wedged = false;
         self.changed = true;
@@ -726,20 +792,18 @@ impl Plane {
     }
 }
 
-fn handle_frame(stack: &mut Stack, now: BootTime, vip: IpAddr, frame: &Frame<'_>) {
-    match frame.kind {
-        Kind::Ip(packet) => {
-            let checksum = if frame.checksum_ok {
-                tcp::Checksum::Verified
-            } else {
-                tcp::Checksum::Verify
-            };
-            stack.handle_packet(tcp_time(now), packet, tcp::LinkAddr(frame.source), checksum);
-        }
-        Kind::Claim(by) => {
-            warn!(%vip, by = ?by, "another station announces the VIP; announcing again");
-        }
-    }
+fn handle_packet(stack: &mut Stack, now: BootTime, packet: &[u8], frame: &Frame<'_>) {
+    let checksum = if frame.checksum_ok {
+        tcp::Checksum::Verified
+    } else {
+        tcp::Checksum::Verify
+    };
+    stack.handle_packet(tcp_time(now), packet, tcp::LinkAddr(frame.source), checksum);
+}
+
+/// As everybody writes it.
+pub(crate) fn mac_text(mac: Mac) -> String {
+    mac.map(|byte| format!("{byte:02x}")).join(":")
 }
 
 /// The group core's time.

@@ -6,7 +6,7 @@ use tokio::sync::mpsc::UnboundedSender;
 use unbroken_group::{GroupStatus, MemberStatus as GroupMember, Role as GroupRole};
 
 use super::Note;
-use super::plane::{BEHIND_BYTES_MAX, Plane};
+use super::plane::{BEHIND_BYTES_MAX, Plane, mac_text};
 use super::role::Role;
 use crate::clock::BootTime;
 use crate::config::{Config, FenceMode};
@@ -19,6 +19,9 @@ use crate::status::{
 /// How often the status is written when nothing striking has happened.
 const REPORT_EVERY: Duration = Duration::from_millis(50);
 
+/// How long a foreign announcement is shown.
+const ALARM_LASTS: Duration = Duration::from_secs(60);
+
 /// Writes status and metrics of all planes.
 pub(crate) struct Reporter {
     board: Board,
@@ -27,6 +30,8 @@ pub(crate) struct Reporter {
     /// For each plane, its services: where they stand on the board, and their metrics.
     services: Vec<Vec<(usize, ServiceMetrics)>>,
     next: BootTime,
+    /// Which planes led when it was last looked.
+    led: Vec<bool>,
 }
 
 impl Reporter {
@@ -48,6 +53,7 @@ impl Reporter {
             configured: config.group.members.keys().cloned().collect(),
             services,
             next: BootTime::from_micros(0),
+            led: vec![false; config.vips().len()],
         }
     }
 
@@ -70,6 +76,17 @@ impl Reporter {
         if changed && planes.iter().any(|p| matches!(p.role, Role::Leader(_))) {
             // The control plane is gone only when the node stops.
             let _ = notes.send(Note::Leading);
+        }
+        for (index, (led, plane)) in self.led.iter_mut().zip(planes.iter()).enumerate() {
+            let leads = matches!(plane.role, Role::Leader(_));
+            if std::mem::replace(led, leads) != leads {
+                let view = plane.group.status().view.map_or(0, |view| view.id.0);
+                let _ = notes.send(Note::Turn {
+                    plane: index,
+                    leads,
+                    view,
+                });
+            }
         }
         let services = &self.services;
         let written = self.board.try_update(|status| {
@@ -132,6 +149,15 @@ impl Reporter {
             reason,
             connections: connections as u64,
             lease,
+            alarm: plane.claimed.and_then(|(by, at)| {
+                let ago = now.since(at);
+                let mac = mac_text(by);
+                let (vip, count) = (plane.config.vip, wire.foreign_claims);
+                (ago < ALARM_LASTS).then(|| {
+                    let ago = ago.as_secs();
+                    format!("{mac} announces {vip} too: {count} times, the last {ago} s ago")
+                })
+            }),
             fence: if plane.wire.fence().is_in_kernel() {
                 FenceMode::Kernel
             } else {
@@ -250,6 +276,7 @@ struct Report {
     connections: u64,
     lease: Option<LeaseStatus>,
     fence: FenceMode,
+    alarm: Option<String>,
     members: Vec<MemberStatus>,
     counters: ServiceCounters,
     fenced: u64,
@@ -271,6 +298,7 @@ impl Report {
         service.redundancy_reason.clone_from(&self.reason);
         service.connections = self.connections;
         service.lease = self.lease;
+        service.alarm.clone_from(&self.alarm);
         service.fence = Some(self.fence);
         service.members.clone_from(&self.members);
         service.counters = self.counters;

@@ -31,12 +31,12 @@ use thiserror::Error;
 pub use fence::Fence;
 
 pub use crate::clock::BootTime;
-use crate::config::FenceMode;
+use crate::config::{AddressMode, FenceMode};
 pub use neighbour::Announcer;
 pub use nft::KernelFenceError;
 pub use packet::{Frame, HEADROOM, Kind, Mac, OutPacket};
 
-use neighbour::Meaning;
+use neighbour::{Meaning, Station};
 use queue::Queue;
 use socket::{BATCH, SLOT};
 
@@ -171,16 +171,19 @@ pub struct Options<'a> {
     pub vip: IpAddr,
     /// Who enforces the lease.
     pub fence: FenceMode,
+    /// How the address moves.
+    pub address: AddressMode,
 }
 
 impl<'a> Options<'a> {
-    /// `vip` on `interface`, fenced by the process alone.
+    /// `vip` on `interface`, at the interface's own Ethernet address, fenced by the process alone.
     #[must_use]
     pub const fn new(interface: &'a str, vip: IpAddr) -> Self {
         Self {
             interface,
             vip,
             fence: FenceMode::Process,
+            address: AddressMode::Garp,
         }
     }
 }
@@ -191,6 +194,7 @@ pub struct Wire {
     interface: String,
     vip: IpAddr,
     link: socket::Link,
+    station: Station,
     socket: OwnedFd,
     /// Keeps the interface in the VIP's solicited-node group, as seen by card and switch.
     _group: Option<UdpSocket>,
@@ -217,6 +221,7 @@ impl Wire {
             interface,
             vip,
             fence,
+            address,
         } = *options;
         let name = || interface.to_owned();
         let os = |action| {
@@ -275,10 +280,24 @@ impl Wire {
         };
         socket::bind(socket.as_fd(), link.index, &filter::program(vip))
             .map_err(os("bind the packet socket"))?;
+        let home = neighbour::virtual_mac(vip);
+        let station = match address {
+            AddressMode::Garp => Station::at(link.mac),
+            AddressMode::Vmac => Station::at(home),
+            AddressMode::Flood => Station {
+                source: link.mac,
+                home,
+            },
+        };
+        if station.home != link.mac {
+            socket::listen_to(socket.as_fd(), link.index, station.home)
+                .map_err(os("listen to the virtual MAC address"))?;
+        }
         Ok(Self {
             interface: name(),
             vip,
             link,
+            station,
             socket,
             _group: group,
             slots: vec![0; BATCH * SLOT],
@@ -292,10 +311,10 @@ impl Wire {
         })
     }
 
-    /// The interface's own Ethernet address, by which the owner answers.
+    /// The Ethernet address at which the owner says that the VIP is: the interface's own, or a virtual one.
     #[must_use]
     pub fn mac(&self) -> Mac {
-        self.link.mac
+        self.station.home
     }
 
     /// The interface's MTU in bytes, as it was when the socket was opened.
@@ -334,7 +353,7 @@ impl Wire {
                 continue;
             };
             let (source, checksum_ok) = (raw.source, raw.checksum_ok);
-            match neighbour::read(&raw, self.vip, self.link.mac) {
+            match neighbour::read(&raw, self.vip, self.station) {
                 Meaning::Packet(p) => f(Frame {
                     source,
                     kind: Kind::Ip(p),
@@ -399,7 +418,7 @@ impl Wire {
     /// Queues a TCP packet: its headers are written into its headroom, its payload is not copied.
     /// Not the owner: dropped. The buffer comes back from [`Wire::flush`] in either case.
     pub fn send(&mut self, mut packet: OutPacket) {
-        let ready = self.owns && packet::write_headers(&mut packet, self.link.mac);
+        let ready = self.owns && packet::write_headers(&mut packet, self.station.source);
         let refused = if ready {
             self.queue.push(packet.buf).err()
         } else {
@@ -504,7 +523,7 @@ impl Wire {
         if !self.owns {
             return;
         }
-        for frame in neighbour::announcement(self.vip, self.link.mac) {
+        for frame in neighbour::announcement(self.vip, self.station) {
             if self.queue.announce(frame).is_err() {
                 self.counters.dropped += 1;
             }

@@ -44,12 +44,45 @@ pub(super) enum Meaning<'a> {
     Nothing,
 }
 
-/// Reads a frame that the filter let through. `mac` is our own address on this link.
-pub(super) fn read<'a>(frame: &RawFrame<'a>, vip: IpAddr, mac: Mac) -> Meaning<'a> {
+/// The link-layer addresses of the VIP.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Station {
+    /// What our frames bear as their source, and so what switches learn.
+    pub(super) source: Mac,
+    /// Where neighbours are told to send what is for the VIP.
+    pub(super) home: Mac,
+}
+
+impl Station {
+    /// A station like any other.
+    pub(super) const fn at(mac: Mac) -> Self {
+        Self {
+            source: mac,
+            home: mac,
+        }
+    }
+}
+
+/// The link-layer address that belongs to `vip` and to no machine: locally administered, readable for
+/// IPv4. Every replica comes to the same.
+pub(super) fn virtual_mac(vip: IpAddr) -> Mac {
+    let [a, b, c, d] = match vip {
+        IpAddr::V4(vip) => vip.octets(),
+        IpAddr::V6(vip) => {
+            let digest = ring::digest::digest(&ring::digest::SHA256, &vip.octets());
+            let start = digest.as_ref().first_chunk();
+            *start.expect("SHA-256 has 32 bytes")
+        }
+    };
+    [0x02, 0x75, a, b, c, d]
+}
+
+/// Reads a frame that the filter let through. `station` is the VIP's on this link.
+pub(super) fn read<'a>(frame: &RawFrame<'a>, vip: IpAddr, station: Station) -> Meaning<'a> {
     match (vip, frame.ethertype) {
-        (IpAddr::V4(vip), ETHERTYPE_ARP) => arp(frame, vip, mac),
-        (IpAddr::V4(vip), ETHERTYPE_IPV4) => ipv4(frame, vip, mac),
-        (IpAddr::V6(vip), ETHERTYPE_IPV6) => ipv6(frame, vip, mac),
+        (IpAddr::V4(vip), ETHERTYPE_ARP) => arp(frame, vip, station),
+        (IpAddr::V4(vip), ETHERTYPE_IPV4) => ipv4(frame, vip, station),
+        (IpAddr::V6(vip), ETHERTYPE_IPV6) => ipv6(frame, vip, station),
         _ => Meaning::Nothing,
     }
 }
@@ -58,7 +91,7 @@ fn with_headroom(body: usize) -> Vec<u8> {
     vec![0; HEADROOM + body]
 }
 
-fn arp<'a>(frame: &RawFrame<'a>, vip: Ipv4Addr, mac: Mac) -> Meaning<'a> {
+fn arp<'a>(frame: &RawFrame<'a>, vip: Ipv4Addr, station: Station) -> Meaning<'a> {
     let Some(packet) = ArpPacket::new(frame.body) else {
         return Meaning::Nothing;
     };
@@ -71,7 +104,7 @@ fn arp<'a>(frame: &RawFrame<'a>, vip: Ipv4Addr, mac: Mac) -> Meaning<'a> {
     }
     let sender: Mac = packet.get_sender_hw_addr().octets();
     if packet.get_sender_proto_addr() == vip {
-        return if sender == mac {
+        return if sender == station.home {
             Meaning::Nothing
         } else {
             Meaning::Claim(sender)
@@ -86,7 +119,7 @@ fn arp<'a>(frame: &RawFrame<'a>, vip: Ipv4Addr, mac: Mac) -> Meaning<'a> {
     Meaning::Answer(arp_frame(
         ArpOperations::Reply,
         vip,
-        mac,
+        station,
         asker,
         sender,
         frame.source,
@@ -96,7 +129,7 @@ fn arp<'a>(frame: &RawFrame<'a>, vip: Ipv4Addr, mac: Mac) -> Meaning<'a> {
 fn arp_frame(
     operation: ArpOperation,
     vip: Ipv4Addr,
-    mac: Mac,
+    station: Station,
     target: Ipv4Addr,
     target_mac: Mac,
     to: Mac,
@@ -109,16 +142,16 @@ fn arp_frame(
         packet.set_hw_addr_len(6);
         packet.set_proto_addr_len(4);
         packet.set_operation(operation);
-        packet.set_sender_hw_addr(MacAddr::from(mac));
+        packet.set_sender_hw_addr(MacAddr::from(station.home));
         packet.set_sender_proto_addr(vip);
         packet.set_target_hw_addr(MacAddr::from(target_mac));
         packet.set_target_proto_addr(target);
     }
-    write_ethernet(&mut buf, to, mac, ETHERTYPE_ARP);
+    write_ethernet(&mut buf, to, station.source, ETHERTYPE_ARP);
     buf
 }
 
-fn ipv4<'a>(frame: &RawFrame<'a>, vip: Ipv4Addr, mac: Mac) -> Meaning<'a> {
+fn ipv4<'a>(frame: &RawFrame<'a>, vip: Ipv4Addr, station: Station) -> Meaning<'a> {
     let Some(packet) = trim_ip(frame.ethertype, frame.body) else {
         return Meaning::Nothing;
     };
@@ -161,11 +194,11 @@ fn ipv4<'a>(frame: &RawFrame<'a>, vip: Ipv4Addr, mac: Mac) -> Meaning<'a> {
     reply[20..24].fill(0); // type 0: echo reply
     let checksum = finish(sum(0, &reply[20..]));
     reply[22..24].copy_from_slice(&checksum.to_be_bytes());
-    write_ethernet(&mut buf, frame.source, mac, ETHERTYPE_IPV4);
+    write_ethernet(&mut buf, frame.source, station.source, ETHERTYPE_IPV4);
     Meaning::Answer(buf)
 }
 
-fn ipv6<'a>(frame: &RawFrame<'a>, vip: Ipv6Addr, mac: Mac) -> Meaning<'a> {
+fn ipv6<'a>(frame: &RawFrame<'a>, vip: Ipv6Addr, station: Station) -> Meaning<'a> {
     let Some(packet) = trim_ip(frame.ethertype, frame.body) else {
         return Meaning::Nothing;
     };
@@ -194,7 +227,7 @@ fn ipv6<'a>(frame: &RawFrame<'a>, vip: Ipv6Addr, mac: Mac) -> Meaning<'a> {
             Meaning::Answer(icmpv6_frame(
                 ECHO_REPLY_V6,
                 vip,
-                mac,
+                station,
                 source,
                 frame.source,
                 64,
@@ -213,10 +246,10 @@ fn ipv6<'a>(frame: &RawFrame<'a>, vip: Ipv6Addr, mac: Mac) -> Meaning<'a> {
             if !valid {
                 Meaning::Nothing
             } else if kind == SOLICITATION {
-                solicitation(frame, vip, mac, source, icmp)
+                solicitation(frame, vip, station, source, icmp)
             } else {
                 let owner = link_option(icmp, OPTION_TARGET_LINK).unwrap_or(frame.source);
-                if owner == mac {
+                if owner == station.home {
                     Meaning::Nothing
                 } else {
                     Meaning::Claim(owner)
@@ -231,7 +264,7 @@ fn ipv6<'a>(frame: &RawFrame<'a>, vip: Ipv6Addr, mac: Mac) -> Meaning<'a> {
 fn solicitation<'a>(
     frame: &RawFrame<'a>,
     vip: Ipv6Addr,
-    mac: Mac,
+    station: Station,
     source: Ipv6Addr,
     icmp: &[u8],
 ) -> Meaning<'a> {
@@ -241,10 +274,10 @@ fn solicitation<'a>(
     // RFC 4861 §7.2.4: who asks with no address (duplicate address detection) is answered by
     // telling everyone.
     Meaning::Answer(if source.is_unspecified() {
-        advertisement(vip, mac, ALL_NODES, ALL_NODES_MAC, FLAG_OVERRIDE)
+        advertisement(vip, station, ALL_NODES, ALL_NODES_MAC, FLAG_OVERRIDE)
     } else {
         let to = link_option(icmp, OPTION_SOURCE_LINK).unwrap_or(frame.source);
-        advertisement(vip, mac, source, to, FLAG_SOLICITED | FLAG_OVERRIDE)
+        advertisement(vip, station, source, to, FLAG_SOLICITED | FLAG_OVERRIDE)
     })
 }
 
@@ -264,12 +297,12 @@ fn link_option(icmp: &[u8], kind: u8) -> Option<Mac> {
     None
 }
 
-fn advertisement(vip: Ipv6Addr, mac: Mac, to: Ipv6Addr, to_mac: Mac, flags: u8) -> Vec<u8> {
-    icmpv6_frame(ADVERTISEMENT, vip, mac, to, to_mac, 255, |body| {
+fn advertisement(vip: Ipv6Addr, station: Station, to: Ipv6Addr, to_mac: Mac, flags: u8) -> Vec<u8> {
+    icmpv6_frame(ADVERTISEMENT, vip, station, to, to_mac, 255, |body| {
         body.extend([flags, 0, 0, 0]);
         body.extend(vip.octets());
         body.extend([OPTION_TARGET_LINK, 1]);
-        body.extend(mac);
+        body.extend(station.home);
     })
 }
 
@@ -285,7 +318,7 @@ fn pseudo(source: Ipv6Addr, destination: Ipv6Addr, icmp: &[u8]) -> u32 {
 fn icmpv6_frame(
     kind: u8,
     vip: Ipv6Addr,
-    mac: Mac,
+    station: Station,
     to: Ipv6Addr,
     to_mac: Mac,
     hop_limit: u8,
@@ -305,22 +338,29 @@ fn icmpv6_frame(
     header[7] = hop_limit;
     header[8..24].copy_from_slice(&vip.octets());
     header[24..40].copy_from_slice(&to.octets());
-    write_ethernet(&mut buf, to_mac, mac, ETHERTYPE_IPV6);
+    write_ethernet(&mut buf, to_mac, station.source, ETHERTYPE_IPV6);
     buf
 }
 
 /// The frames by which the owner of `vip` makes itself known: a gratuitous ARP in request form and
 /// one in reply form, since there are neighbours that heed only the one or the other (FACTS §2); for
 /// IPv6 an unsolicited advertisement with the override flag (RFC 4861 §7.2.6).
-pub(super) fn announcement(vip: IpAddr, mac: Mac) -> Vec<Vec<u8>> {
+pub(super) fn announcement(vip: IpAddr, station: Station) -> Vec<Vec<u8>> {
     match vip {
         IpAddr::V4(vip) => vec![
-            arp_frame(ArpOperations::Request, vip, mac, vip, [0; 6], BROADCAST),
-            arp_frame(ArpOperations::Reply, vip, mac, vip, mac, BROADCAST),
+            arp_frame(ArpOperations::Request, vip, station, vip, [0; 6], BROADCAST),
+            arp_frame(
+                ArpOperations::Reply,
+                vip,
+                station,
+                vip,
+                station.home,
+                BROADCAST,
+            ),
         ],
         IpAddr::V6(vip) => vec![advertisement(
             vip,
-            mac,
+            station,
             ALL_NODES,
             ALL_NODES_MAC,
             FLAG_OVERRIDE,

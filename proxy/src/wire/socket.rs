@@ -171,6 +171,20 @@ pub(super) fn bind(fd: BorrowedFd<'_>, index: i32, program: &[Instruction]) -> i
     }
 }
 
+/// Has the interface take in frames for `mac` as well, as long as the socket lives (packet(7)).
+pub(super) fn listen_to(fd: BorrowedFd<'_>, index: i32, mac: Mac) -> io::Result<()> {
+    let mut address = [0; 8];
+    address[..6].copy_from_slice(&mac);
+    let membership = libc::packet_mreq {
+        mr_ifindex: index,
+        mr_type: u16::try_from(libc::PACKET_MR_UNICAST).expect("a small constant"),
+        mr_alen: 6,
+        mr_address: address,
+    };
+    let name = libc::PACKET_ADD_MEMBERSHIP;
+    set_option(fd, libc::SOL_PACKET, name, &membership)
+}
+
 /// Receives up to [`BATCH`] frames into consecutive slots of [`SLOT`] bytes and notes their
 /// lengths. `slots` holds all of them.
 pub(super) fn receive(

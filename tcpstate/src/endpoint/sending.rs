@@ -9,6 +9,7 @@ use crate::config::Config;
 use crate::event::{Event, EventNo, ResetBy};
 use crate::output::{HEADROOM, Output, Packet};
 use crate::segment::{Segment, TIMESTAMP_LEN, flag, seal, timestamp_option};
+use crate::seq::SeqNum;
 use crate::time::{Instant, micros_of};
 
 /// How far beyond what this leader knows an acknowledgement is believed after a takeover: the
@@ -16,6 +17,8 @@ use crate::time::{Instant, micros_of};
 const ADOPTED_ACK_SLACK: u64 = 1 << 30;
 /// An idle connection gives its transmit buffer back after this long, or twice that.
 const SENDER_IDLE: Duration = Duration::from_secs(4);
+/// A TCP header without options.
+const TCP_HEADER: usize = 20;
 /// RFC 5961 §5.2: an acknowledgement older than this is a forgery.
 const OLD_ACK_MAX: u64 = 1 << 30;
 
@@ -395,6 +398,36 @@ impl Endpoint {
             let seq = self.state.iss.at_offset(self.peer_acked);
             self.send_header(cx, seq, flag::FIN);
         }
+    }
+
+    /// A router says that a segment of ours, from `seq` on, was larger than the `mtu` behind it (RFC 1191,
+    /// RFC 8201). The wire cuts to size what the library makes, so only the cut changes, and what
+    /// was lost is repaired at once. Not replicated: a successor is told again.
+    pub(crate) fn handle_too_big(&mut self, cx: &mut Context<'_>, seq: SeqNum, mtu: u16) -> Fate {
+        let offset = seq.offset(self.state.iss, self.peer_acked);
+        let una = self.peer_acked.cast_signed();
+        let in_flight = offset >= una && offset < self.snd_nxt.cast_signed();
+        let headers = self.state.tuple.ip_header_len() + TCP_HEADER;
+        let options = if self.state.negotiated.timestamps {
+            TIMESTAMP_LEN
+        } else {
+            0
+        };
+        let fits = usize::from(mtu).saturating_sub(headers + options);
+        let fits = u16::try_from(fits).unwrap_or(u16::MAX);
+        if self.resetting
+            || !in_flight
+            || fits >= self.payload_max
+            || !cx.config.segmentation_offload
+        {
+            return Fate::Live;
+        }
+        self.payload_max = fits;
+        self.recovery.shrink_segments(fits);
+        self.recovery
+            .on_timeout(cx.now, self.peer_acked, self.snd_nxt);
+        self.resend_first(cx);
+        self.pump(cx)
     }
 
     /// When the library's socket, which is idle, may go. In steps, so that an active connection does

@@ -152,7 +152,7 @@ impl Host {
     /// Sets a knob under `/proc/sys`, which shows the namespace of whoever looks. Where `/proc/sys` is
     /// read-only (some containers) the default has to do: none of the knobs decides over right or
     /// wrong, only over how soon an address can be used.
-    pub(super) fn sysctl(&self, knob: &str, value: &str) {
+    pub fn sysctl(&self, knob: &str, value: &str) {
         self.enter(|| {
             let _ = std::fs::write(Path::new("/proc/sys").join(knob), value);
         });

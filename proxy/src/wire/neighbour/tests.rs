@@ -34,12 +34,16 @@ fn arp_request_is_answered_with_our_address() {
     let ask = body(&arp_frame(
         ArpOperations::Request,
         PEER,
-        CLIENT,
+        Station::at(CLIENT),
         VIP,
         [0; 6],
         BROADCAST,
     ));
-    let reply = answer(read(&frame(ETHERTYPE_ARP, &ask), VIP.into(), MINE));
+    let reply = answer(read(
+        &frame(ETHERTYPE_ARP, &ask),
+        VIP.into(),
+        Station::at(MINE),
+    ));
     assert_eq!(reply[10..24], [2, 0, 0, 0, 0, 9, 2, 0, 0, 0, 0, 1, 8, 6]);
     let arp = ArpPacket::new(&reply[HEADROOM..]).unwrap();
     assert_eq!(arp.get_operation(), ArpOperations::Reply);
@@ -52,31 +56,43 @@ fn arp_request_is_answered_with_our_address() {
 
 #[test]
 fn arp_claims_are_told_from_our_own_words() {
-    let foreign = announcement(VIP.into(), CLIENT);
+    let foreign = announcement(VIP.into(), Station::at(CLIENT));
     assert_eq!(foreign.len(), 2, "request form and reply form");
     for built in &foreign {
-        let meaning = read(&frame(ETHERTYPE_ARP, &built[HEADROOM..]), VIP.into(), MINE);
+        let meaning = read(
+            &frame(ETHERTYPE_ARP, &built[HEADROOM..]),
+            VIP.into(),
+            Station::at(MINE),
+        );
         assert_eq!(meaning, Meaning::Claim(CLIENT));
     }
-    for built in announcement(VIP.into(), MINE) {
-        let meaning = read(&frame(ETHERTYPE_ARP, &built[HEADROOM..]), VIP.into(), MINE);
+    for built in announcement(VIP.into(), Station::at(MINE)) {
+        let meaning = read(
+            &frame(ETHERTYPE_ARP, &built[HEADROOM..]),
+            VIP.into(),
+            Station::at(MINE),
+        );
         assert_eq!(meaning, Meaning::Nothing);
     }
     // A reply from the client to somebody's request, and a request that asks for another.
     let about = body(&arp_frame(
         ArpOperations::Reply,
         PEER,
-        CLIENT,
+        Station::at(CLIENT),
         VIP,
         MINE,
         MINE,
     ));
     assert_eq!(
-        read(&frame(ETHERTYPE_ARP, &about), VIP.into(), MINE),
+        read(&frame(ETHERTYPE_ARP, &about), VIP.into(), Station::at(MINE)),
         Meaning::Nothing
     );
     assert_eq!(
-        read(&frame(ETHERTYPE_ARP, &about[..27]), VIP.into(), MINE),
+        read(
+            &frame(ETHERTYPE_ARP, &about[..27]),
+            VIP.into(),
+            Station::at(MINE)
+        ),
         Meaning::Nothing
     );
 }
@@ -99,7 +115,11 @@ fn echo4(payload: &[u8]) -> Vec<u8> {
 fn echo_comes_back_whole_with_right_checksums() {
     for payload in [&b""[..], b"odd", b"an even number of bytes."] {
         let ask = echo4(payload);
-        let reply = answer(read(&frame(ETHERTYPE_IPV4, &ask), VIP.into(), MINE));
+        let reply = answer(read(
+            &frame(ETHERTYPE_IPV4, &ask),
+            VIP.into(),
+            Station::at(MINE),
+        ));
         let ip = &reply[HEADROOM..];
         assert_eq!(finish(sum(0, &ip[..20])), 0);
         assert_eq!(finish(sum(0, &ip[20..])), 0);
@@ -115,7 +135,7 @@ fn echo_is_not_answered_when_damaged_broadcast_or_fragmented() {
     let good = echo4(b"payload");
     let silent = |ask: &[u8]| {
         assert_eq!(
-            read(&frame(ETHERTYPE_IPV4, ask), VIP.into(), MINE),
+            read(&frame(ETHERTYPE_IPV4, ask), VIP.into(), Station::at(MINE)),
             Meaning::Nothing
         );
     };
@@ -132,7 +152,7 @@ fn echo_is_not_answered_when_damaged_broadcast_or_fragmented() {
         destination: BROADCAST,
         ..frame(ETHERTYPE_IPV4, &good)
     };
-    assert_eq!(read(&many, VIP.into(), MINE), Meaning::Nothing);
+    assert_eq!(read(&many, VIP.into(), Station::at(MINE)), Meaning::Nothing);
 }
 
 #[test]
@@ -140,7 +160,11 @@ fn other_packets_pass_through() {
     let mut unreachable = echo4(&[0; 40]);
     unreachable[20] = 3;
     unreachable[21] = 4;
-    let meaning = read(&frame(ETHERTYPE_IPV4, &unreachable), VIP.into(), MINE);
+    let meaning = read(
+        &frame(ETHERTYPE_IPV4, &unreachable),
+        VIP.into(),
+        Station::at(MINE),
+    );
     assert_eq!(
         meaning,
         Meaning::Packet(&unreachable),
@@ -149,11 +173,11 @@ fn other_packets_pass_through() {
     let mut tcp = echo4(&[0; 40]);
     tcp[9] = 6;
     tcp.extend([0; 9]);
-    let meaning = read(&frame(ETHERTYPE_IPV4, &tcp), VIP.into(), MINE);
+    let meaning = read(&frame(ETHERTYPE_IPV4, &tcp), VIP.into(), Station::at(MINE));
     assert_eq!(meaning, Meaning::Packet(&tcp[..tcp.len() - 9]));
     tcp[19] = 101;
     assert_eq!(
-        read(&frame(ETHERTYPE_IPV4, &tcp), VIP.into(), MINE),
+        read(&frame(ETHERTYPE_IPV4, &tcp), VIP.into(), Station::at(MINE)),
         Meaning::Nothing
     );
 }
@@ -164,7 +188,7 @@ fn solicit(source: Ipv6Addr, hop_limit: u8) -> Vec<u8> {
     let built = icmpv6_frame(
         SOLICITATION,
         source,
-        CLIENT,
+        Station::at(CLIENT),
         group,
         BROADCAST,
         hop_limit,
@@ -183,7 +207,11 @@ fn solicit(source: Ipv6Addr, hop_limit: u8) -> Vec<u8> {
 #[test]
 fn solicitation_is_answered_to_the_asker() {
     let ask = solicit(PEER6, 255);
-    let reply = answer(read(&frame(ETHERTYPE_IPV6, &ask), VIP6.into(), MINE));
+    let reply = answer(read(
+        &frame(ETHERTYPE_IPV6, &ask),
+        VIP6.into(),
+        Station::at(MINE),
+    ));
     let ip = &reply[HEADROOM..];
     assert_eq!(reply[10..16], CLIENT);
     assert_eq!(ip[8..24], VIP6.octets());
@@ -199,7 +227,11 @@ fn solicitation_is_answered_to_the_asker() {
 #[test]
 fn duplicate_address_detection_is_told_before_everyone() {
     let ask = solicit(Ipv6Addr::UNSPECIFIED, 255);
-    let reply = answer(read(&frame(ETHERTYPE_IPV6, &ask), VIP6.into(), MINE));
+    let reply = answer(read(
+        &frame(ETHERTYPE_IPV6, &ask),
+        VIP6.into(),
+        Station::at(MINE),
+    ));
     assert_eq!(reply[10..16], ALL_NODES_MAC);
     assert_eq!(reply[HEADROOM + 44], FLAG_OVERRIDE);
 }
@@ -208,7 +240,7 @@ fn duplicate_address_detection_is_told_before_everyone() {
 fn neighbour_messages_that_were_routed_damaged_or_cut_are_ignored() {
     let ignored = |ask: &[u8]| {
         assert_eq!(
-            read(&frame(ETHERTYPE_IPV6, ask), VIP6.into(), MINE),
+            read(&frame(ETHERTYPE_IPV6, ask), VIP6.into(), Station::at(MINE)),
             Meaning::Nothing
         );
     };
@@ -238,7 +270,7 @@ fn neighbour_messages_that_were_routed_damaged_or_cut_are_ignored() {
 #[test]
 fn advertisements_of_others_are_claims() {
     for (by, expected) in [(CLIENT, Meaning::Claim(CLIENT)), (MINE, Meaning::Nothing)] {
-        let built = announcement(VIP6.into(), by);
+        let built = announcement(VIP6.into(), Station::at(by));
         assert_eq!(built.len(), 1);
         let meaning = read(
             &frame(ETHERTYPE_IPV6, &built[0][HEADROOM..]),
@@ -251,9 +283,17 @@ fn advertisements_of_others_are_claims() {
 
 #[test]
 fn echo_v6() {
-    let built = icmpv6_frame(ECHO_REQUEST_V6, PEER6, CLIENT, VIP6, MINE, 64, |b| {
-        b.extend(b"\x12\x34\x00\x01payload");
-    });
+    let built = icmpv6_frame(
+        ECHO_REQUEST_V6,
+        PEER6,
+        Station::at(CLIENT),
+        VIP6,
+        MINE,
+        64,
+        |b| {
+            b.extend(b"\x12\x34\x00\x01payload");
+        },
+    );
     let reply = answer(read(
         &frame(ETHERTYPE_IPV6, &built[HEADROOM..]),
         VIP6.into(),
@@ -322,4 +362,32 @@ fn claims_are_answered_at_a_bounded_rate() {
         made += usize::from(announcer.handle_timeout(ms(t)));
     }
     assert_eq!(made, 5 + 50);
+}
+
+#[test]
+fn a_home_that_is_no_source_stands_in_the_answers_alone() {
+    let home = virtual_mac(VIP.into());
+    assert_eq!(home, [0x02, 0x75, 10, 98, 0, 100]);
+    let flood = Station { source: MINE, home };
+    for built in announcement(VIP.into(), flood) {
+        assert_eq!(built[16..22], MINE, "the source of the frame");
+        assert_eq!(
+            built[HEADROOM + 8..HEADROOM + 14],
+            home,
+            "who has the address"
+        );
+        let meaning = read(&frame(ETHERTYPE_ARP, &built[HEADROOM..]), VIP.into(), flood);
+        assert_eq!(
+            meaning,
+            Meaning::Nothing,
+            "another replica's is no foreign claim"
+        );
+    }
+    let home = virtual_mac(VIP6.into());
+    assert_eq!(home[0] & 3, 2, "locally administered, of one station");
+    let flood = Station { source: MINE, home };
+    for built in announcement(VIP6.into(), flood) {
+        assert_eq!(built[16..22], MINE);
+        assert_eq!(built[built.len() - 6..], home);
+    }
 }
