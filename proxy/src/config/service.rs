@@ -344,7 +344,7 @@ fn check_services(document: &Document<'_>, services: &[ServiceSection]) {
             );
             document.problem(key, span, true, complaint);
         }
-        let mut differs = |what: &str, key: &str, span: &std::ops::Range<usize>| {
+        let differs = |what: &str, key: &str, span: &std::ops::Range<usize>| {
             let complaint = Complaint::new(
                 format!("service \"{other}\" has the same VIP with another {what}"),
                 format!("the same: services of one VIP share its {what}"),

@@ -256,7 +256,7 @@ fn neighbour_messages_that_were_routed_damaged_or_cut_are_ignored() {
             ..frame(ETHERTYPE_IPV6, &endless)
         },
         VIP6.into(),
-        MINE,
+        Station::at(MINE),
     );
     assert!(
         matches!(meaning, Meaning::Answer(_)),
@@ -275,7 +275,7 @@ fn advertisements_of_others_are_claims() {
         let meaning = read(
             &frame(ETHERTYPE_IPV6, &built[0][HEADROOM..]),
             VIP6.into(),
-            MINE,
+            Station::at(MINE),
         );
         assert_eq!(meaning, expected);
     }
@@ -297,7 +297,7 @@ fn echo_v6() {
     let reply = answer(read(
         &frame(ETHERTYPE_IPV6, &built[HEADROOM..]),
         VIP6.into(),
-        MINE,
+        Station::at(MINE),
     ));
     let ip = &reply[HEADROOM..];
     assert_eq!(
