@@ -4,7 +4,7 @@ use std::time::Duration;
 
 /// A moment of `CLOCK_BOOTTIME`, in microseconds: the clock that goes on while the machine sleeps,
 /// so that a lease cannot be stretched by suspending the machine.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
 pub struct BootTime(u64);
 
 impl BootTime {

@@ -269,6 +269,8 @@ pub struct ServiceConfig {
     pub close_wait: Duration,
     /// What becomes of a replica whose server answered differently.
     pub divergence: Divergence,
+    /// Regular expressions over single lines of the server's output: what may differ between replicas.
+    pub harmless: Vec<String>,
     /// How much of a connection's input is kept for a replica that joins.
     pub history: HistoryConfig,
     /// The server as a program that the node runs and watches, with its arguments.

@@ -125,6 +125,8 @@ service_metrics! {
     client_input: Counter = "client_input" [Unit::Bytes];
     /// Bytes of server output given to clients, each counted once.
     client_output: Counter = "client_output" [Unit::Bytes];
+    /// Times the server here answered otherwise than the leader's.
+    divergences: Counter = "divergences";
     /// Events issued as leader.
     events_issued: Counter = "events_issued";
     /// Events delivered as backup.

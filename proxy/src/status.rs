@@ -3,6 +3,7 @@
 //! The JSON is an interface: fields are added, never renamed or removed, and whoever reads it
 //! ignores what it does not know.
 
+use std::fmt;
 use std::net::IpAddr;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Instant;
@@ -117,9 +118,28 @@ pub struct ServiceStatus {
     /// Every member the configuration names, with what this node knows of it.
     #[serde(default)]
     pub members: Vec<MemberStatus>,
+    /// The last time that the server here answered otherwise than the leader's, since the node started.
+    #[serde(default)]
+    pub divergence: Option<DivergenceStatus>,
     /// Counts since the node started.
     #[serde(default)]
     pub counters: ServiceCounters,
+}
+
+/// Where two servers' answers differed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DivergenceStatus {
+    /// The connection, by the number of its first event.
+    pub connection: u64,
+    /// Its port.
+    pub port: u16,
+    /// Offset in the server's output up to which both agree.
+    pub agreed: u64,
+    /// Offset before which they differ.
+    pub before: u64,
+    /// Offset of the first byte that differs, where the hashes tell.
+    #[serde(default)]
+    pub first: Option<u64>,
 }
 
 impl ServiceStatus {
@@ -140,6 +160,7 @@ impl ServiceStatus {
             alarm: None,
             fence: None,
             members: Vec::new(),
+            divergence: None,
             counters: ServiceCounters::default(),
         }
     }
@@ -249,10 +270,22 @@ pub struct ServiceCounters {
     pub frames_out: u64,
     /// Times this node became leader while another led before.
     pub takeovers: u64,
+    /// Times the server here answered otherwise than the leader's.
+    pub divergences: u64,
     /// Group datagrams dropped, whatever the reason.
     pub datagrams_dropped: u64,
     /// Bytes of clients' input that are kept for replay at this moment.
     pub history_bytes: u64,
+}
+
+impl fmt::Display for DivergenceStatus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "port {}, connection {}, ", self.port, self.connection)?;
+        match self.first {
+            Some(first) => write!(f, "at offset {first}"),
+            None => write!(f, "between offsets {} and {}", self.agreed, self.before),
+        }
+    }
 }
 
 /// The node's status, shared between those who write it and the admin page.

@@ -155,7 +155,8 @@ impl ConnState {
             | Event::Open { .. }
             | Event::Reset { .. }
             | Event::Closed { .. }
-            | Event::Skip { .. } => {}
+            | Event::Skip { .. }
+            | Event::Answered { .. } => {}
         }
     }
 }

@@ -122,6 +122,25 @@ pub enum Event {
         /// Which connection.
         conn: ConnId,
     },
+    /// What our server answered so far, as hashes (lazy): the other replicas compare their own servers' answers.
+    Answered {
+        /// Which connection.
+        conn: ConnId,
+        /// In the order of offsets, at most [`OUTPUT_MARKS_MAX`].
+        marks: Vec<OutputMark>,
+    },
+}
+
+/// Most marks of one [`Event::Answered`].
+pub const OUTPUT_MARKS_MAX: usize = 64;
+
+/// A server's output on one connection up to an offset, in short. What is hashed how is the driver's to say.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OutputMark {
+    /// Offset behind the last byte hashed.
+    pub offset: u64,
+    /// Hash of all output before it.
+    pub hash: u64,
 }
 
 /// The most payload in one [`Event::Data`]: what one 64 KiB super-segment carries. With the
@@ -210,7 +229,8 @@ impl Event {
             | Self::LocalFin { conn, .. }
             | Self::Reset { conn, .. }
             | Self::Closed { conn }
-            | Self::Skip { conn } => Some(*conn),
+            | Self::Skip { conn }
+            | Self::Answered { conn, .. } => Some(*conn),
             Self::HalfOpen { .. } | Self::Open { .. } => None,
         }
     }

@@ -67,7 +67,9 @@ mod timer;
 pub use config::Config;
 pub use conn_state::{ConnState, LinkAddr, Negotiated, Tuple};
 pub use error::DecodeError;
-pub use event::{ConnId, DATA_BYTES_MAX, Event, EventNo, HalfOpen, ResetBy};
+pub use event::{
+    ConnId, DATA_BYTES_MAX, Event, EventNo, HalfOpen, OUTPUT_MARKS_MAX, OutputMark, ResetBy,
+};
 pub use output::{Checksum, HEADROOM, Notice, Output, Packet};
 pub use replica::{Image, Replica};
 pub use seq::SeqNum;

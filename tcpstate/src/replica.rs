@@ -215,7 +215,7 @@ impl Replica {
             }
             Event::Closed { conn } => self.forget(now, *conn, Ending::Closed),
             // What the server is given, and when, is the driver's matter.
-            Event::Skip { .. } => {}
+            Event::Skip { .. } | Event::Answered { .. } => {}
         }
     }
 

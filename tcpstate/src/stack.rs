@@ -8,7 +8,7 @@ use crate::closed::{ClosedTuples, Ending, Past, Remembered};
 use crate::config::Config;
 use crate::conn_state::{ConnState, LinkAddr, Tuple};
 use crate::endpoint::{Context, Endpoint, Fate, Log};
-use crate::event::{ConnId, Event, EventNo, HalfOpen, ResetBy};
+use crate::event::{ConnId, Event, EventNo, HalfOpen, OUTPUT_MARKS_MAX, OutputMark, ResetBy};
 use crate::icmp::TooBig;
 use crate::output::{Checksum, Output, Packet};
 use crate::replica::{Image, Record, Replica};
@@ -296,6 +296,18 @@ impl Stack {
             endpoint.handle_consumed(offset);
             endpoint.pump(cx)
         });
+    }
+
+    /// Tells the other replicas what the local server has answered, in short. Without effect once the
+    /// connection is over.
+    ///
+    /// # Panics
+    /// With more than [`OUTPUT_MARKS_MAX`] marks.
+    pub fn handle_output_marks(&mut self, conn: ConnId, marks: Vec<OutputMark>) {
+        assert!(marks.len() <= OUTPUT_MARKS_MAX, "marks are bounded");
+        if self.state(conn).is_some() {
+            self.log.append(Event::Answered { conn, marks });
+        }
     }
 
     /// Serves what is due. Early, late or repeated calls are harmless.

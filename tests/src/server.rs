@@ -71,6 +71,10 @@ impl Request {
     }
 }
 
+/// A file in the server's working folder that makes it a faulty one: it holds the offset of the output byte that each
+/// connection gets wrong. Looked for whenever a connection begins.
+pub const FLIP: &str = "flip";
+
 /// Serves every connection on a thread of its own, for ever.
 ///
 /// # Errors
@@ -78,9 +82,11 @@ impl Request {
 pub fn serve(listener: &TcpListener) -> io::Result<()> {
     loop {
         let (stream, _) = listener.accept()?;
+        let flip = std::fs::read_to_string(FLIP).ok();
+        let flip = flip.and_then(|offset| offset.trim().parse().ok());
         std::thread::Builder::new().spawn(move || {
             // The client sees the same as we: a connection that ends.
-            let _ = serve_one(stream);
+            let _ = serve_faulty(stream, flip);
         })?;
     }
 }
@@ -89,13 +95,27 @@ pub fn serve(listener: &TcpListener) -> io::Result<()> {
 ///
 /// # Errors
 /// The connection failed or asked for nothing sensible.
-pub fn serve_one(mut stream: TcpStream) -> io::Result<()> {
+pub fn serve_one(stream: TcpStream) -> io::Result<()> {
+    serve_faulty(stream, None)
+}
+
+/// The byte at offset `flip` of the output is wrong.
+fn serve_faulty(mut stream: TcpStream, flip: Option<u64>) -> io::Result<()> {
+    let mut written = 0;
     stream.set_nodelay(true)?;
     let mut session = Session::default();
     let mut buffer = vec![0; CHUNK];
     loop {
         let mut output = session.output(CHUNK);
         while !output.is_empty() {
+            let place = flip.and_then(|flip| flip.checked_sub(written));
+            if let Some(byte) = place
+                .and_then(|at| usize::try_from(at).ok())
+                .and_then(|at| output.get_mut(at))
+            {
+                *byte ^= 0x20;
+            }
+            written += output.len() as u64;
             stream.write_all(&output)?;
             output = session.output(CHUNK);
         }

@@ -116,6 +116,10 @@ fn write_service(html: &mut String, service: &ServiceStatus) -> std::fmt::Result
         ),
     )?;
     row("Takeovers by this node", &counters.takeovers.to_string())?;
+    if let Some(place) = &service.divergence {
+        let text = format!("{}, at last on {place}", counters.divergences);
+        row("Answers otherwise than the leader's", &text)?;
+    }
     html.push_str("</table>");
     if service.members.is_empty() {
         return Ok(());

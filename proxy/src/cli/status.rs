@@ -160,6 +160,13 @@ fn table(answers: &[Answer]) -> String {
                         let what = "fence process: the kernel does not enforce the lease";
                         remarks.push(format!("{}: {}: {what}", status.node, service.name));
                     }
+                    if let Some(place) = &service.divergence {
+                        let count = service.counters.divergences;
+                        remarks.push(format!(
+                            "{}: {}: its server answered otherwise than the leader's, {count} times, at last on {place}",
+                            status.node, service.name
+                        ));
+                    }
                 }
             }
             Outcome::Error(error) => remarks.push(format!("{admin}: no answer: {error}")),

@@ -111,10 +111,7 @@ fn service_section(section: Section<'_, '_>) -> Option<ServiceSection> {
         let sentence = "close_wait has no effect yet: a close is not held against other replicas";
         document.warn(&found.span, sentence);
     }
-    if let Some(found) = &divergence {
-        let sentence = "divergence has no effect yet: the servers' answers are not compared";
-        document.warn(&found.span, sentence);
-    }
+    let harmless = section.optional("harmless", value::patterns);
     let history = history(&section);
     let command = section.optional("command", value::command);
     let restore = section.optional("restore", value::command);
@@ -181,6 +178,7 @@ fn service_section(section: Section<'_, '_>) -> Option<ServiceSection> {
             .map_or(FenceMode::Kernel, |found| found.value),
         close_wait: close_wait.map_or(Duration::from_secs(1), |found| found.value),
         divergence: divergence.map_or(Divergence::Evict, |found| found.value),
+        harmless: harmless.map_or_else(Vec::new, |found| found.value),
         history,
         command: command.map(|found| found.value),
         restore: restore.map(|found| found.value),

@@ -132,7 +132,7 @@ pacing = { rate = "1Gbit/s", queue = "2MiB" }"#;
 #[test]
 fn the_example_of_the_design_is_read() {
     let config = Folder::new().parse(EXAMPLE).unwrap();
-    let without_effect = ["close_wait", "divergence", "history.disk"];
+    let without_effect = ["close_wait", "history.disk"];
     assert_eq!(config.warnings.len(), without_effect.len());
     for (warning, key) in config.warnings.iter().zip(without_effect) {
         assert!(
@@ -169,6 +169,7 @@ fn the_example_of_the_design_is_read() {
         ordering: Ordering::Connection,
         close_wait: Duration::from_secs(1),
         divergence: Divergence::Evict,
+        harmless: Vec::new(),
         history: HistoryConfig {
             memory_bytes_max: 256 << 20,
             disk_bytes_max: 4 << 30,

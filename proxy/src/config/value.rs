@@ -5,11 +5,13 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use humantime_serde::re::humantime;
+use toml::Spanned;
 use toml::de::DeValue;
 use unbroken_coord::tls::ClientAuth;
 
 use super::document::Complaint;
 use super::{AddressMode, Divergence, ExternalCoord, FenceMode, Ordering, Resilience, Upstream};
+use crate::determinism::Harmless;
 
 pub(super) type Parsed<T> = Result<T, Complaint>;
 
@@ -330,6 +332,20 @@ pub(super) fn divergence(value: &DeValue<'_>) -> Parsed<Divergence> {
         "stop" => Divergence::Stop,
         _ => Divergence::Evict,
     })
+}
+
+/// A list of regular expressions, as [`crate::determinism::Harmless`] takes them.
+pub(super) fn patterns(value: &DeValue<'_>) -> Parsed<Vec<String>> {
+    const EXPECTED: &str = "a list of regular expressions, as in [\"^Date: .*\"]";
+    let DeValue::Array(items) = value else {
+        return Err(wrong_type(value, EXPECTED));
+    };
+    let text = |item: &Spanned<DeValue<'_>>| Ok(string(item.get_ref(), EXPECTED)?.to_owned());
+    let patterns: Vec<String> = items.iter().map(text).collect::<Parsed<_>>()?;
+    match Harmless::new(&patterns) {
+        Ok(_) => Ok(patterns),
+        Err(error) => Err(Complaint::new(error.to_string(), EXPECTED)),
+    }
 }
 
 /// A feature the design names and this version does not have.

@@ -3,6 +3,7 @@
 
 mod checkpoint;
 mod context;
+mod divergence;
 mod history;
 mod input;
 mod liveness;
@@ -10,10 +11,12 @@ mod plane;
 mod queues;
 mod recent;
 mod report;
+mod reports;
 mod role;
 mod runner;
 mod servers;
 mod upstream;
+mod verdict;
 
 use std::io;
 use std::os::fd::{AsRawFd as _, OwnedFd};
@@ -44,6 +47,7 @@ use self::runner::{Program, Runner};
 use self::servers::{Order, Servers};
 use crate::clock::BootTime;
 use crate::config::{AddressMode, Config, GroupConfig, Ordering, Resilience, Upstream, VipConfig};
+use crate::determinism::Harmless;
 use crate::metrics::NodeMetrics;
 use crate::registry::{Answer, Node, Operation, Request};
 use crate::status::Board;
@@ -461,7 +465,16 @@ fn open_plane(
     tcp_config.mtu = usize::from(wire.mtu());
     tcp_config.segmentation_offload = true;
     tcp_config.checksum_offload = true;
-    let servers = Servers::new(index, targets, history_max(vip), liveness);
+    let mut servers = Servers::new(index, targets, history_max(vip), liveness);
+    let mut policies = std::collections::BTreeMap::new();
+    for service in &vip.services {
+        let harmless = Harmless::new(&service.harmless).expect("patterns were checked when read");
+        let harmless = Arc::new(harmless);
+        for port in &service.ports {
+            servers.declare_harmless(*port, Arc::clone(&harmless));
+            policies.insert(*port, service.divergence);
+        }
+    }
     let plane = PlaneConfig {
         index,
         vip: vip.vip,
@@ -470,6 +483,7 @@ fn open_plane(
         tcp: tcp_config,
         secrets: secrets(config, vip),
         group: group_template(config, index),
+        divergence: policies,
     };
     Plane::new(plane, wire, servers, now)
 }

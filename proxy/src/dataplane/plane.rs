@@ -2,6 +2,9 @@
 //!
 //! A plane executes what the cores ask for, in order, and makes no protocol decision of its own.
 
+mod answers;
+
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,9 +19,12 @@ use unbroken_tcpstate::{ConnId, Event, EventNo, Output as TcpOutput, Replica, St
 use super::checkpoint;
 use super::context::Context;
 use super::recent::Recent;
+use super::reports::Report;
 use super::role::{Keeper, Role};
 use super::servers::Servers;
+use super::verdict::Verdict;
 use crate::clock::BootTime;
+use crate::config;
 use crate::registry::{Node, Operation, Request};
 use crate::wire::{Flushed, Frame, Kind, Mac, OutPacket, RECEIVE_BATCH, Wire};
 
@@ -34,6 +40,8 @@ pub(crate) struct PlaneConfig {
     pub(crate) secrets: tcp::Secrets,
     /// The group core's configuration, without an incarnation.
     pub(crate) group: GroupTemplate,
+    /// What becomes of a replica whose server answered otherwise, by port.
+    pub(crate) divergence: BTreeMap<u16, config::Divergence>,
 }
 
 /// Makes a group configuration for each life of this member.
@@ -63,6 +71,7 @@ pub(crate) struct Plane {
     pub(crate) wire: Wire,
     pub(crate) role: Role,
     pub(crate) servers: Servers,
+    pub(crate) verdict: Verdict,
     /// Promised to leave the view: nothing is issued, fed or released.
     pub(crate) wedged: bool,
     /// Which life of the group core this is.
@@ -79,6 +88,8 @@ pub(crate) struct Plane {
     pub(crate) changed: bool,
     pub(crate) stopped: bool,
     stopping: bool,
+    /// Who led the view installed last.
+    led_by: Option<group::MemberId>,
     wire_readable: bool,
     progress_at: BootTime,
     hand_over_at: BootTime,
@@ -98,8 +109,10 @@ pub(crate) struct Plane {
 impl Plane {
     pub(crate) fn new(config: PlaneConfig, wire: Wire, servers: Servers, now: BootTime) -> Self {
         let group = group::Core::new((config.group)(), super::seed(), group_time(now));
+        let verdict = Verdict::new(config.divergence.clone());
         Self {
             config,
+            verdict,
             group,
             wire,
             role: Role::Outside,
@@ -117,6 +130,7 @@ impl Plane {
             changed: true,
             stopped: false,
             stopping: false,
+            led_by: None,
             wire_readable: true,
             progress_at: now,
             hand_over_at: now,
@@ -225,9 +239,12 @@ impl Plane {
             self.servers.handle_timeout(now, cx.registry, &mut keeper);
             self.servers.pump(now, &mut keeper);
             self.servers.advance(now, cx.registry, &mut keeper);
+            self.tell_answers(now);
             self.settle(now, cx);
+            self.judge_answers(now, cx);
             self.hand_over_if_dead(now, cx);
         }
+        self.rejoin_if_due(now, cx);
         self.report_progress(now);
         self.wire.handle_timeout(now);
         self.flush(cx);
@@ -255,7 +272,15 @@ impl Plane {
             Role::Backup(_) if !self.wedged => (None, self.servers.poll_timeout()),
             _ => (None, None),
         };
-        [group, wire, stack, servers].into_iter().flatten().min()
+        let answers = match self.role {
+            Role::Leader(_) if !self.wedged => self.servers.marks_timeout(),
+            Role::Backup(_) if self.wedged => None,
+            _ => self.verdict.poll_timeout(),
+        };
+        [group, wire, stack, servers, answers]
+            .into_iter()
+            .flatten()
+            .min()
     }
 
     /// A leader takes no input while it leaves a view, or while too much of it is unstable: what
@@ -373,7 +398,8 @@ impl Plane {
             Event::HalfOpen { .. }
             | Event::Acked { .. }
             | Event::Closed { .. }
-            | Event::Skip { .. } => false,
+            | Event::Skip { .. }
+            | Event::Answered { .. } => false,
         };
         self.group
             .multicast(group_time(now), number.0, payload.into(), urgent);
@@ -463,9 +489,10 @@ impl Plane {
                     }
                 }
                 GroupOutput::CheckpointDone => self.restore(now, cx),
-                GroupOutput::Unicast { from, .. } => {
-                    debug!(vip = %self.config.vip, %from, "a unicast message of no known kind");
-                }
+                GroupOutput::Unicast { from, payload } => match Report::decode(&payload) {
+                    Ok(report) => self.handle_report(now, &from, &report),
+                    Err(error) => debug!(vip = %self.config.vip, %from, %error, "a report"),
+                },
                 GroupOutput::Notice(notice) => cx.notice(self.config.vip, notice),
             }
         }
@@ -526,6 +553,12 @@ impl Plane {
             full = view.full.len(), joining = view.joining.len(), cut = installed.cut,
             k = view.k, "view installed"
         );
+        if self.led_by.as_ref() != Some(view.leader()) {
+            self.led_by = Some(view.leader().clone());
+            self.verdict.handle_new_leader();
+            self.servers.judge_answers_anew();
+        }
+        self.verdict.handle_view(&view.full);
         let old = std::mem::take(&mut self.role);
         self.role = match (installed.role, old) {
             (group::Role::Leader, Role::Leader(stack)) if installed.survivor => Role::Leader(stack),
@@ -582,6 +615,7 @@ impl Plane {
             EventNo(installed.cut).next(),
         );
         self.stable_told = EventNo(0);
+        self.servers.tell_answers();
         self.claim(now);
         Role::Leader(Box::new(stack))
     }
@@ -612,6 +646,7 @@ impl Plane {
             self.servers.wake(conn);
         }
         info!(vip = %self.config.vip, connections = stack.connections(), "took over");
+        self.servers.tell_answers();
         self.stable_told = EventNo(0);
         if self.config.keeps_recent {
             self.replay_recent(now, &mut stack);
@@ -700,10 +735,10 @@ impl Plane {
     fn outside(&mut self, now: BootTime, cx: &mut Context<'_>) {
         self.wire.set_owner(now, false);
         self.changed = true;
-        if self.stopping {
+        if self.stopping || self.verdict.is_out() {
             self.servers.clear(now);
             self.role = Role::Outside;
-            self.stopped = true;
+            self.stopped = self.stopping;
         } else {
             info!(vip = %self.config.vip, "out of the view: joining anew");
             self.renew(now, cx);
@@ -753,7 +788,7 @@ impl Plane {
         }
         self.progress_at = now + PROGRESS_EVERY;
         let (behind_bytes, lost) = self.servers.lag(now);
-        let unfit = lost > 0 || behind_bytes > BEHIND_BYTES_MAX;
+        let unfit = lost > 0 || behind_bytes > BEHIND_BYTES_MAX || self.verdict.unfit();
         self.group.set_progress(group::Lag {
             behind_bytes,
             unfit,

@@ -6,14 +6,15 @@ use tokio::sync::mpsc::UnboundedSender;
 use unbroken_group::{GroupStatus, MemberStatus as GroupMember, Role as GroupRole};
 
 use super::Note;
+use super::divergence::Divergence;
 use super::plane::{BEHIND_BYTES_MAX, Plane, mac_text};
 use super::role::Role;
 use crate::clock::BootTime;
 use crate::config::{Config, FenceMode};
 use crate::metrics::{NodeMetrics, ServiceMetrics};
 use crate::status::{
-    Board, LeaseStatus, MemberState, MemberStatus, Redundancy, Role as StatusRole, ServiceCounters,
-    ServiceStatus, ViewStatus,
+    Board, DivergenceStatus, LeaseStatus, MemberState, MemberStatus, Redundancy,
+    Role as StatusRole, ServiceCounters, ServiceStatus, ViewStatus,
 };
 
 /// How often the status is written when nothing striking has happened.
@@ -116,7 +117,10 @@ impl Reporter {
             plane.role.status()
         };
         let (behind, lost) = plane.servers.lag(now);
-        let (redundancy, reason) = self.redundancy(&group, behind, lost);
+        let (redundancy, mut reason) = self.redundancy(&group, behind, lost, plane);
+        if let Some(own) = plane.verdict.reason(now) {
+            reason = Some(own);
+        }
         let view = group
             .view
             .as_ref()
@@ -163,6 +167,7 @@ impl Reporter {
             } else {
                 FenceMode::Process
             },
+            divergence: plane.verdict.latest().map(Divergence::status),
             counters: ServiceCounters {
                 last_event: plane.last_event,
                 stable_event: group.stable,
@@ -172,6 +177,7 @@ impl Reporter {
                 frames_in: wire.frames_in,
                 frames_out: wire.frames_out,
                 takeovers: plane.takeovers,
+                divergences: plane.verdict.count(),
                 datagrams_dropped: group.counters.malformed
                     + group.counters.wrong_view
                     + group.counters.stranger,
@@ -224,6 +230,7 @@ impl Reporter {
         group: &GroupStatus,
         behind: u64,
         lost: usize,
+        plane: &Plane,
     ) -> (Redundancy, Option<String>) {
         let Some(view) = &group.view else {
             return (
@@ -234,7 +241,11 @@ impl Reporter {
         let fit = |m: &&GroupMember| {
             let own = m.member.name == self.me;
             let behind = if own { behind } else { m.lag.behind_bytes };
-            let unfit = if own { lost > 0 } else { m.lag.unfit };
+            let unfit = if own {
+                lost > 0 || plane.verdict.unfit()
+            } else {
+                m.lag.unfit
+            };
             m.full && m.member != *view.leader() && !unfit && behind <= BEHIND_BYTES_MAX
         };
         let able = group.members.iter().filter(fit).count();
@@ -253,6 +264,20 @@ impl Reporter {
             format!(
                 "{able} of {wanted} backups could take over; {} not there",
                 wanted - full
+            )
+        };
+        let odd: Vec<&str> = view
+            .full
+            .iter()
+            .filter(|m| plane.verdict.accused_by(m))
+            .map(|m| m.name.as_str())
+            .collect();
+        let why = if odd.is_empty() {
+            why
+        } else {
+            format!(
+                "{why}; answers otherwise than this node: {}",
+                odd.join(", ")
             )
         };
         let state = if able > 0 {
@@ -278,6 +303,7 @@ struct Report {
     fence: FenceMode,
     alarm: Option<String>,
     members: Vec<MemberStatus>,
+    divergence: Option<DivergenceStatus>,
     counters: ServiceCounters,
     fenced: u64,
     foreign_claims: u64,
@@ -301,6 +327,7 @@ impl Report {
         service.alarm.clone_from(&self.alarm);
         service.fence = Some(self.fence);
         service.members.clone_from(&self.members);
+        service.divergence = self.divergence;
         service.counters = self.counters;
     }
 
@@ -315,6 +342,7 @@ impl Report {
         raise(&metrics.client_input, c.client_bytes_in);
         raise(&metrics.client_output, c.client_bytes_out);
         raise(&metrics.takeovers, c.takeovers);
+        raise(&metrics.divergences, c.divergences);
         raise(&metrics.views_installed, self.views);
         raise(&metrics.connections_reset, self.resets);
         raise(&metrics.events_issued, self.issued);

@@ -3,6 +3,7 @@
 //! Leader and backup run the same code here (R3: every replica's server is fed from the event log);
 //! they differ only in who keeps the output, which is [`OutputKeeper`].
 
+mod answers;
 mod total;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
@@ -14,7 +15,9 @@ use mio::{Registry, Token};
 use tracing::{debug, warn};
 use unbroken_tcpstate::{ConnId, Event, EventNo};
 
+use self::answers::Answers;
 pub(crate) use self::total::{Order, OrderHeader};
+use super::divergence::Answer;
 use super::input::Input;
 use super::liveness::{self, Life, Liveness};
 use super::upstream::{ReadOutcome, Target, Upstream};
@@ -73,6 +76,7 @@ struct Server {
     upstream: Option<Upstream>,
     /// Offset of the server's output read so far, in this run of the server.
     server_offset: u64,
+    answer: Answer,
     /// Since when there has been no connection to the server.
     absent_since: BootTime,
     /// That it is not there has been said.
@@ -112,6 +116,7 @@ pub(crate) struct Servers {
     ready: VecDeque<ConnId>,
     /// Connections that wait for a moment, by it.
     waiting: BTreeSet<(BootTime, ConnId)>,
+    answers: Answers,
     liveness: Liveness,
     /// The server died, or is not there: somebody else should lead.
     dead: bool,
@@ -149,6 +154,7 @@ impl Servers {
             servers: HashMap::new(),
             ready: VecDeque::new(),
             waiting: BTreeSet::new(),
+            answers: Answers::default(),
             liveness,
             dead: false,
             history_max_bytes,
@@ -212,6 +218,7 @@ impl Servers {
                 }
             }
             Event::Closed { conn } => drop(self.remove(*conn)),
+            Event::Answered { conn, marks } => self.handle_marks(*conn, marks),
             Event::HalfOpen { .. }
             | Event::Acked { .. }
             | Event::LocalFin { .. }
@@ -242,6 +249,7 @@ impl Servers {
             input,
             upstream: None,
             server_offset: 0,
+            answer: self.answers.begin(port),
             absent_since: now,
             absence_told: false,
             closing: None,
@@ -262,6 +270,7 @@ impl Servers {
             return;
         }
         server.server_offset = 0;
+        server.answer.restart();
         match Upstream::connect(&server.target, reg, token) {
             Ok(upstream) => server.upstream = Some(upstream),
             Err(error) => {
@@ -385,6 +394,7 @@ impl Servers {
         let tag = self.given.unwrap_or(tag);
         let mut budget = TURN_BYTES;
         let mut ended = false;
+        let mut found = None;
         while outcome.is_ok() && upstream.readable() {
             let skip = keeper.produced(conn).saturating_sub(server.server_offset);
             let want = if unwanted {
@@ -407,16 +417,26 @@ impl Servers {
                 Ok(ReadOutcome::Bytes(n)) => {
                     self.heard = true;
                     server.server_offset += n as u64;
+                    found = found.or(server.answer.read(&self.scratch[..n]));
                     budget = budget.saturating_sub(n);
                     if skip == 0 {
                         keeper.bytes(conn, &self.scratch[..n], tag);
                     }
                 }
-                Ok(ReadOutcome::Empty) => break,
-                Ok(ReadOutcome::End) => ended = true,
+                Ok(ReadOutcome::Empty) => {
+                    server.answer.pause();
+                    break;
+                }
+                Ok(ReadOutcome::End) => {
+                    found = found.or(server.answer.end());
+                    ended = true;
+                }
                 Err(e) => outcome = Err(e),
             }
         }
+        let name = (conn, server.port);
+        self.answers
+            .note(now, name, &mut server.answer, found, ended);
         let close = match (outcome, ended && !server.ended) {
             (Err(error), _) => {
                 debug!(conn = conn.0, %error, "the connection to the server broke");
@@ -599,6 +619,7 @@ impl Servers {
     /// state begin anew.
     pub(crate) fn clear(&mut self, now: BootTime) {
         self.drop_connections();
+        self.judge_answers();
         self.clear_order(now);
     }
 
@@ -610,6 +631,7 @@ impl Servers {
         }
         self.ready.clear();
         self.waiting.clear();
+        self.forget_answers();
         self.dead = false;
         self.history_bytes = 0;
     }

@@ -281,6 +281,8 @@ impl Servers {
                 order.skips.insert((*conn, number));
                 return false;
             }
+            // Compared at once, whatever the servers wait for.
+            Event::Answered { .. } => return true,
             Event::HalfOpen { .. } | Event::Acked { .. } | Event::LocalFin { .. } => return false,
         };
         let over = matches!(what, What::End { .. });

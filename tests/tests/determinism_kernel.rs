@@ -1,0 +1,217 @@
+//! A replica whose server answers otherwise than the leader's is found out before it can lead.
+
+#![expect(clippy::unwrap_used, reason = "a test says plainly what it expects")]
+
+use std::fs;
+use std::io::{Read as _, Write as _};
+use std::net::TcpStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use unbroken::status::{DivergenceStatus, Role, ServiceStatus};
+use unbroken_tests::client::{self, ClientError, Outcome, Progress};
+use unbroken_tests::cluster::{Cluster, Options, PATIENCE, Service};
+use unbroken_tests::netns::{userns, wait_until};
+use unbroken_tests::server::{FLIP, Request};
+
+const NODE: &str = env!("CARGO_BIN_EXE_lab-node");
+const SERVER: &str = env!("CARGO_BIN_EXE_lab-server");
+
+/// Bytes of a request, and of its answer.
+const SIZE: u32 = 64;
+/// The output byte that a faulty server gets wrong: in the sixteenth answer.
+const WRONG_AT: u64 = 1000;
+/// The answer that it is in.
+const WRONG_ANSWER: std::ops::Range<u64> = 960..1024;
+
+fn cluster(keys: &str) -> Cluster {
+    let service = Service {
+        keys: keys.to_owned(),
+        ..Service::lab(SERVER)
+    };
+    Cluster::start(Options::new(NODE, [service])).unwrap()
+}
+
+fn service(cluster: &Cluster, replica: &str) -> Option<ServiceStatus> {
+    cluster.status(replica)?.services.into_iter().next()
+}
+
+/// Makes a replica's server a faulty one, from the next connection on.
+fn break_server(cluster: &Cluster, replica: &str) {
+    fs::write(cluster.folder(replica).join(FLIP), WRONG_AT.to_string()).unwrap();
+}
+
+fn mend_server(cluster: &Cluster, replica: &str) {
+    fs::remove_file(cluster.folder(replica).join(FLIP)).unwrap();
+}
+
+/// Waits until a replica says that its server has diverged.
+fn wait_divergence(cluster: &Cluster, replica: &str) -> DivergenceStatus {
+    let mut found = None;
+    wait_until("the divergence is found", PATIENCE, || {
+        found = service(cluster, replica).and_then(|s| s.divergence);
+        found.is_some()
+    })
+    .unwrap();
+    found.unwrap()
+}
+
+/// The other replicas, in order.
+fn others(cluster: &Cluster, name: &str) -> [String; 2] {
+    let mut names = cluster.replicas();
+    names.retain(|n| n != name);
+    names.try_into().unwrap()
+}
+
+/// A client that verifies what it is answered, for as long as it is wanted.
+struct Client {
+    stop: Arc<AtomicBool>,
+    progress: Arc<Progress>,
+    thread: JoinHandle<Result<Outcome, ClientError>>,
+}
+
+impl Client {
+    fn start(cluster: &Cluster) -> Self {
+        let stream = cluster.connect(80).unwrap();
+        let (stop, progress) = (Arc::new(AtomicBool::new(false)), Progress::shared());
+        let (stopped, mine) = (Arc::clone(&stop), Arc::clone(&progress));
+        let size = usize::try_from(SIZE).unwrap();
+        let thread = thread::spawn(move || {
+            client::exchange(stream, size, Duration::from_millis(2), &mine, || {
+                !stopped.load(Ordering::Relaxed)
+            })
+        });
+        Self {
+            stop,
+            progress,
+            thread,
+        }
+    }
+
+    fn wait_progress(&self) {
+        let before = self.progress.sample().operations;
+        wait_until("the client moves on", PATIENCE, || {
+            self.progress.sample().operations > before
+        })
+        .unwrap();
+    }
+
+    fn finish(self) {
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread.join().unwrap().unwrap();
+    }
+}
+
+#[test]
+fn a_flipped_byte_of_a_backup_is_found_before_it_can_lead() {
+    userns::privileged(
+        "a_flipped_byte_of_a_backup_is_found_before_it_can_lead",
+        || {
+            let mut cluster = cluster("");
+            let (leader, view) = cluster.wait_whole().unwrap();
+            let [faulty, sound] = others(&cluster, &leader);
+            break_server(&cluster, &faulty);
+            let client = Client::start(&cluster);
+            let found = wait_divergence(&cluster, &faulty);
+            assert_eq!((found.port, found.first), (80, Some(WRONG_AT)), "{found:?}");
+            assert!(
+                found.agreed <= WRONG_AT && WRONG_AT < found.before,
+                "{found:?}"
+            );
+            assert!(service(&cluster, &sound).unwrap().divergence.is_none());
+
+            // It is brought up anew again and again, and in vain, for its server is still faulty.
+            cluster.kill(&leader).unwrap();
+            assert_eq!(cluster.wait_leader(view).unwrap().0, sound);
+            client.wait_progress();
+            mend_server(&cluster, &faulty);
+            cluster.start_replica(&leader).unwrap();
+            cluster.wait_whole().unwrap();
+            assert!(service(&cluster, &faulty).unwrap().counters.divergences > 0);
+
+            // Mended and brought up by replay, it may lead.
+            for name in [&sound, &leader] {
+                if cluster.leader().unwrap().0 != faulty {
+                    let (_, view) = cluster.leader().unwrap();
+                    cluster.kill(name).unwrap();
+                    cluster.wait_leader(view).unwrap();
+                    client.wait_progress();
+                    cluster.start_replica(name).unwrap();
+                    cluster.wait_whole().unwrap();
+                }
+            }
+            client.finish();
+        },
+    );
+}
+
+#[test]
+fn with_stop_it_stays_out_and_with_warn_it_stays() {
+    userns::privileged("with_stop_it_stays_out_and_with_warn_it_stays", || {
+        for policy in ["stop", "warn"] {
+            let mut cluster = cluster(&format!("divergence = \"{policy}\"\n"));
+            let (leader, _) = cluster.wait_whole().unwrap();
+            let [faulty, _] = others(&cluster, &leader);
+            break_server(&cluster, &faulty);
+            let client = Client::start(&cluster);
+            wait_divergence(&cluster, &faulty);
+            if policy == "stop" {
+                wait_until("it is out and says why", PATIENCE, || {
+                    service(&cluster, &faulty).is_some_and(|s| {
+                        let reason = s.redundancy_reason.unwrap_or_default();
+                        s.role == Role::Outside && reason.contains("until the node is started anew")
+                    })
+                })
+                .unwrap();
+                wait_until("the others go on without it", PATIENCE, || {
+                    service(&cluster, &leader).is_some_and(|s| s.view.members.len() == 2)
+                })
+                .unwrap();
+                mend_server(&cluster, &faulty);
+                cluster.kill(&faulty).unwrap();
+                cluster.start_replica(&faulty).unwrap();
+            }
+            cluster.wait_whole().unwrap();
+            client.finish();
+        }
+    });
+}
+
+#[test]
+fn a_leader_that_two_others_contradict_hands_over() {
+    userns::privileged("a_leader_that_two_others_contradict_hands_over", || {
+        let cluster = cluster("");
+        let (leader, view) = cluster.wait_whole().unwrap();
+        break_server(&cluster, &leader);
+        // It will be told the wrong byte, and does not look at it.
+        let mut client = cluster.connect(80).unwrap();
+        client.set_read_timeout(Some(PATIENCE)).unwrap();
+        client
+            .write_all(&Request::Exchange { size: SIZE }.encode())
+            .unwrap();
+        for _ in 0..2 * WRONG_ANSWER.end / u64::from(SIZE) {
+            exchange(&mut client);
+        }
+        let (next, _) = cluster.wait_leader(view).unwrap();
+        assert_ne!(next, leader);
+        exchange(&mut client);
+        // The two who agree were not brought up anew.
+        for name in others(&cluster, &leader) {
+            let service = service(&cluster, &name).unwrap();
+            assert!(service.view.members.contains(&name), "{service:?}");
+            assert_eq!(service.counters.divergences, 1);
+        }
+        mend_server(&cluster, &leader);
+        cluster.wait_whole().unwrap();
+        exchange(&mut client);
+    });
+}
+
+/// One request and its answer.
+fn exchange(client: &mut TcpStream) {
+    let mut bytes = [b'x'; SIZE as usize];
+    client.write_all(&bytes).unwrap();
+    client.read_exact(&mut bytes).unwrap();
+}
