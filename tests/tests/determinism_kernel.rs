@@ -77,9 +77,8 @@ impl Client {
         let stream = cluster.connect(80).unwrap();
         let (stop, progress) = (Arc::new(AtomicBool::new(false)), Progress::shared());
         let (stopped, mine) = (Arc::clone(&stop), Arc::clone(&progress));
-        let size = usize::try_from(SIZE).unwrap();
         let thread = thread::spawn(move || {
-            client::exchange(stream, size, Duration::from_millis(2), &mine, || {
+            client::exchange(stream, SIZE, Duration::from_millis(2), &mine, || {
                 !stopped.load(Ordering::Relaxed)
             })
         });

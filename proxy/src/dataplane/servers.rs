@@ -496,6 +496,8 @@ impl Servers {
             warn!(target = ?server.target, "the local server died");
         }
         self.dead = true;
+        // A line that it did not end is not compared.
+        server.answer.restart();
         server.upstream = None;
         server.ended = false;
         server.absent_since = now;
