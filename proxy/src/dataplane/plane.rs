@@ -738,6 +738,7 @@ impl Plane {
         if self.stopping || self.verdict.is_out() {
             self.servers.clear(now);
             self.role = Role::Outside;
+            self.wedged = false;
             self.stopped = self.stopping;
         } else {
             info!(vip = %self.config.vip, "out of the view: joining anew");
