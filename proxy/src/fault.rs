@@ -34,6 +34,10 @@ mod planting {
         NoFence,
         /// `no-kernel-fence`: only the node checks.
         NoKernelFence,
+        /// `answers-unjudged`: a backup does not compare its server's answers with the leader's.
+        AnswersUnjudged,
+        /// `outvoted-leads`: a leader goes on although two others contradict it.
+        OutvotedLeads,
     }
 
     impl Fault {
@@ -48,6 +52,8 @@ mod planting {
                 Some(match name.as_str() {
                     "no-fence" => Self::NoFence,
                     "no-kernel-fence" => Self::NoKernelFence,
+                    "answers-unjudged" => Self::AnswersUnjudged,
+                    "outvoted-leads" => Self::OutvotedLeads,
                     _ => panic!("{VARIABLE}={name}: no such defect"),
                 })
             })

@@ -10,6 +10,7 @@ use super::super::role::Role;
 use super::super::verdict::Action;
 use super::{HAND_OVER_EVERY, Plane, group_time};
 use crate::clock::BootTime;
+use crate::fault::planted;
 
 impl Plane {
     /// Leader: tells the others what its servers have answered.
@@ -65,6 +66,7 @@ impl Plane {
         if self.verdict.handle_report(from, *report)
             && matches!(self.role, Role::Leader(_))
             && now >= self.hand_over_at
+            && !planted!(OutvotedLeads)
         {
             self.hand_over_at = now + HAND_OVER_EVERY;
             warn!(

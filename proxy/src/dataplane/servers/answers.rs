@@ -10,6 +10,7 @@ use super::super::divergence::{Answer, Divergence, Found};
 use super::Servers;
 use crate::clock::BootTime;
 use crate::determinism::Harmless;
+use crate::fault::planted;
 
 /// A leader tells of what its server has said after this long: by then an answer is usually whole.
 const ANNOUNCE_EVERY: Duration = Duration::from_millis(10);
@@ -124,7 +125,7 @@ impl Servers {
 
     /// The leader's server has said this.
     pub(super) fn handle_marks(&mut self, conn: ConnId, marks: &[OutputMark]) {
-        if self.answers.announcing {
+        if self.answers.announcing || planted!(AnswersUnjudged) {
             return;
         }
         if let Some(server) = self.servers.get_mut(&conn) {
