@@ -8,7 +8,6 @@ mod local;
 
 use bytes::Bytes;
 use local::{Error, Local, argument};
-use std::sync::Arc;
 use tokio::sync::watch;
 use unbroken_group::MemberId;
 use unbroken_group::node::{Group, Handler, Node, Received};
@@ -34,7 +33,7 @@ impl Screen {
     }
 }
 
-impl Handler for Arc<Screen> {
+impl Handler for Screen {
     async fn message(&self, _: &Group, message: Received) {
         let said = message.body().escape_ascii();
         self.line(format!("{}: {said}", message.from().name));
@@ -77,7 +76,7 @@ impl Member {
         let (group, events) = Group::join(&node, "chat").await?;
         let (sender, lines) = watch::channel(Vec::new());
         let own = group.clone();
-        tokio::spawn(async move { own.run(events, Arc::new(Screen(sender))).await });
+        tokio::spawn(async move { own.run(events, Screen(sender)).await });
         let mut member = Self { node, group, lines };
         member
             .sees(|line| line == &format!("* {name} came"))

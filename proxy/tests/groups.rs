@@ -67,14 +67,17 @@ async fn agree(
     maps[0].set("k", "v").await.unwrap();
     soon("one ends", end_one).await;
     drop(nodes.remove(0));
-    let [_, second, third] = maps.try_into().ok().unwrap();
+    let [first, second, third] = maps.try_into().ok().unwrap();
+    let dead = first.group().me().clone();
+    let departed = soon("it departs", second.group().monitor(&dead)).await;
+    assert!(departed.is_some(), "seen by a member");
     soon("after both", second.set("k", "w"))
         .await
         .unwrap()
         .unwrap();
     let seen = third.until(|m| m.get(b"k").is_some_and(|v| v == "w"));
     soon("seen", seen).await.unwrap();
-    let view = third.group().view().unwrap();
+    let view = second.group().view().unwrap();
     assert_eq!(view.members.len(), 2);
     for node in nodes {
         soon("stop", node.stop()).await;
