@@ -120,7 +120,7 @@ async fn main() -> Result<(), Error> {
         drop(victim);
     });
     let mut found = BTreeSet::new();
-    let mut missing = vec![0..LIMIT];
+    let mut missing: Vec<Range<u64>> = std::iter::once(0..LIMIT).collect();
     while let Some(range) = missing.pop() {
         println!("asked for {range:?}");
         let question = postcard::to_stdvec(&range)?;
