@@ -110,14 +110,19 @@ impl Core {
                     Phase::Leading | Phase::Backup | Phase::Gone => {}
                 }
             }
-            Command::HandOver => {
+            Command::HandOver { to } => {
                 if !self.can_multicast() {
                     return Err(CommandError::NotLeading);
                 }
-                if self.view().full.len() == 1 {
+                let mut others = self.view().full[1..].iter();
+                if others.len() == 0 {
                     return Err(CommandError::Alone);
                 }
+                if to.as_ref().is_some_and(|to| others.all(|m| m.name != *to)) {
+                    return Err(CommandError::NoSuchMember);
+                }
                 self.handing_over = true;
+                self.hand_over_to = to;
             }
             Command::ReadyToBeFull => {
                 if self.phase != Phase::Joining || !self.has_checkpoint() {

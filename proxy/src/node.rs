@@ -25,6 +25,7 @@ use crate::config::{Config, CoordConfig, ServiceConfig};
 use crate::dataplane::{self, Dataplane, Input, Note};
 use crate::hooks::Hooks;
 use crate::metrics::NodeMetrics;
+use crate::operator::Operator;
 use crate::registry::{self, Reads};
 use crate::status::{Board, CoordinatorRole, CoordinatorStatus, Role, ServiceStatus};
 
@@ -62,9 +63,12 @@ pub async fn run(config: Config, mut shutdown: watch::Receiver<bool>) -> anyhow:
     if let Some(server) = &coordinator.server {
         metrics.show_coordinator(server.meter());
     }
+    let operator = Operator::new(&config, board.clone(), handle.clone());
+    operator.resume();
     let admin = Admin {
         board: board.clone(),
         metrics,
+        operator: Some(operator),
     };
     let (stop_admin, admin_stopped) = watch::channel(false);
     let page = tokio::spawn(admin::serve(listener, admin, admin_stopped));
@@ -226,15 +230,17 @@ impl Coordinator {
     }
 }
 
-/// The services of each VIP, as the data plane groups them.
-pub(crate) fn targets(services: &[&ServiceConfig]) -> BTreeMap<u16, dataplane::Target> {
-    let mut targets = BTreeMap::new();
+/// The servers behind a VIP's ports.
+pub(crate) fn backends(services: &[&ServiceConfig]) -> BTreeMap<u16, dataplane::Backend> {
+    let mut backends = BTreeMap::new();
     for service in services {
-        for port in &service.ports {
-            targets.insert(*port, dataplane::Target::from(&service.upstream));
-        }
+        let backend = dataplane::Backend {
+            target: dataplane::Target::from(&service.upstream),
+            close_wait: service.close_wait,
+        };
+        backends.extend(service.ports.iter().map(|port| (*port, backend.clone())));
     }
-    targets
+    backends
 }
 
 /// The znode of a VIP's group.

@@ -28,6 +28,9 @@ pub struct Status {
     /// The node was asked to stop and is doing so.
     #[serde(default)]
     pub stopping: bool,
+    /// The node leads only where no other could (`unbroken maintenance`).
+    #[serde(default)]
+    pub maintenance: bool,
     /// The coordinator as this node sees it.
     pub coordinator: CoordinatorStatus,
     /// In the order of the configuration.
@@ -253,6 +256,9 @@ pub struct ServiceCounters {
     pub datagrams_dropped: u64,
     /// Bytes of clients' input that are kept for replay at this moment.
     pub history_bytes: u64,
+    /// Closes of the local server that were shown although other replicas' servers went on, or closed
+    /// otherwise.
+    pub close_divergences: u64,
 }
 
 /// The node's status, shared between those who write it and the admin page.
@@ -272,6 +278,7 @@ impl Board {
             pid: std::process::id(),
             uptime_ms: 0,
             stopping: false,
+            maintenance: false,
             coordinator: CoordinatorStatus::default(),
             services,
         };

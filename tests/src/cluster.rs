@@ -333,6 +333,20 @@ impl Cluster {
         found.context(what)
     }
 
+    /// Waits until another node than `not` says that it leads the first service. Its name, and the view.
+    ///
+    /// # Errors
+    /// Nobody else says so in time.
+    pub fn wait_other_leader(&self, not: &str) -> Result<(String, u64)> {
+        let mut found = None;
+        let what = format!("another than {not} leads");
+        wait_until(&what, PATIENCE, || {
+            found = self.leader().filter(|(name, _)| name != not);
+            found.is_some()
+        })?;
+        found.context(what)
+    }
+
     /// The node that says it leads the newest view of the first service, and the view.
     pub fn leader(&self) -> Option<(String, u64)> {
         let leads = self.statuses().into_iter().flatten().filter_map(|status| {

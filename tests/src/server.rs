@@ -2,7 +2,7 @@
 //! connection follows from what was sent on that connection and nothing else.
 
 use std::io::{self, Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpStream;
 
 use ring::digest::{Context, SHA256};
 
@@ -68,20 +68,6 @@ impl Request {
             }
             _ => None,
         }
-    }
-}
-
-/// Serves every connection on a thread of its own, for ever.
-///
-/// # Errors
-/// The listener failed.
-pub fn serve(listener: &TcpListener) -> io::Result<()> {
-    loop {
-        let (stream, _) = listener.accept()?;
-        std::thread::Builder::new().spawn(move || {
-            // The client sees the same as we: a connection that ends.
-            let _ = serve_one(stream);
-        })?;
     }
 }
 

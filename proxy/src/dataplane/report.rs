@@ -116,7 +116,13 @@ impl Reporter {
             plane.role.status()
         };
         let (behind, lost) = plane.servers.lag(now);
-        let (redundancy, reason) = self.redundancy(&group, behind, lost);
+        let failing = plane.server_failing();
+        let lost = lost + usize::from(failing);
+        let (redundancy, mut reason) = self.redundancy(&group, behind, lost);
+        if failing {
+            let rest = reason.map_or_else(String::new, |rest| format!("; {rest}"));
+            reason = Some(format!("the server on this node does not serve{rest}"));
+        }
         let view = group
             .view
             .as_ref()
@@ -176,6 +182,7 @@ impl Reporter {
                     + group.counters.wrong_view
                     + group.counters.stranger,
                 history_bytes: plane.servers.history_bytes(),
+                close_divergences: plane.close_divergences,
             },
             fenced: wire.fenced,
             foreign_claims: wire.foreign_claims,
@@ -317,6 +324,7 @@ impl Report {
         raise(&metrics.takeovers, c.takeovers);
         raise(&metrics.views_installed, self.views);
         raise(&metrics.connections_reset, self.resets);
+        raise(&metrics.close_divergences, c.close_divergences);
         raise(&metrics.events_issued, self.issued);
         raise(&metrics.events_delivered, self.delivered);
         for (reason, count) in self.dropped_datagrams {
