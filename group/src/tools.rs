@@ -8,6 +8,7 @@
 
 mod cohorts;
 mod cut;
+mod durable;
 mod locks;
 mod map;
 mod primary_backup;
@@ -21,6 +22,7 @@ mod value;
 
 pub use self::cohorts::Cohorts;
 pub use self::cut::{Cut, CutEvent, CutEvents, Cuts, Part, Record};
+pub use self::durable::{DiskError, Durable, DurableError};
 pub use self::locks::Locks;
 pub use self::map::Map;
 pub use self::primary_backup::{Client, Executed, PrimaryBackup, Service};

@@ -1,0 +1,181 @@
+//! Durable machines on real nodes and disks: all die, in one order, and come back in another; what was acknowledged is there
+//! when the last to die is back, and nobody goes on before.
+
+#![expect(
+    clippy::unwrap_used,
+    clippy::disallowed_methods,
+    reason = "a test that asks for free ports and bounds its waiting"
+)]
+
+mod site;
+
+use bytes::Bytes;
+use site::{LONG, Site};
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+use tokio::time::timeout;
+use unbroken_group::MemberId;
+use unbroken_group::node::Node;
+use unbroken_group::tools::{Durable, DurableError, Machine};
+
+/// All updates, in order, with commas.
+#[derive(Default)]
+struct Book(Vec<u8>);
+
+impl Machine for Book {
+    fn apply(&mut self, _: &MemberId, update: &Bytes) -> Bytes {
+        if !self.0.is_empty() {
+            self.0.push(b',');
+        }
+        self.0.extend_from_slice(update);
+        Bytes::new()
+    }
+
+    fn snapshot(&self) -> Vec<Bytes> {
+        vec![self.0.clone().into()]
+    }
+
+    fn restore(bytes: &Bytes) -> Option<Self> {
+        Some(Self(bytes.to_vec()))
+    }
+}
+
+async fn soon<T>(what: &str, f: impl Future<Output = T>) -> T {
+    let done = timeout(LONG, f).await;
+    done.unwrap_or_else(|_| panic!("not within a minute: {what}"))
+}
+
+struct World {
+    site: Site,
+    dir: PathBuf,
+    founders: BTreeSet<String>,
+}
+
+struct Up {
+    node: Node,
+    book: Durable<Book>,
+    work: tokio::task::JoinHandle<Result<(), DurableError>>,
+}
+
+impl World {
+    fn new(test: &str, count: usize) -> Self {
+        let name = format!("unbroken-durable-{test}-{}", std::process::id());
+        let dir = std::env::temp_dir().join(name);
+        let _ = std::fs::remove_dir_all(&dir);
+        Self {
+            site: Site::new(count),
+            dir,
+            founders: (1..=count).map(|i| format!("r{i}")).collect(),
+        }
+    }
+
+    async fn start(&self, i: usize) -> Up {
+        let node = self.site.start(i);
+        let dir = self.dir.join(i.to_string());
+        let opened = soon("open", Durable::open(&node, "book", &dir, &self.founders)).await;
+        let (book, work) = opened.unwrap();
+        let work = tokio::spawn(work);
+        Up { node, book, work }
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.dir);
+    }
+}
+
+impl Up {
+    /// Its process dies.
+    async fn die(self) {
+        drop(self.node);
+        drop(self.book);
+        let ended = soon("its work ends", self.work).await.unwrap();
+        assert!(matches!(ended, Err(DurableError::Out(_))), "{ended:?}");
+    }
+
+    async fn add(&self, what: &'static str) {
+        soon("update", self.book.update(what.as_bytes()))
+            .await
+            .unwrap();
+    }
+
+    async fn has(&self, all: &str) {
+        let is = |b: &Book| b.0 == all.as_bytes();
+        soon(all, self.book.until(is)).await.unwrap();
+    }
+
+    async fn awaits(&self, names: &[&str]) {
+        let names: BTreeSet<String> = names.iter().map(|n| (*n).to_owned()).collect();
+        let seen = async {
+            while self.book.awaits() != names {
+                tokio::task::yield_now().await;
+            }
+        };
+        soon("who is awaited", seen).await;
+        assert!(self.book.read(|_| ()).is_none(), "it waits");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_last_to_fail_is_waited_for_and_nothing_acknowledged_is_lost() {
+    let world = World::new("last", 3);
+    let first = world.start(1).await;
+    first.awaits(&["r2", "r3"]).await;
+    let second = world.start(2).await;
+    let third = world.start(3).await;
+    first.add("a").await;
+    third.add("b").await;
+    for up in [&first, &second, &third] {
+        up.has("a,b").await;
+    }
+    first.die().await;
+    second.add("c").await;
+    second.die().await;
+    third.add("d").await;
+    third.die().await;
+
+    let first = world.start(1).await;
+    first.awaits(&["r2", "r3"]).await;
+    let second = world.start(2).await;
+    second.awaits(&["r3"]).await;
+    first.awaits(&["r3"]).await;
+    let third = world.start(3).await;
+    for up in [&first, &second, &third] {
+        up.has("a,b,c,d").await;
+    }
+    first.add("e").await;
+    // One after the other, and the first comes back in between.
+    third.die().await;
+    second.die().await;
+    let third = world.start(3).await;
+    third.has("a,b,c,d,e").await;
+    first.die().await;
+    third.add("f").await;
+    third.die().await;
+    let second = world.start(2).await;
+    second.awaits(&["r1", "r3"]).await;
+    let third = world.start(3).await;
+    third.has("a,b,c,d,e,f").await;
+    second.has("a,b,c,d,e,f").await;
+    second.die().await;
+    third.die().await;
+
+    // The operator says that those who may have been last do not come back.
+    let first = world.start(1).await;
+    let second = world.start(2).await;
+    second.awaits(&["r3"]).await;
+    let without = BTreeSet::from(["r3".to_owned()]);
+    soon("the word", second.book.go_without(without))
+        .await
+        .unwrap();
+    first.has("a,b,c,d,e,f").await;
+    first.add("g").await;
+    second.has("a,b,c,d,e,f,g").await;
+    // It comes back all the same, and gets what the others have.
+    let third = world.start(3).await;
+    third.has("a,b,c,d,e,f,g").await;
+    for up in [first, second, third] {
+        up.die().await;
+    }
+}
