@@ -4,7 +4,7 @@
 //! [`Map`], [`Value`], [`Locks`] and [`Token`] are machines. [`Succession`] tells who leads and who comes next; a [`Rank`] also
 //! tells which part of a piece of work is a member's own. [`PrimaryBackup`] and [`Cohorts`] answer requests, one member after or
 //! beside the other, and go on when one departs. [`Cuts`] records the states of all at one point, and [`Topics`] is
-//! publish and subscribe.
+//! publish and subscribe. [`Durable`] is a machine that is on the members' disks, and goes on after all have failed.
 
 mod cohorts;
 mod cut;

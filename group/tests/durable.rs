@@ -13,6 +13,8 @@ use bytes::Bytes;
 use site::{LONG, Site};
 use std::collections::BTreeSet;
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use tokio::time::timeout;
 use unbroken_group::MemberId;
 use unbroken_group::node::Node;
@@ -178,4 +180,67 @@ async fn the_last_to_fail_is_waited_for_and_nothing_acknowledged_is_lost() {
     for up in [first, second, third] {
         up.die().await;
     }
+}
+
+/// Updates until its process dies; gives those that were acknowledged.
+async fn writes(book: Durable<Book>, name: String, counted: Arc<AtomicU64>) -> Vec<String> {
+    let mut acknowledged = Vec::new();
+    for n in 0.. {
+        let update = format!("{name}.{n}");
+        if book.update(update.as_bytes()).await.is_err() {
+            break;
+        }
+        counted.fetch_add(1, Ordering::Relaxed);
+        acknowledged.push(update);
+    }
+    acknowledged
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whatever_the_order_of_deaths_and_returns_what_was_acknowledged_is_there() {
+    let world = World::new("orders", 3);
+    let orders = [[1, 2, 3], [3, 2, 1], [2, 3, 1], [1, 3, 2], [3, 1, 2]];
+    let mut acknowledged: Vec<String> = Vec::new();
+    for (round, returns) in orders.iter().enumerate() {
+        let mut ups = Vec::new();
+        for i in returns {
+            ups.push((*i, world.start(*i).await));
+        }
+        let counted = Arc::new(AtomicU64::new(0));
+        let mut writers = Vec::new();
+        for (i, up) in &ups {
+            soon("all are back", up.book.until(|_| true)).await.unwrap();
+            let all = up.book.read(|b| String::from_utf8(b.0.clone()).unwrap());
+            let all = all.unwrap();
+            let all: BTreeSet<&str> = all.split(',').collect();
+            let lost: Vec<&String> = acknowledged
+                .iter()
+                .filter(|a| !all.contains(a.as_str()))
+                .collect();
+            assert!(lost.is_empty(), "round {round}, r{i}: {lost:?}");
+            let name = format!("{round}.{i}");
+            writers.push(tokio::spawn(writes(
+                up.book.clone(),
+                name,
+                Arc::clone(&counted),
+            )));
+        }
+        // They die in another order, in the midst of their updates.
+        let deaths = orders[(round + 2) % orders.len()];
+        for i in deaths {
+            let until = counted.load(Ordering::Relaxed) + 5;
+            let more = async {
+                while counted.load(Ordering::Relaxed) < until {
+                    tokio::task::yield_now().await;
+                }
+            };
+            soon("updates", more).await;
+            let at = ups.iter().position(|(n, _)| *n == i).unwrap();
+            ups.remove(at).1.die().await;
+        }
+        for writer in writers {
+            acknowledged.extend(soon("it ends", writer).await.unwrap());
+        }
+    }
+    assert!(acknowledged.len() >= 75);
 }
