@@ -18,7 +18,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use tokio::time::timeout;
 use unbroken_group::MemberId;
 use unbroken_group::node::Node;
-use unbroken_group::tools::{Durable, DurableError, Machine};
+use unbroken_group::tools::{DiskError, Durable, DurableError, Machine};
 
 /// All updates, in order, with commas.
 #[derive(Default)]
@@ -74,8 +74,20 @@ impl World {
     async fn start(&self, i: usize) -> Up {
         let node = self.site.start(i);
         let dir = self.dir.join(i.to_string());
-        let opened = soon("open", Durable::open(&node, "book", &dir, &self.founders)).await;
-        let (book, work) = opened.unwrap();
+        let open = async {
+            loop {
+                // The thread of the one that died may still have the disk.
+                match Durable::open(&node, "book", &dir, &self.founders).await {
+                    Err(DurableError::Disk(DiskError::Io { source, .. }))
+                        if source.kind() == std::io::ErrorKind::WouldBlock =>
+                    {
+                        tokio::task::yield_now().await;
+                    }
+                    opened => return opened,
+                }
+            }
+        };
+        let (book, work) = soon("open", open).await.unwrap();
         let work = tokio::spawn(work);
         Up { node, book, work }
     }

@@ -420,11 +420,15 @@ impl<M: Machine> Durable<M> {
         awaits.unwrap_or_default()
     }
 
-    /// The operator's word that these do not come back: the group goes on without them, and without what only they have.
+    /// The operator's word that these do not come back: the group goes on without them, and without what only they have. Start
+    /// all others first: the newest state of those that are there when this is said, this one among them, is gone on with.
     ///
     /// # Errors
     /// [`UpdateError`].
     pub async fn go_without(&self, names: BTreeSet<String>) -> Result<(), UpdateError> {
+        let me = &self.shared.me;
+        let said = |roll: &Roll| roll.present.contains(me) || !roll.running.is_empty();
+        self.shared.roll.until(said).await?;
         let call = encode(&Call::Without(names));
         self.shared.roll.update(&call).await.map(|_| ())
     }
