@@ -157,7 +157,7 @@ mod tests {
         let b = ("b", summary(1, 4, 19, &["b"]));
         let none = BTreeSet::new();
         assert_eq!(
-            last(&known(&[a.clone()]), &names(&["a"]), &none),
+            last(&known(std::slice::from_ref(&a)), &names(&["a"]), &none),
             Last::Awaits(names(&["b"]))
         );
         let both = known(&[a.clone(), b]);
