@@ -8,6 +8,7 @@ use unbroken_group::{GroupStatus, MemberStatus as GroupMember, Role as GroupRole
 use super::Note;
 use super::plane::{BEHIND_BYTES_MAX, Plane, mac_text};
 use super::role::Role;
+use super::servers::Outlook;
 use crate::clock::BootTime;
 use crate::config::{Config, FenceMode};
 use crate::metrics::{NodeMetrics, ServiceMetrics};
@@ -117,6 +118,7 @@ impl Reporter {
         };
         let (behind, lost) = plane.servers.lag(now);
         let (redundancy, reason) = self.redundancy(&group, behind, lost);
+        let (redundancy, reason) = with_outlook(redundancy, reason, plane.servers.outlook(now));
         let view = group
             .view
             .as_ref()
@@ -264,6 +266,41 @@ impl Reporter {
         };
         (state, Some(why))
     }
+}
+
+/// Adds what this node knows of its own servers with one order.
+fn with_outlook(
+    redundancy: Redundancy,
+    reason: Option<String>,
+    outlook: Outlook,
+) -> (Redundancy, Option<String>) {
+    let own = match outlook {
+        Outlook::Even => return (redundancy, reason),
+        Outlook::NoHistory => {
+            "more input than history.memory holds: a replica that is lost cannot come back"
+                .to_owned()
+        }
+        Outlook::Begins => "this node's server begins anew".to_owned(),
+        Outlook::CatchingUp {
+            percent,
+            left: None,
+        } => {
+            format!("this node's server is being brought up: {percent} %")
+        }
+        Outlook::CatchingUp {
+            percent,
+            left: Some(left),
+        } => {
+            let seconds = left.as_secs() + 1;
+            format!("this node's server is being brought up: {percent} %, about {seconds} s left")
+        }
+    };
+    let redundancy = match redundancy {
+        Redundancy::Protected => Redundancy::Degraded,
+        other => other,
+    };
+    let reason = reason.map_or_else(|| own.clone(), |reason| format!("{reason}; {own}"));
+    (redundancy, Some(reason))
 }
 
 /// One plane at one moment.
