@@ -17,6 +17,7 @@ use std::fmt::Write as _;
 use std::fs;
 use std::io::{Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -146,6 +147,7 @@ impl Cluster {
         };
         let key = cluster.dir.join("group.key");
         fs::write(&key, unbroken::cli::keygen::generate()?)?;
+        fs::set_permissions(&key, fs::Permissions::from_mode(0o600))?;
         for index in 1..=cluster.options.replicas + cluster.options.coordinators {
             let name = format!("r{index}");
             fs::create_dir_all(cluster.folder(&name))?;

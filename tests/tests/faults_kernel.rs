@@ -8,6 +8,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use rustix::process::Signal;
+use unbroken::status::Role;
 use unbroken_tests::client::{self, ClientError, Outcome, Progress};
 use unbroken_tests::cluster::{Cluster, Options, PATIENCE, Service};
 use unbroken_tests::netns::{userns, wait_until};
@@ -79,27 +80,116 @@ impl Clients {
     }
 }
 
-#[test]
-fn the_leaders_node_and_server_die() {
-    userns::privileged("the_leaders_node_and_server_die", || {
-        let mut cluster = Cluster::start(Options::new(NODE, [Service::lab(SERVER)])).unwrap();
-        let (mut leader, mut view) = cluster.wait_whole().unwrap();
-        let clients = Clients::start(&cluster, 40 << 20);
-        clients.wait_progress();
-        for fault in ["node", "machine"] {
-            if fault == "node" {
-                cluster.node(&leader).signal(Signal::KILL).unwrap();
-            } else {
-                cluster.lab().kill_host(&leader).unwrap();
-            }
-            let dead = leader;
-            leader = cluster.wait_leader(view).unwrap().0;
-            assert_ne!(leader, dead);
-            clients.wait_progress();
-            cluster.kill(&dead).unwrap();
-            cluster.start_replica(&dead).unwrap();
-            (leader, view) = cluster.wait_whole().unwrap();
+/// Something that befalls the leader, and what mends it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Fault {
+    /// SIGKILL to the node alone: its server lives on and is closed by the kernel.
+    Node,
+    /// SIGKILL to everything on the host.
+    Machine,
+    /// The cable is pulled: the carrier is lost.
+    Cable,
+    /// The switch passes nothing any more: the carrier stays.
+    Mute,
+    /// It hears and is not heard.
+    Silent,
+    /// It is heard and does not hear.
+    Deaf,
+    /// SIGSTOP until somebody else leads, then SIGCONT.
+    Stopped,
+}
+
+impl Fault {
+    fn strike(self, cluster: &mut Cluster, leader: &str) {
+        match self {
+            Self::Node => cluster.node(leader).signal(Signal::KILL).unwrap(),
+            Self::Machine => drop(cluster.lab().kill_host(leader).unwrap()),
+            Self::Cable => cluster.lab().cut(leader).unwrap(),
+            Self::Mute => cluster.lab().mute(leader).unwrap(),
+            Self::Silent => cluster.lab().silence(leader).unwrap(),
+            Self::Deaf => cluster.lab().deafen(leader).unwrap(),
+            Self::Stopped => cluster.node(leader).signal(Signal::STOP).unwrap(),
         }
-        clients.finish();
+    }
+
+    fn mend(self, cluster: &mut Cluster, victim: &str) {
+        match self {
+            Self::Node | Self::Machine => {
+                cluster.kill(victim).unwrap();
+                cluster.start_replica(victim).unwrap();
+            }
+            Self::Cable => cluster.lab().plug(victim).unwrap(),
+            Self::Mute => cluster.lab().unmute(victim).unwrap(),
+            Self::Silent | Self::Deaf => cluster.lab().unsilence(victim).unwrap(),
+            Self::Stopped => cluster.node(victim).signal(Signal::CONT).unwrap(),
+        }
+    }
+}
+
+/// Each fault befalls whoever leads, under the same three connections.
+fn survive(faults: &[Fault]) {
+    let mut cluster = Cluster::start(Options::new(NODE, [Service::lab(SERVER)])).unwrap();
+    let (mut leader, mut view) = cluster.wait_whole().unwrap();
+    let clients = Clients::start(&cluster, (faults.len() as u64 * 12) << 20);
+    for fault in faults {
+        clients.wait_progress();
+        eprintln!("{leader} leads view {view}: {fault:?}");
+        fault.strike(&mut cluster, &leader);
+        let victim = leader;
+        let heir = wait_for_another(&cluster, view, &victim);
+        clients.wait_progress();
+        fault.mend(&mut cluster, &victim);
+        (leader, view) = cluster.wait_whole().unwrap();
+        assert_eq!(leader, heir, "the mended {victim} disturbed its heir");
+    }
+    clients.finish();
+}
+
+/// The leader of a view after `view` that is not `victim`, who may still take itself for it.
+fn wait_for_another(cluster: &Cluster, view: u64, victim: &str) -> String {
+    let mut heir = None;
+    wait_until("another node leads", PATIENCE, || {
+        let statuses = cluster.statuses().into_iter().flatten();
+        let mut leaders = statuses.filter(|status| {
+            let mut services = status.services.iter();
+            status.node != victim && services.any(|s| s.role == Role::Leader && s.view.id > view)
+        });
+        heir = leaders.next().map(|status| status.node);
+        heir.is_some()
+    })
+    .unwrap();
+    heir.unwrap()
+}
+
+#[test]
+fn the_leaders_node_and_machine_die() {
+    userns::privileged("the_leaders_node_and_machine_die", || {
+        survive(&[Fault::Node, Fault::Machine]);
+    });
+}
+
+#[test]
+fn the_leader_is_cut_off() {
+    userns::privileged("the_leader_is_cut_off", || {
+        survive(&[Fault::Cable, Fault::Mute, Fault::Silent, Fault::Deaf]);
+    });
+}
+
+#[test]
+fn the_leader_stops_and_wakes() {
+    userns::privileged("the_leader_stops_and_wakes", || {
+        survive(&[Fault::Stopped, Fault::Stopped]);
+    });
+}
+
+/// As many failovers as `UNBROKEN_FAILOVERS` says, on one living set of connections.
+#[test]
+fn one_connection_lives_through_a_chain_of_failovers() {
+    userns::privileged("one_connection_lives_through_a_chain_of_failovers", || {
+        let count = std::env::var("UNBROKEN_FAILOVERS");
+        let count = count.map_or(5, |count| {
+            count.parse().expect("UNBROKEN_FAILOVERS: a number")
+        });
+        survive(&vec![Fault::Machine; count]);
     });
 }
