@@ -8,7 +8,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use rustix::process::Signal;
-use unbroken::status::Role;
+use unbroken::status::{Redundancy, Role};
 use unbroken_tests::client::{self, ClientError, Outcome, Progress};
 use unbroken_tests::cluster::{Cluster, Options, PATIENCE, Service};
 use unbroken_tests::netns::{userns, wait_until};
@@ -191,5 +191,140 @@ fn one_connection_lives_through_a_chain_of_failovers() {
             count.parse().expect("UNBROKEN_FAILOVERS: a number")
         });
         survive(&vec![Fault::Machine; count]);
+    });
+}
+
+/// A cluster whose coordinators live on hosts of their own, and whose clients wait for both backups.
+fn outside() -> Cluster {
+    let mut options = Options::new(NODE, [Service::lab(SERVER)]);
+    options.coordinators = 3;
+    options.group = "resilience = \"all\"".to_owned();
+    Cluster::start(options).unwrap()
+}
+
+/// With `resilience = "all"`, the last of three goes on; and both come back.
+#[test]
+fn two_of_three_die_at_once() {
+    userns::privileged("two_of_three_die_at_once", || {
+        let mut cluster = outside();
+        let (leader, view) = cluster.wait_whole().unwrap();
+        let clients = Clients::start(&cluster, 24 << 20);
+        clients.wait_progress();
+        let backup = cluster.replicas().into_iter().find(|name| *name != leader);
+        let dead = [leader, backup.unwrap()];
+        for name in &dead {
+            cluster.node(name).signal(Signal::KILL).unwrap();
+        }
+        let heir = cluster.wait_leader(view).unwrap().0;
+        assert!(!dead.contains(&heir));
+        clients.wait_progress();
+        for name in &dead {
+            cluster.kill(name).unwrap();
+            cluster.start_replica(name).unwrap();
+        }
+        cluster.wait_whole().unwrap();
+        clients.finish();
+    });
+}
+
+/// The heir dies as soon as it says that it leads.
+#[test]
+fn the_heir_dies_in_the_takeover() {
+    userns::privileged("the_heir_dies_in_the_takeover", || {
+        let mut cluster = outside();
+        let (leader, view) = cluster.wait_whole().unwrap();
+        let clients = Clients::start(&cluster, 24 << 20);
+        clients.wait_progress();
+        cluster.node(&leader).signal(Signal::KILL).unwrap();
+        let heir = wait_for_another(&cluster, view, &leader);
+        cluster.node(&heir).signal(Signal::KILL).unwrap();
+        let mut others = cluster.replicas().into_iter();
+        let next = others.find(|name| *name != leader && *name != heir);
+        let next = next.unwrap();
+        wait_until("the third leads", PATIENCE, || {
+            let status = cluster.status(&next);
+            status.is_some_and(|status| status.services[0].role == Role::Leader)
+        })
+        .unwrap();
+        clients.wait_progress();
+        for name in [leader, heir] {
+            cluster.kill(&name).unwrap();
+            cluster.start_replica(&name).unwrap();
+        }
+        cluster.wait_whole().unwrap();
+        clients.finish();
+    });
+}
+
+/// The leader dies while a replica is being brought up; then, while another is, that one does.
+#[test]
+fn a_failure_during_joining() {
+    userns::privileged("a_failure_during_joining", || {
+        let mut cluster = outside();
+        let (leader, view) = cluster.wait_whole().unwrap();
+        let clients = Clients::start(&cluster, 32 << 20);
+        clients.wait_progress();
+        let others = cluster.replicas().into_iter();
+        let others: Vec<String> = others.filter(|name| *name != leader).collect();
+        cluster.kill(&others[0]).unwrap();
+        clients.wait_progress();
+        cluster.start_replica(&others[0]).unwrap();
+        // Where it is by now is left to chance: waiting, taking the state, or just in.
+        cluster.kill(&leader).unwrap();
+        let heir = wait_for_another(&cluster, view, &leader);
+        clients.wait_progress();
+        let joiner = [&leader, &others[0]]
+            .into_iter()
+            .find(|name| **name != heir);
+        let joiner = joiner.unwrap().clone();
+        cluster.kill(&joiner).unwrap();
+        cluster.start_replica(&joiner).unwrap();
+        cluster.kill(&joiner).unwrap();
+        clients.wait_progress();
+        for name in cluster.replicas() {
+            if name != heir {
+                cluster.kill(&name).unwrap();
+                cluster.start_replica(&name).unwrap();
+            }
+        }
+        cluster.wait_whole().unwrap();
+        clients.finish();
+    });
+}
+
+/// Without a quorum of coordinators no view changes, and connections go on: even when a backup dies, and the leader says
+/// that redundancy is less. With the quorum back, so is everything.
+#[test]
+fn the_coordinators_lose_their_quorum() {
+    userns::privileged("the_coordinators_lose_their_quorum", || {
+        let mut options = Options::new(NODE, [Service::lab(SERVER)]);
+        options.coordinators = 3;
+        let mut cluster = Cluster::start(options).unwrap();
+        let (leader, view) = cluster.wait_whole().unwrap();
+        let clients = Clients::start(&cluster, 24 << 20);
+        clients.wait_progress();
+        let coordinators = cluster.coordinators();
+        for name in &coordinators[..2] {
+            cluster.kill(name).unwrap();
+        }
+        clients.wait_progress();
+        let backup = cluster.replicas().into_iter().find(|name| *name != leader);
+        let backup = backup.unwrap();
+        cluster.kill(&backup).unwrap();
+        wait_until("the leader says what is lost", PATIENCE, || {
+            let status = cluster.status(&leader);
+            status.is_some_and(|s| s.services[0].redundancy != Redundancy::Protected)
+        })
+        .unwrap();
+        clients.wait_progress();
+        let status = cluster.status(&leader).unwrap();
+        assert_eq!(status.services[0].role, Role::Leader);
+        assert_eq!(status.services[0].view.id, view, "no view without a quorum");
+        for name in &coordinators[..2] {
+            cluster.start_node(name).unwrap();
+        }
+        cluster.start_replica(&backup).unwrap();
+        cluster.wait_whole().unwrap();
+        clients.finish();
     });
 }
