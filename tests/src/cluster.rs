@@ -82,6 +82,8 @@ pub struct Options {
     pub replicas: u8,
     /// Coordinators on hosts of their own behind the replicas', in place of those in the nodes; 0 by default.
     pub coordinators: u8,
+    /// Size of the packets that the network takes; 1500 by default.
+    pub mtu: Option<u16>,
     /// Further lines of each node's `[group]`.
     pub group: String,
     /// At least one.
@@ -97,6 +99,7 @@ impl Options {
             program: program.into(),
             replicas: 3,
             coordinators: 0,
+            mtu: None,
             group: String::new(),
             services: services.into(),
             fault: None,
@@ -138,6 +141,9 @@ impl Cluster {
         let lab = Lab::new(LabOptions {
             replicas: options.replicas + options.coordinators,
         })?;
+        if let Some(mtu) = options.mtu {
+            lab.set_mtu(mtu)?;
+        }
         let mut cluster = Self {
             running: BTreeMap::new(),
             options,

@@ -5,3 +5,4 @@ pub mod cluster;
 pub mod netns;
 pub mod pattern;
 pub mod server;
+pub mod trio;

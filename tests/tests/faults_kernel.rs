@@ -2,83 +2,14 @@
 
 #![allow(clippy::unwrap_used, reason = "a test says plainly what it expects")]
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::{self, JoinHandle};
-use std::time::Duration;
-
 use rustix::process::Signal;
 use unbroken::status::{Redundancy, Role};
-use unbroken_tests::client::{self, ClientError, Outcome, Progress};
 use unbroken_tests::cluster::{Cluster, Options, PATIENCE, Service};
 use unbroken_tests::netns::{userns, wait_until};
+use unbroken_tests::trio::Trio;
 
 const NODE: &str = env!("CARGO_BIN_EXE_lab-node");
 const SERVER: &str = env!("CARGO_BIN_EXE_lab-server");
-
-/// What the bulk clients move: more than the faults last, at their pace.
-const RATE: u64 = 4 << 20;
-
-/// A download, an upload and an exchange that go on until they are told to stop.
-struct Clients {
-    stop: Arc<AtomicBool>,
-    running: Vec<Running>,
-}
-
-struct Running {
-    kind: &'static str,
-    progress: Arc<Progress>,
-    thread: JoinHandle<Result<Outcome, ClientError>>,
-}
-
-impl Clients {
-    fn start(cluster: &Cluster, bulk_bytes: u64) -> Self {
-        let stop = Arc::new(AtomicBool::new(false));
-        let mut running = Vec::new();
-        for kind in ["download", "upload", "exchange"] {
-            let stream = cluster.connect(80).unwrap();
-            let (progress, stop) = (Progress::shared(), Arc::clone(&stop));
-            let mine = Arc::clone(&progress);
-            let thread = thread::spawn(move || match kind {
-                "download" => client::download(stream, 1, bulk_bytes, Some(RATE), &mine),
-                "upload" => client::upload(stream, 2, bulk_bytes, Some(RATE), &mine),
-                _ => client::exchange(stream, 64, Duration::from_millis(2), &mine, || {
-                    !stop.load(Ordering::Relaxed)
-                }),
-            });
-            running.push(Running {
-                kind,
-                progress,
-                thread,
-            });
-        }
-        Self { stop, running }
-    }
-
-    /// Waits until every client that has not ended has moved on.
-    fn wait_progress(&self) {
-        let moved = |running: &Running| running.progress.sample().bytes;
-        let before: Vec<u64> = self.running.iter().map(moved).collect();
-        wait_until("every client moves on", PATIENCE, || {
-            let mut all = self.running.iter().zip(&before);
-            all.all(|(running, before)| {
-                let sample = running.progress.sample();
-                sample.finished || sample.bytes > *before
-            })
-        })
-        .unwrap();
-    }
-
-    /// Tells the exchange to end, waits for all, and has each be content.
-    fn finish(self) {
-        self.stop.store(true, Ordering::Relaxed);
-        for Running { kind, thread, .. } in self.running {
-            let outcome = thread.join().unwrap();
-            let outcome = outcome.unwrap_or_else(|e| panic!("the {kind}: {e}"));
-            assert!(outcome.bytes > 0, "the {kind} moved nothing");
-        }
-    }
-}
 
 /// Something that befalls the leader, and what mends it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -130,7 +61,7 @@ impl Fault {
 fn survive(faults: &[Fault]) {
     let mut cluster = Cluster::start(Options::new(NODE, [Service::lab(SERVER)])).unwrap();
     let (mut leader, mut view) = cluster.wait_whole().unwrap();
-    let clients = Clients::start(&cluster, (faults.len() as u64 * 12) << 20);
+    let clients = Trio::start(&cluster, (faults.len() as u64 * 12) << 20);
     for fault in faults {
         clients.wait_progress();
         eprintln!("{leader} leads view {view}: {fault:?}");
@@ -208,7 +139,7 @@ fn two_of_three_die_at_once() {
     userns::privileged("two_of_three_die_at_once", || {
         let mut cluster = outside();
         let (leader, view) = cluster.wait_whole().unwrap();
-        let clients = Clients::start(&cluster, 24 << 20);
+        let clients = Trio::start(&cluster, 24 << 20);
         clients.wait_progress();
         let backup = cluster.replicas().into_iter().find(|name| *name != leader);
         let dead = [leader, backup.unwrap()];
@@ -233,7 +164,7 @@ fn the_heir_dies_in_the_takeover() {
     userns::privileged("the_heir_dies_in_the_takeover", || {
         let mut cluster = outside();
         let (leader, view) = cluster.wait_whole().unwrap();
-        let clients = Clients::start(&cluster, 24 << 20);
+        let clients = Trio::start(&cluster, 24 << 20);
         clients.wait_progress();
         cluster.node(&leader).signal(Signal::KILL).unwrap();
         let heir = wait_for_another(&cluster, view, &leader);
@@ -262,7 +193,7 @@ fn a_failure_during_joining() {
     userns::privileged("a_failure_during_joining", || {
         let mut cluster = outside();
         let (leader, view) = cluster.wait_whole().unwrap();
-        let clients = Clients::start(&cluster, 32 << 20);
+        let clients = Trio::start(&cluster, 32 << 20);
         clients.wait_progress();
         let others = cluster.replicas().into_iter();
         let others: Vec<String> = others.filter(|name| *name != leader).collect();
@@ -301,7 +232,7 @@ fn the_coordinators_lose_their_quorum() {
         options.coordinators = 3;
         let mut cluster = Cluster::start(options).unwrap();
         let (leader, view) = cluster.wait_whole().unwrap();
-        let clients = Clients::start(&cluster, 24 << 20);
+        let clients = Trio::start(&cluster, 24 << 20);
         clients.wait_progress();
         let coordinators = cluster.coordinators();
         for name in &coordinators[..2] {
@@ -312,8 +243,14 @@ fn the_coordinators_lose_their_quorum() {
         let backup = backup.unwrap();
         cluster.kill(&backup).unwrap();
         wait_until("the leader says what is lost", PATIENCE, || {
-            let status = cluster.status(&leader);
-            status.is_some_and(|s| s.services[0].redundancy != Redundancy::Protected)
+            let Some(status) = cluster.status(&leader) else {
+                return false;
+            };
+            let service = &status.services[0];
+            let reason = service.redundancy_reason.as_deref().unwrap_or_default();
+            service.redundancy == Redundancy::Unprotected
+                && reason.contains("no quorum")
+                && reason.contains("1 of 2 backups")
         })
         .unwrap();
         clients.wait_progress();

@@ -28,6 +28,8 @@ pub(crate) struct Reporter {
     board: Board,
     me: String,
     configured: Vec<String>,
+    /// A backup that was silent for so long could not take over, as far as the leader knows.
+    silence_us: u64,
     /// For each plane, its services: where they stand on the board, and their metrics.
     services: Vec<Vec<(usize, ServiceMetrics)>>,
     next: BootTime,
@@ -52,6 +54,8 @@ impl Reporter {
             board,
             me: config.node.name.clone(),
             configured: config.group.members.keys().cloned().collect(),
+            silence_us: u64::try_from(4 * config.group.suspect_after.as_micros())
+                .unwrap_or(u64::MAX),
             services,
             next: BootTime::from_micros(0),
             led: vec![false; config.vips().len()],
@@ -91,7 +95,15 @@ impl Reporter {
         }
         let services = &self.services;
         let written = self.board.try_update(|status| {
-            for (report, places) in reports.iter().zip(services) {
+            for (report, places) in reports.iter_mut().zip(services) {
+                if !status.coordinator.quorum {
+                    report.redundancy = Redundancy::Unprotected;
+                    let further = report.reason.take();
+                    let further = further.map_or(String::new(), |reason| format!("; {reason}"));
+                    report.reason = Some(format!(
+                        "no quorum of coordinators: nobody could take over{further}"
+                    ));
+                }
                 for (place, _) in places {
                     if let Some(service) = status.services.get_mut(*place) {
                         report.write(service);
@@ -117,7 +129,7 @@ impl Reporter {
             plane.role.status()
         };
         let (behind, lost) = plane.servers.lag(now);
-        let (redundancy, reason) = self.redundancy(&group, behind, lost);
+        let (redundancy, reason) = self.redundancy(now, &group, behind, lost);
         let (redundancy, reason) = with_outlook(redundancy, reason, plane.servers.outlook(now));
         let view = group
             .view
@@ -223,6 +235,7 @@ impl Reporter {
     /// far the others are; a backup judges by the view and by itself.
     fn redundancy(
         &self,
+        now: BootTime,
         group: &GroupStatus,
         behind: u64,
         lost: usize,
@@ -233,8 +246,16 @@ impl Reporter {
                 Some("this node is in no view".to_owned()),
             );
         };
+        let leading = group.role == Some(GroupRole::Leader);
+        let heard = |m: &GroupMember| {
+            m.last_heard
+                .is_some_and(|t| now.micros().saturating_sub(t.micros()) < self.silence_us)
+        };
         let fit = |m: &&GroupMember| {
             let own = m.member.name == self.me;
+            if leading && !own && !heard(m) {
+                return false;
+            }
             let behind = if own { behind } else { m.lag.behind_bytes };
             let unfit = if own { lost > 0 } else { m.lag.unfit };
             m.full && m.member != *view.leader() && !unfit && behind <= BEHIND_BYTES_MAX
@@ -250,7 +271,7 @@ impl Reporter {
         let why = if joining > 0 {
             format!("{able} of {wanted} backups could take over; {joining} joining")
         } else if behind > 0 {
-            format!("{able} of {wanted} backups could take over; {behind} behind")
+            format!("{able} of {wanted} backups could take over; {behind} behind or silent")
         } else {
             format!(
                 "{able} of {wanted} backups could take over; {} not there",

@@ -205,6 +205,19 @@ impl Lab {
         self.switch.ip(&format!("link set dev {port} {state}"))
     }
 
+    /// Sets the size of the packets that every link takes, in bytes; 1500 by default.
+    ///
+    /// # Errors
+    /// `ip` failed.
+    pub fn set_mtu(&self, mtu: u16) -> Result<(), LabError> {
+        for host in self.hosts() {
+            let port = host.name();
+            self.switch.ip(&format!("link set dev {port} mtu {mtu}"))?;
+            host.ip(&format!("link set dev eth0 mtu {mtu}"))?;
+        }
+        self.switch.ip(&format!("link set dev br0 mtu {mtu}"))
+    }
+
     /// Makes the switch drop every frame from and to the host, silently: the carrier stays, as when
     /// the fault lies farther away.
     ///
