@@ -238,6 +238,13 @@ impl Process {
         }
     }
 
+    /// Whether the group takes a multicast of this order now, or refuses it at once for another reason than room.
+    pub fn room(&self, group: GroupId, order: Order) -> bool {
+        let endpoint = self.endpoints.get(&group);
+        let entries = order != Order::View || self.requests.len() < REQUESTS_MAX;
+        entries && endpoint.is_none_or(|e| e.has_room(&self.config))
+    }
+
     /// A timer: harmless when early, late or repeated. Drain the sockets first, as for [`Core::handle_timeout`].
     pub fn handle_timeout(&mut self, now: Instant) {
         self.now = now;

@@ -33,45 +33,153 @@ const fn figure(
 const ONE_WAY: &str = "UDP one way";
 const ROUND_TRIP: &str = "UDP ping-pong";
 const LATENCY: [Figure; 6] = [
-    figure("one_way_p50", "fbcast to 1, one way, p50", "us", ONE_WAY, ""),
+    figure(
+        "one_way_p50",
+        "fbcast to 1, one way, p50",
+        "us",
+        ONE_WAY,
+        "",
+    ),
     figure("one_way_p99", "  p99", "us", ONE_WAY, ""),
-    figure("stable_p50", "fbcast to 1, stable, p50", "us", ROUND_TRIP, "x1.5"),
+    figure(
+        "stable_p50",
+        "fbcast to 1, stable, p50",
+        "us",
+        ROUND_TRIP,
+        "x1.5",
+    ),
     figure("stable_p99", "  stable, p99", "us", ROUND_TRIP, "x1.5"),
-    figure("stable_2_p50", "fbcast to 2, stable at all, p50", "us", ROUND_TRIP, ""),
+    figure(
+        "stable_2_p50",
+        "fbcast to 2, stable at all, p50",
+        "us",
+        ROUND_TRIP,
+        "",
+    ),
     figure("stable_2_p99", "  stable at all, p99", "us", ROUND_TRIP, ""),
 ];
 const MESSAGES: [[Figure; 3]; 2] = [
     [
-        figure("messages_2", "messages of 100 B, 2 receivers", "1/s", "", "1,000,000"),
-        figure("messages_2_sender", "  sender's CPU a message", "ns", "", ""),
-        figure("messages_2_receiver", "  each receiver's CPU a message", "ns", "", ""),
+        figure(
+            "messages_2",
+            "messages of 100 B, 2 receivers",
+            "1/s",
+            "",
+            "1,000,000",
+        ),
+        figure(
+            "messages_2_sender",
+            "  sender's CPU a message",
+            "ns",
+            "",
+            "",
+        ),
+        figure(
+            "messages_2_receiver",
+            "  each receiver's CPU a message",
+            "ns",
+            "",
+            "",
+        ),
     ],
     [
-        figure("messages_4", "messages of 100 B, 4 receivers", "1/s", "", "1,000,000"),
-        figure("messages_4_sender", "  sender's CPU a message, to 4", "ns", "", ""),
-        figure("messages_4_receiver", "  each receiver's CPU a message, of 4", "ns", "", ""),
+        figure(
+            "messages_4",
+            "messages of 100 B, 4 receivers",
+            "1/s",
+            "",
+            "1,000,000",
+        ),
+        figure(
+            "messages_4_sender",
+            "  sender's CPU a message, to 4",
+            "ns",
+            "",
+            "",
+        ),
+        figure(
+            "messages_4_receiver",
+            "  each receiver's CPU a message, of 4",
+            "ns",
+            "",
+            "",
+        ),
     ],
 ];
 const BYTES: [[Figure; 2]; 2] = [
     [
-        figure("bytes_2", "8 KiB messages, 2 receivers, to each", "MB/s", "iperf3 UDP", ""),
-        figure("bytes_2_tcp", "  the same", "MB/s", "iperf3 TCP, unencrypted", ""),
+        figure(
+            "bytes_2",
+            "8 KiB messages, 2 receivers, to each",
+            "MB/s",
+            "iperf3 UDP",
+            "",
+        ),
+        figure(
+            "bytes_2_tcp",
+            "  the same",
+            "MB/s",
+            "iperf3 TCP, unencrypted",
+            "",
+        ),
     ],
     [
-        figure("bytes_4", "8 KiB messages, 4 receivers, to each", "MB/s", "iperf3 UDP", ""),
-        figure("bytes_4_tcp", "  the same to 4", "MB/s", "iperf3 TCP, unencrypted", ""),
+        figure(
+            "bytes_4",
+            "8 KiB messages, 4 receivers, to each",
+            "MB/s",
+            "iperf3 UDP",
+            "",
+        ),
+        figure(
+            "bytes_4_tcp",
+            "  the same to 4",
+            "MB/s",
+            "iperf3 TCP, unencrypted",
+            "",
+        ),
     ],
 ];
 const LEAVE: Figure = figure("leave", "view change: a member leaves", "ms", "", "5");
 const JOIN: Figure = figure("join", "view change: a member joins", "ms", "", "5");
 const STOP: Figure = figure("stop", "view change: a node stops (on disk)", "ms", "", "5");
 const START: Figure = figure("start", "a node starts and joins (on disk)", "ms", "", "");
-const KILL: Figure = figure("kill", "view change: a process is killed (on disk)", "ms", "", "");
+const KILL: Figure = figure(
+    "kill",
+    "view change: a process is killed (on disk)",
+    "ms",
+    "",
+    "",
+);
 const MANY: [Figure; 4] = [
-    figure("many_join", "groups of 3 joined by the third, all", "ms", "", ""),
-    figure("many_memory", "  memory a group, in each process", "KiB", "", ""),
-    figure("many_rate", "  messages of 100 B over all groups, 2 receivers", "1/s", "", ""),
-    figure("many_leave", "  the process leaves all, each view without it", "ms", "", ""),
+    figure(
+        "many_join",
+        "groups of 3 joined by the third, all",
+        "ms",
+        "",
+        "",
+    ),
+    figure(
+        "many_memory",
+        "  memory a group, in each process",
+        "KiB",
+        "",
+        "",
+    ),
+    figure(
+        "many_rate",
+        "  messages of 100 B over all groups, 2 receivers",
+        "1/s",
+        "",
+        "",
+    ),
+    figure(
+        "many_leave",
+        "  the process leaves all, each view without it",
+        "ms",
+        "",
+        "",
+    ),
 ];
 
 /// The benchmark under way.
@@ -189,14 +297,18 @@ impl Bench<'_> {
     pub(super) fn rates(&mut self) -> Result<()> {
         let iperf = iperf::is_there();
         if !iperf {
-            let missing = "iperf3 was not measured: it is not there (Debian: apt-get install iperf3)";
+            let missing =
+                "iperf3 was not measured: it is not there (Debian: apt-get install iperf3)";
             self.report.note(missing);
         }
         self.join("rate2", 3)?;
         self.join("rate4", 5)?;
         for round in 0..self.extent.rounds {
             for (which, receivers) in [2, 4].into_iter().enumerate() {
-                show(&format!("rates, round {}, {receivers} receivers", round + 1));
+                show(&format!(
+                    "rates, round {}, {receivers} receivers",
+                    round + 1
+                ));
                 let group = format!("rate{receivers}");
                 let small = self.flood(&[group.clone()], 100, receivers)?;
                 let [rate, sender, receiver] = MESSAGES[which];
@@ -243,8 +355,7 @@ impl Bench<'_> {
                 thread::sleep(Duration::from_millis(1));
             };
             ensure!(
-                counted.messages == sent.messages
-                    && counted.bytes == sent.messages * bytes as u64,
+                counted.messages == sent.messages && counted.bytes == sent.messages * bytes as u64,
                 "{} took {counted:?} of {sent:?}",
                 link.name
             );
@@ -310,7 +421,11 @@ impl Bench<'_> {
     pub(super) fn views(&mut self) -> Result<()> {
         self.join("views", 3)?;
         for round in 0..self.extent.changes {
-            show(&format!("view changes, {} of {}", round + 1, self.extent.changes));
+            show(&format!(
+                "view changes, {} of {}",
+                round + 1,
+                self.extent.changes
+            ));
             let group = "views".to_owned();
             let leave = Ask::Leave { group };
             let began = self.links[2].done(&leave)?.0;

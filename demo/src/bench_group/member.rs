@@ -246,6 +246,7 @@ impl Member {
         let mut config = NodeConfig::new(&self.name, members, [9; 32]);
         config.suspect_after = Duration::from_millis(settings.suspect_after_ms);
         config.lease = config.suspect_after / 2;
+        config.spin = Duration::from_micros(settings.spin_us);
         self.node = Some(Node::start(config, registry)?);
         Ok(())
     }

@@ -34,11 +34,9 @@ use crate::scratch::Scratch;
 /// their logs on the disk. Peers: a bare UDP ping-pong and iperf3 (Debian: apt-get install iperf3) between the same
 /// hosts. Takes about two minutes, with --quick half of one.
 #[derive(Debug, Args)]
-#[command(
-    after_help = "Examples:\n  unbroken-demo bench-group --quick\n  \
+#[command(after_help = "Examples:\n  unbroken-demo bench-group --quick\n  \
                   unbroken-demo bench-group --only latency --spin-us 50\n  \
-                  unbroken-demo bench-group --json > figures.json"
-)]
+                  unbroken-demo bench-group --json > figures.json")]
 pub(crate) struct BenchGroupArgs {
     /// Fewer and shorter rounds, for a first look
     #[arg(long)]
