@@ -310,7 +310,7 @@ impl Bench<'_> {
                     round + 1
                 ));
                 let group = format!("rate{receivers}");
-                let small = self.flood(&[group.clone()], 100, receivers)?;
+                let small = self.flood(std::slice::from_ref(&group), 100, receivers)?;
                 let [rate, sender, receiver] = MESSAGES[which];
                 self.report.add(rate, small.per_second, None);
                 self.report.add(sender, small.sender_ns, None);

@@ -5,7 +5,7 @@ use std::io::{BufRead as _, Write as _};
 use std::net::{SocketAddr, UdpSocket};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use bytes::{BufMut as _, Bytes, BytesMut};
@@ -277,11 +277,11 @@ impl Member {
     }
 
     fn wait_for(&self, groups: &[String], members: usize) -> Result<()> {
-        let began = now();
+        let began = Instant::now();
         for name in groups {
             let group = self.groups.get(name).context("not a member")?;
             while group.view().is_none_or(|v| v.members.len() != members) {
-                if now() - began > LONG.as_nanos() as u64 {
+                if began.elapsed() > LONG {
                     bail!("{name} has {:?}, not {members} members", group.view());
                 }
                 thread::sleep(Duration::from_millis(1));
