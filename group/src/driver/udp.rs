@@ -339,7 +339,7 @@ impl Sender {
                 continue;
             }
             for member in to {
-                if let Some(destination) = self.addresses.get(&member.name) {
+                if let Some(destination) = self.addresses.get(&*member.name) {
                     sealed.go(now, *destination, &mut self.pacer, &mut self.outlet);
                 }
             }
