@@ -25,6 +25,7 @@
 //! for nothing it does: events go into a queue. A program that does not take them makes its node take no more messages, which
 //! pushes back on the senders, and is made to leave when that lasts (`slow_after`).
 
+mod bundle;
 mod events;
 mod group;
 mod handler;

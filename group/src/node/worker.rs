@@ -1,5 +1,6 @@
 //! The node's thread: sockets, clock and coordinator on one side, the process on the other.
 
+use super::bundle::{self, Bundles};
 use super::events::Batch;
 use super::{
     Event, Events, Inputs, JoinError, NodeConfig, Received, Room, StartError, StateWanted, now,
@@ -90,6 +91,8 @@ pub(super) struct Worker {
     config: NodeConfig,
     poll: Poll,
     driver: Driver,
+    /// What is to be sent when the input at hand is through.
+    bundles: Bundles,
     process: Process,
     /// Counts processes: answers for an earlier one are void.
     life: u64,
@@ -136,10 +139,12 @@ impl Worker {
         let poll = Poll::new()?;
         driver.register(poll.registry(), 0)?;
         let process = begin(&config, &mut driver, at)?;
+        let bundles = Bundles::new(config.datagram_bytes_max);
         Ok(Self {
             config,
             poll,
             driver,
+            bundles,
             process,
             life: 0,
             registry,
@@ -234,8 +239,10 @@ impl Worker {
             let at = now();
             self.driver.receiver.receive(|_, from, body| {
                 idle = false;
-                process.handle_datagram(at, from, body);
-                outputs.extend(std::iter::from_fn(|| process.poll_ready()));
+                bundle::each(body, |body| {
+                    process.handle_datagram(at, from, body);
+                    outputs.extend(std::iter::from_fn(|| process.poll_ready()));
+                });
             })?;
             for output in outputs {
                 self.execute(inputs, output)?;
@@ -287,11 +294,18 @@ impl Worker {
         while let Some(output) = self.process.poll_output() {
             self.execute(inputs, output)?;
         }
+        self.send_bundles();
         // After what had to be sent: the program's thread then wakes up while others are at it already.
         for group in std::mem::take(&mut self.told) {
             self.give_batch(group);
         }
         Ok(())
+    }
+
+    fn send_bundles(&mut self) {
+        let (sender, site) = (&mut self.driver.sender, self.config.site);
+        let mut send = |to: &[_], bodies: &[_]| sender.send(now(), site, to, bodies);
+        self.bundles.flush(&mut send);
     }
 
     fn give_batch(&mut self, group: GroupId) {
@@ -314,9 +328,9 @@ impl Worker {
     fn execute(&mut self, inputs: &Inputs, output: Output) -> io::Result<()> {
         match output {
             Output::Send { to, bodies } => {
-                self.driver
-                    .sender
-                    .send(now(), self.config.site, &to, &bodies);
+                let (sender, site) = (&mut self.driver.sender, self.config.site);
+                let mut send = |to: &[_], bodies: &[_]| sender.send(now(), site, to, bodies);
+                self.bundles.put(to, bodies, &mut send);
             }
             Output::Registry(request) => {
                 let (life, inputs) = (self.life, inputs.clone());
@@ -329,8 +343,14 @@ impl Worker {
                 };
                 self.registry.request(request, answer);
             }
-            Output::Instance(instance) => self.driver.set_instance(self.config.site, instance),
-            Output::Epoch { view_id, .. } => self.driver.set_epoch(self.config.site, view_id),
+            Output::Instance(instance) => {
+                self.send_bundles();
+                self.driver.set_instance(self.config.site, instance);
+            }
+            Output::Epoch { view_id, .. } => {
+                self.send_bundles(); // under the key that was meant
+                self.driver.set_epoch(self.config.site, view_id);
+            }
             Output::Group { group, event } => self.on_event(inputs, group, event),
             Output::CannotJoin { name } => {
                 if let Some(done) = self.joining.remove(&name) {
@@ -344,6 +364,7 @@ impl Worker {
                     return Ok(());
                 }
                 self.life += 1;
+                self.send_bundles();
                 self.process = begin(&self.config, &mut self.driver, now())?;
                 for group in self.joining.keys().cloned() {
                     let joined = self.process.handle_command(now(), Command::Join { group });
