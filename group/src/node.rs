@@ -29,8 +29,8 @@ mod bundle;
 mod events;
 mod group;
 mod handler;
-pub(crate) mod tasks;
 mod room;
+pub(crate) mod tasks;
 mod worker;
 
 pub use self::events::{Event, Events, Received, StateWanted};
