@@ -384,7 +384,8 @@ impl Core {
             self.tell_view(from);
             return;
         }
-        if !self.config.members.contains(&from.name) || from.name == self.config.me.name {
+        let configured = self.config.members.iter().any(|name| **name == *from.name);
+        if !configured || from.name == self.config.me.name {
             self.counters.stranger += 1;
             return;
         }

@@ -79,7 +79,7 @@ enum Decision {
 
 impl Roll {
     fn last(&self) -> Last {
-        let present = self.present.iter().map(|m| m.name.clone()).collect();
+        let present = self.present.iter().map(|m| m.name.to_string()).collect();
         last::last(&self.known, &present, &self.without)
     }
 
@@ -91,7 +91,7 @@ impl Roll {
             return Some(Decision::Join);
         }
         match self.last() {
-            Last::Is(name, era) if name == me.name => Some(Decision::Found(era)),
+            Last::Is(name, era) if *name == *me.name => Some(Decision::Found(era)),
             Last::Is(..) | Last::Awaits(_) => None,
         }
     }
@@ -101,7 +101,7 @@ impl Machine for Roll {
     fn apply(&mut self, from: &MemberId, update: &Bytes) -> Bytes {
         match postcard::from_bytes(update) {
             Ok(Call::Here(summary)) => {
-                self.known.insert(from.name.clone(), summary);
+                self.known.insert(from.name.to_string(), summary);
                 self.running.remove(from);
                 self.present.insert(from.clone());
             }
@@ -109,7 +109,7 @@ impl Machine for Roll {
                 self.present.remove(from);
             }
             Ok(Call::Runs(summary)) => {
-                self.known.insert(from.name.clone(), summary);
+                self.known.insert(from.name.to_string(), summary);
                 self.present.remove(from);
                 self.running.insert(from.clone());
                 self.without.clear();
@@ -244,7 +244,7 @@ impl<M: Machine> State<M> {
         let mut answer = None;
         match record {
             Record::View(view) => {
-                let departed = view.departed.iter().map(|m| m.name.as_str());
+                let departed = view.departed.iter().map(|m| &*m.name);
                 self.book.depart(departed);
                 self.members.clone_from(&view.members);
                 self.machine.view(view);
@@ -523,7 +523,7 @@ impl<M: Machine> Shared<M> {
             Ok(((copy, index), bytes, long)) => {
                 state.unwritten_bytes = state.unwritten_bytes.saturating_sub(bytes);
                 if copy == state.copy {
-                    state.on_disk.insert(self.me.name.clone(), index);
+                    state.on_disk.insert(self.me.name.to_string(), index);
                 }
                 if long {
                     self.checkpoint(&mut state);
@@ -647,11 +647,11 @@ async fn follow<M: Machine>(
                     shared.checkpoint(&mut state);
                 }
                 Event::View(view) if state.group.is_some() => {
-                    let names = |m: &&String| view.members.iter().any(|v| v.name == **m);
+                    let names = |m: &&String| view.members.iter().any(|v| *v.name == ***m);
                     let record = Record::View(view.clone());
                     let before = state.book.clone();
                     for gone in &view.departed {
-                        state.on_disk.remove(&gone.name);
+                        state.on_disk.remove(&*gone.name);
                     }
                     state.take(&shared.me.name, &record);
                     // Nobody that was let in is left: what goes on is for those who were to say.
@@ -678,7 +678,7 @@ async fn follow<M: Machine>(
                     // Its own disk it knows best.
                     Some(Order::Fifo) if *m.from() != shared.me => {
                         if let Ok(index) = postcard::from_bytes(m.body()) {
-                            state.on_disk.insert(m.from().name.clone(), index);
+                            state.on_disk.insert(m.from().name.to_string(), index);
                         }
                     }
                     _ => {}
@@ -707,7 +707,7 @@ async fn follow<M: Machine>(
 
 /// Says what is on this member's disk, and asks to be let in.
 async fn speak<M: Machine>(shared: &Shared<M>, group: &Group) -> Result<(), DurableError> {
-    let me = &shared.me.name;
+    let me = &*shared.me.name;
     let (mut said, mut asked, mut admitted) = (0, false, false);
     loop {
         let may_ask = |s: &State<M>| !s.full && s.group.is_some() && s.on_disk.contains_key(me);
@@ -753,7 +753,7 @@ async fn speak<M: Machine>(shared: &Shared<M>, group: &Group) -> Result<(), Dura
 async fn announce<M: Machine>(shared: &Shared<M>) -> Result<(), DurableError> {
     loop {
         let me = &shared.me;
-        let sure = |s: &State<M>| s.runs() && s.on_disk.get(&me.name) == Some(&s.book.index);
+        let sure = |s: &State<M>| s.runs() && s.on_disk.get(&*me.name) == Some(&s.book.index);
         shared.when(sure).await?;
         let forgot = |roll: &Roll| (!roll.running.contains(me)).then_some(());
         shared.roll.when(forgot).await?;

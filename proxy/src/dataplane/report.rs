@@ -136,8 +136,12 @@ impl Reporter {
             .as_ref()
             .map_or_else(ViewStatus::default, |view| ViewStatus {
                 id: view.id.0,
-                members: view.full.iter().map(|m| m.name.clone()).collect(),
-                joining: view.joining.iter().map(|j| j.member.name.clone()).collect(),
+                members: view.full.iter().map(|m| m.name.to_string()).collect(),
+                joining: view
+                    .joining
+                    .iter()
+                    .map(|j| j.member.name.to_string())
+                    .collect(),
                 cut: view.cut,
                 k: u32::from(view.k),
             });
@@ -155,7 +159,7 @@ impl Reporter {
             Role::Joining(_) | Role::Outside => 0,
         };
         Report {
-            leader: group.view.as_ref().map(|v| v.leader().name.clone()),
+            leader: group.view.as_ref().map(|v| v.leader().name.to_string()),
             role,
             members: self.members(now, &group),
             view,
@@ -208,7 +212,7 @@ impl Reporter {
 
     fn members(&self, now: BootTime, group: &GroupStatus) -> Vec<MemberStatus> {
         let leading = group.role == Some(GroupRole::Leader);
-        let of = |name: &str| group.members.iter().find(|m| m.member.name == name);
+        let of = |name: &str| group.members.iter().find(|m| *m.member.name == *name);
         self.configured
             .iter()
             .map(|name| {
@@ -252,7 +256,7 @@ impl Reporter {
                 .is_some_and(|t| now.micros().saturating_sub(t.micros()) < self.silence_us)
         };
         let fit = |m: &&GroupMember| {
-            let own = m.member.name == self.me;
+            let own = *m.member.name == *self.me;
             if leading && !own && !heard(m) {
                 return false;
             }
