@@ -118,7 +118,10 @@ impl Core {
                 if others.len() == 0 {
                     return Err(CommandError::Alone);
                 }
-                if to.as_ref().is_some_and(|to| others.all(|m| m.name != *to)) {
+                if to
+                    .as_ref()
+                    .is_some_and(|to| others.all(|m| *m.name != **to))
+                {
                     return Err(CommandError::NoSuchMember);
                 }
                 self.handing_over = true;
@@ -389,7 +392,8 @@ impl Core {
             self.tell_view(from);
             return;
         }
-        if !self.config.members.contains(&from.name) || from.name == self.config.me.name {
+        let configured = self.config.members.iter().any(|name| **name == *from.name);
+        if !configured || from.name == self.config.me.name {
             self.counters.stranger += 1;
             return;
         }

@@ -80,7 +80,7 @@ impl Group {
             match output {
                 Output::Send { to, bodies } => {
                     for to in to.iter() {
-                        let Some(core) = self.cores.get_mut(&to.name) else {
+                        let Some(core) = self.cores.get_mut(&*to.name) else {
                             continue;
                         };
                         for body in &bodies {
@@ -130,7 +130,9 @@ impl Group {
                     .core(name)
                     .handle_command(now, Command::ReadyToBeFull)
                     .expect("it joins"),
-                Output::Unicast { from, payload } => self.unicasts.push((from.name, payload)),
+                Output::Unicast { from, payload } => {
+                    self.unicasts.push((from.name.to_string(), payload))
+                }
                 _ => {}
             }
         }

@@ -282,6 +282,10 @@ pub struct ServiceConfig {
     /// Begins a server anew that somebody else looks after, or puts a checkpoint's state in the
     /// server's folder.
     pub restore: Option<Vec<String>>,
+    /// Ends with 0 once a server that was begun can be given input.
+    pub ready: Option<Vec<String>>,
+    /// Writes the state of the running server into a file.
+    pub checkpoint: Option<Vec<String>>,
     /// With `ordering = "total"`: how long an input may be left untaken before others pass it.
     pub stall: Duration,
 }

@@ -49,6 +49,9 @@ pub struct CoordinatorStatus {
     pub zxid: i64,
     /// Sessions of the ensemble.
     pub sessions: u64,
+    /// A quorum was seen within the last second; without it no view can change, so nobody can take over.
+    #[serde(default)]
+    pub quorum: bool,
 }
 
 impl From<&driver::Status> for CoordinatorStatus {
@@ -63,6 +66,7 @@ impl From<&driver::Status> for CoordinatorStatus {
             leader: status.leader.clone(),
             zxid: i64::try_from(status.zxid).unwrap_or(i64::MAX),
             sessions: status.sessions as u64,
+            quorum: status.leader.is_some(),
         }
     }
 }

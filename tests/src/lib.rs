@@ -6,3 +6,4 @@ pub mod netns;
 pub mod pattern;
 pub mod server;
 pub mod traffic;
+pub mod trio;

@@ -132,8 +132,11 @@ fn service_section(section: Section<'_, '_>) -> Option<ServiceSection> {
         "stall",
         value::duration(Duration::from_millis(10), Duration::from_secs(60)),
     );
+    let total = ordering
+        .as_ref()
+        .is_some_and(|o| o.value == Ordering::Total);
     if let Some(found) = &ordering
-        && found.value == Ordering::Total
+        && total
         && command.is_none()
         && restore.is_none()
     {
@@ -144,10 +147,17 @@ fn service_section(section: Section<'_, '_>) -> Option<ServiceSection> {
         .help("a replica whose server has seen what others have not must begin again from nothing");
         document.problem(&found.key, &found.span, true, complaint);
     }
-    section.not_yet(
-        "checkpoint",
-        "a replica that joins is brought up by replaying the input",
-    );
+    let ready = section.optional("ready", value::command);
+    let checkpoint = section.optional("checkpoint", value::command);
+    if let Some(found) = &checkpoint
+        && (restore.is_none() || !total)
+    {
+        let complaint = Complaint::new(
+            "nothing could be made of a checkpoint",
+            "restore = [...] beside it, and ordering = \"total\"",
+        );
+        document.problem(&found.key, &found.span, true, complaint);
+    }
     let on_promote = section.optional("on_promote", value::command);
     let on_demote = section.optional("on_demote", value::command);
     section.finish();
@@ -190,6 +200,8 @@ fn service_section(section: Section<'_, '_>) -> Option<ServiceSection> {
         history,
         command: command.map(|found| found.value),
         restore: restore.map(|found| found.value),
+        ready: ready.map(|found| found.value),
+        checkpoint: checkpoint.map(|found| found.value),
         stall: stall.map_or(Duration::from_secs(1), |found| found.value),
         health,
         prefer: prefer.as_ref().map(|found| found.value.clone()),

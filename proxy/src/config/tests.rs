@@ -175,6 +175,8 @@ fn the_example_of_the_design_is_read() {
         },
         command: None,
         restore: None,
+        ready: None,
+        checkpoint: None,
         stall: Duration::from_secs(1),
         health: None,
         prefer: None,
@@ -659,7 +661,7 @@ const WRONG: &[(&str, &str, &str)] = &[
     ("a size in a unit that is none", "\"256MiB\"", "\"256Mb\""),
     ("too little history", "\"256MiB\"", "\"1KiB\""),
     (
-        "a checkpoint to come",
+        "a checkpoint without a restore",
         "close_wait = \"1s\"",
         "checkpoint = [\"/usr/bin/save\"]",
     ),

@@ -334,11 +334,6 @@ pub(super) fn divergence(value: &DeValue<'_>) -> Parsed<Divergence> {
     })
 }
 
-/// A feature the design names and this version does not have.
-pub(super) fn unavailable(wrong: impl Into<String>, expected: &str) -> Complaint {
-    Complaint::new(wrong, expected)
-}
-
 /// One of `words`.
 fn word<'v>(value: &'v DeValue<'_>, words: &[&str]) -> Parsed<&'v str> {
     let quoted: Vec<String> = words.iter().map(|word| format!("\"{word}\"")).collect();

@@ -7,6 +7,7 @@ mod context;
 mod history;
 mod input;
 mod liveness;
+mod mapped;
 mod plane;
 mod queues;
 mod recent;
@@ -534,6 +535,8 @@ fn runners(
             target: Target::from(&service.upstream),
             command: service.command.clone(),
             restore: service.restore.clone(),
+            ready: service.ready.clone(),
+            checkpoint: service.checkpoint.clone(),
             folder: config.node.data_dir.join("servers").join(&service.name),
             shared_state: vip.ordering == Ordering::Total,
         };

@@ -53,6 +53,8 @@ pub(crate) type GroupTemplate = Box<dyn Fn() -> group::Config + Send>;
 const BATCHES_PER_TURN: usize = 2;
 /// How often progress is reported to the group.
 const PROGRESS_EVERY: Duration = Duration::from_millis(10);
+/// A replica that was given what it cannot use asks again after this long.
+const JOIN_AGAIN_AFTER: Duration = Duration::from_secs(2);
 /// A foreign announcement of our address is logged no more often than this.
 const CLAIM_SAID_EVERY: Duration = Duration::from_secs(10);
 /// Batches of frames that a new leader takes out of its socket before its first turn.
@@ -93,6 +95,7 @@ pub(crate) struct Plane {
     stopping: bool,
     wire_readable: bool,
     progress_at: BootTime,
+    join_again_at: Option<BootTime>,
     hand_over_at: BootTime,
     /// What clients sent in the last moments, on a backup that hears it.
     recent: Recent,
@@ -139,6 +142,7 @@ impl Plane {
             stopping: false,
             wire_readable: true,
             progress_at: now,
+            join_again_at: None,
             hand_over_at: now,
             recent: Recent::default(),
             claimed: None,
@@ -251,6 +255,11 @@ impl Plane {
             self.agree_on_closes(now);
             self.settle(now, cx);
             self.hand_over_if_failing(now, cx);
+        }
+        if self.join_again_at.is_some_and(|at| at <= now) {
+            self.join_again_at = None;
+            self.command(now, Command::Leave);
+            self.settle(now, cx);
         }
         self.report_progress(now);
         self.wire.handle_timeout(now);
@@ -720,6 +729,14 @@ impl Plane {
                 return;
             }
         };
+        if let Some((order, _)) = &checkpoint.order
+            && !order.is_usable(&checkpoint.tcp)
+        {
+            warn!(vip = %self.config.vip, complete = order.complete,
+                "the leader's history brings no server up for now: joining anew later");
+            self.join_again_at = Some(now + JOIN_AGAIN_AFTER);
+            return;
+        }
         let connections = checkpoint.tcp.connections().count();
         let replica = Replica::restore(self.config.tcp.clone(), tcp_time(now), checkpoint.tcp);
         self.servers.clear(now);
@@ -757,6 +774,7 @@ impl Plane {
         self.wedged = false;
         self.changed = true;
         self.life += 1;
+        self.join_again_at = None;
         let config = (self.config.group)();
         cx.renew(self.config.index, config.me.clone());
         self.group = group::Core::new(config, super::seed(), group_time(now));

@@ -126,6 +126,13 @@ impl OutputKeeper for Keeper<'_> {
         }
     }
 
+    fn resumes(&mut self, conn: ConnId, offset: u64) {
+        // A leader has produced all that; what its server says again is passed over.
+        if let Role::Backup(replica) = &mut *self.role {
+            replica.handle_server_resumed(conn, offset);
+        }
+    }
+
     fn wants(&self, conn: ConnId) -> bool {
         match &*self.role {
             Role::Leader(stack) => stack.wants_output(conn),

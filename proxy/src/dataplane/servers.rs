@@ -15,7 +15,7 @@ use mio::{Registry, Token};
 use tracing::{debug, warn};
 use unbroken_tcpstate::{ConnId, Event, EventNo};
 
-pub(crate) use self::total::{Order, OrderHeader};
+pub(crate) use self::total::{Order, OrderHeader, Outlook};
 use super::closes::Closes;
 use super::input::Input;
 use super::liveness::{self, Liveness};
@@ -45,6 +45,8 @@ pub(crate) trait OutputKeeper {
     fn give_up(&mut self, conn: ConnId);
     /// The server has taken the input up to `offset`.
     fn consumed(&mut self, conn: ConnId, offset: u64);
+    /// The server began with a state in which it has said everything before `offset`.
+    fn resumes(&mut self, conn: ConnId, offset: u64);
     /// Whether the server's output is of use to anybody.
     fn wants(&self, conn: ConnId) -> bool;
     /// Whether it is this replica that speaks to clients.

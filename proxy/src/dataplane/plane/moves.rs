@@ -63,10 +63,10 @@ impl Plane {
         }
         let electable = self.electable();
         match &to {
-            Some(to) if *to == self.group.me().name => return Ok(true),
-            Some(to) if !electable.iter().any(|m| m.member.name == *to) => {
+            Some(to) if **to == *self.group.me().name => return Ok(true),
+            Some(to) if !electable.iter().any(|m| *m.member.name == **to) => {
                 let mut members = self.group.status().members.into_iter();
-                let full = members.any(|m| m.full && m.member.name == *to);
+                let full = members.any(|m| m.full && *m.member.name == **to);
                 let why = if full {
                     "its server is not fit to lead, or behind"
                 } else {
@@ -103,13 +103,13 @@ impl Plane {
             return Some(None);
         }
         let prefer = self.config.prefer.clone()?;
-        if prefer == self.group.me().name || self.config.failback == Failback::Never {
+        if *prefer == *self.group.me().name || self.config.failback == Failback::Never {
             return None;
         }
         let there = self
             .electable()
             .iter()
-            .any(|m| m.member.name == prefer && !m.lag.reluctant);
+            .any(|m| *m.member.name == *prefer && !m.lag.reluctant);
         let idle = match &self.role {
             Role::Leader(stack) => stack.connections() == 0,
             Role::Backup(_) | Role::Joining(_) | Role::Outside => false,
