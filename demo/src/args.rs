@@ -6,6 +6,8 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::Serialize;
 
+use crate::bench_group::BenchGroupArgs;
+
 /// Shows live TCP connections surviving the deaths of the servers that answer them
 ///
 /// Makes a client host and some replica hosts (network namespaces on one switch; no root needed where
@@ -97,6 +99,13 @@ pub(crate) struct Bytes(pub(crate) Vec<u8>);
 /// The parts that the demonstration starts on its hosts.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Part {
+    BenchGroup(BenchGroupArgs),
+    /// Take part in the benchmark
+    #[command(hide = true)]
+    GroupMember {
+        /// The host's name
+        name: String,
+    },
     /// Run one of the small servers
     #[command(subcommand, hide = true)]
     Serve(Serve),

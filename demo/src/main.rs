@@ -6,6 +6,7 @@
 //! stage: it makes the hosts, starts the parts, breaks things, and reports.
 
 mod args;
+mod bench_group;
 mod client;
 mod cluster;
 mod drill;
@@ -65,6 +66,12 @@ fn main() -> ExitCode {
             } else {
                 ExitCode::FAILURE
             }
+        }
+        Some(Part::BenchGroup(args)) => {
+            bench_group::run(&args).unwrap_or_else(|error| fail(&error))
+        }
+        Some(Part::GroupMember { name }) => {
+            bench_group::member(&name).unwrap_or_else(|error| fail(&error))
         }
         None => stage::run(&cli.drill).unwrap_or_else(|error| fail(&error)),
     }

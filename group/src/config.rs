@@ -90,6 +90,8 @@ pub struct Config {
     pub suspect_after: Duration,
     /// How long members that could go on are waited for before all state is declared lost.
     pub total_failure_after: Duration,
+    /// Of backups that are equally fit, the one of this name leads next.
+    pub prefer: Option<String>,
     /// Bounds.
     pub limits: Limits,
     /// A defect planted on purpose, so that the simulator can show that it finds it.
@@ -111,6 +113,7 @@ impl Config {
             lease_alone: Duration::from_millis(400),
             suspect_after: Duration::from_millis(50),
             total_failure_after: Duration::from_secs(1),
+            prefer: None,
             limits: Limits::default(),
             #[cfg(any(test, feature = "faults"))]
             fault: None,

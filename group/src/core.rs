@@ -132,6 +132,8 @@ pub struct Core {
     pub(crate) dropped: BTreeSet<MemberId>,
     pub(crate) leaving: bool,
     pub(crate) handing_over: bool,
+    /// Who shall lead then, by name.
+    pub(crate) hand_over_to: Option<String>,
     pub(crate) too_few_since: Option<Instant>,
     pub(crate) lost_since: Option<Instant>,
     pub(crate) donors: BTreeMap<MemberId, Option<Donor>>,
@@ -215,6 +217,7 @@ impl Core {
             dropped: BTreeSet::new(),
             leaving: false,
             handing_over: false,
+            hand_over_to: None,
             too_few_since: None,
             lost_since: None,
             donors: BTreeMap::new(),
@@ -606,6 +609,7 @@ impl Core {
         self.heartbeat_at = self.now + self.config.heartbeat;
         self.lease_held = false;
         self.handing_over = false;
+        self.hand_over_to = None;
     }
 
     /// Marks a member as suspected; says so once.

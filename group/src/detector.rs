@@ -112,7 +112,7 @@ impl Proofs {
     }
 
     fn end(&self, member: &MemberId) -> Option<End> {
-        let end = self.controls.get(&member.name)?.ended?;
+        let end = self.controls.get(&*member.name)?.ended?;
         (end.incarnation == member.incarnation).then_some(end)
     }
 
@@ -125,7 +125,7 @@ impl Proofs {
         let Some(known) = self.known.get(member) else {
             return false;
         };
-        let Some(c) = self.controls.get(&member.name) else {
+        let Some(c) = self.controls.get(&*member.name) else {
             return false;
         };
         c.current
@@ -134,7 +134,7 @@ impl Proofs {
 
     /// R2: the control connection ended *and* the listener refuses, or a new incarnation holds the listener.
     pub(crate) fn dead(&self, member: &MemberId) -> bool {
-        let refused = self.controls.get(&member.name).and_then(|c| c.refused);
+        let refused = self.controls.get(&*member.name).and_then(|c| c.refused);
         let end = self.end(member);
         self.replaced(member) || matches!((refused, end), (Some(r), Some(e)) if r >= e.at)
     }
@@ -145,7 +145,7 @@ impl Proofs {
         let Some(known) = self.known.get(member) else {
             return false;
         };
-        let refused = self.controls.get(&member.name).and_then(|c| c.refused);
+        let refused = self.controls.get(&*member.name).and_then(|c| c.refused);
         self.dead(member) || refused.is_some_and(|r| r > *known)
     }
 }

@@ -198,6 +198,9 @@ impl EventLog {
     }
 }
 
+/// An event that is at least one part in so many of its datagram is not copied out of it.
+const SHARE_MIN: usize = 16;
+
 #[derive(Serialize, Deserialize)]
 struct Kept {
     total: u32,
@@ -230,8 +233,15 @@ impl Assembler {
         }
     }
 
-    /// Takes a chunk; events that it completes go to `log`. Returns whether it brought anything new.
-    pub(crate) fn take(&mut self, chunk: &Chunk<'_>, log: &mut EventLog, limits: &Limits) -> bool {
+    /// Takes a chunk; events that it completes go to `log`. Returns whether it brought anything new. An event that is whole
+    /// in the chunk may stay where it is, in the datagram that it lies `within`.
+    pub(crate) fn take(
+        &mut self,
+        chunk: &Chunk<'_>,
+        within: Option<&Bytes>,
+        log: &mut EventLog,
+        limits: &Limits,
+    ) -> bool {
         if chunk.total as usize > limits.event_bytes_max || chunk.pos.number < self.at.number {
             return false;
         }
@@ -258,7 +268,7 @@ impl Assembler {
             }
             return longer;
         }
-        if !self.append(chunk, log) {
+        if !self.append(chunk, within, log) {
             return false;
         }
         while let Some(first) = self.kept.first_entry() {
@@ -273,6 +283,7 @@ impl Assembler {
                     total: k.total,
                     bytes: &k.bytes,
                 },
+                None,
                 log,
             );
         }
@@ -280,7 +291,7 @@ impl Assembler {
     }
 
     /// Appends what of a chunk at or before `at` is new.
-    fn append(&mut self, chunk: &Chunk<'_>, log: &mut EventLog) -> bool {
+    fn append(&mut self, chunk: &Chunk<'_>, within: Option<&Bytes>, log: &mut EventLog) -> bool {
         if chunk.pos.number != self.at.number {
             return false;
         }
@@ -305,7 +316,11 @@ impl Assembler {
             return true;
         }
         let payload = if self.partial.is_empty() {
-            Bytes::copy_from_slice(new)
+            // A small event does not hold a large datagram.
+            match within.filter(|body| new.len() * SHARE_MIN >= body.len()) {
+                Some(body) => body.slice_ref(new),
+                None => Bytes::copy_from_slice(new),
+            }
         } else {
             self.partial.extend_from_slice(new);
             self.partial.split().freeze()
@@ -416,7 +431,7 @@ mod tests {
                 let Item::Chunk(c) = item else {
                     panic!("only chunks were packed")
                 };
-                a.take(&c, to, &limits());
+                a.take(&c, Some(b), to, &limits());
             }
         }
     }
@@ -434,11 +449,11 @@ mod tests {
             total: 100,
             bytes: &[1; 100],
         };
-        let taken = |number| assembler.take(&chunk(number), &mut log, &limits);
+        let taken = |number| assembler.take(&chunk(number), None, &mut log, &limits);
         assert_eq!((2..100).map(taken).filter(|new| *new).count(), 8);
         assert!(assembler.kept_bytes() <= 1000);
         // The event that is missing is taken all the same, and what waited follows.
-        assert!(assembler.take(&chunk(1), &mut log, &limits));
+        assert!(assembler.take(&chunk(1), None, &mut log, &limits));
         assert_eq!((log.held(), assembler.kept_bytes()), (9, 0));
     }
 

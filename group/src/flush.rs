@@ -607,8 +607,11 @@ impl Core {
                     .map_or(Lag::default(), |a| a.lag);
                 (
                     *m == old_leader,
+                    Some(&*m.name) != self.hand_over_to.as_deref(),
                     lag.unfit,
+                    lag.reluctant,
                     lag.behind_bytes / LAG_STEP_BYTES,
+                    Some(&*m.name) != self.config.prefer.as_deref(),
                     rank_of(m),
                 )
             };

@@ -110,14 +110,22 @@ impl Core {
                     Phase::Leading | Phase::Backup | Phase::Gone => {}
                 }
             }
-            Command::HandOver => {
+            Command::HandOver { to } => {
                 if !self.can_multicast() {
                     return Err(CommandError::NotLeading);
                 }
-                if self.view().full.len() == 1 {
+                let mut others = self.view().full[1..].iter();
+                if others.len() == 0 {
                     return Err(CommandError::Alone);
                 }
+                if to
+                    .as_ref()
+                    .is_some_and(|to| others.all(|m| *m.name != **to))
+                {
+                    return Err(CommandError::NoSuchMember);
+                }
                 self.handing_over = true;
+                self.hand_over_to = to;
             }
             Command::ReadyToBeFull => {
                 if self.phase != Phase::Joining || !self.has_checkpoint() {
@@ -384,7 +392,8 @@ impl Core {
             self.tell_view(from);
             return;
         }
-        if !self.config.members.contains(&from.name) || from.name == self.config.me.name {
+        let configured = self.config.members.iter().any(|name| **name == *from.name);
+        if !configured || from.name == self.config.me.name {
             self.counters.stranger += 1;
             return;
         }

@@ -25,15 +25,18 @@
 //! for nothing it does: events go into a queue. A program that does not take them makes its node take no more messages, which
 //! pushes back on the senders, and is made to leave when that lasts (`slow_after`).
 
+mod bundle;
 mod events;
 mod group;
 mod handler;
+mod room;
 pub(crate) mod tasks;
 mod worker;
 
 pub use self::events::{Event, Events, Received, StateWanted};
 pub use self::group::{CallError, Group, JoinError, Progress, Replies, SendError};
 pub use self::handler::Handler;
+use self::room::Room;
 use self::worker::{Input, Worker};
 
 use crate::config::Config;
@@ -45,8 +48,8 @@ use mio::Waker;
 use std::collections::BTreeMap;
 use std::io;
 use std::net::SocketAddr;
-use std::sync::mpsc;
-use std::sync::{Arc, Mutex};
+use std::sync::atomic::{AtomicBool, Ordering, fence};
+use std::sync::{Arc, Mutex, mpsc};
 use std::time::Duration;
 use thiserror::Error;
 use tokio::sync::{oneshot, watch};
@@ -76,6 +79,9 @@ pub struct NodeConfig {
     pub queue_bytes_max: u64,
     /// A member that holds up its group for this long is made to leave; 5 s by default, `None`: never.
     pub slow_after: Option<Duration>,
+    /// The node's thread looks at its sockets for this long after the last that came before it sleeps: no wake-up delays
+    /// what comes meanwhile, and a core has no rest. Zero by default.
+    pub spin: Duration,
 }
 
 impl NodeConfig {
@@ -93,6 +99,7 @@ impl NodeConfig {
             datagram_bytes_max: 1360,
             queue_bytes_max: 16 << 20,
             slow_after: Some(Duration::from_secs(5)),
+            spin: Duration::ZERO,
         }
     }
 
@@ -131,17 +138,48 @@ pub struct Node {
 
 /// The way to the node's thread.
 #[derive(Clone)]
-pub(crate) struct Inputs {
+pub(crate) struct Inputs(Arc<Way>);
+
+struct Way {
     sender: mpsc::Sender<Input>,
-    waker: Arc<Waker>,
+    waker: Waker,
+    /// The thread sleeps, or is about to.
+    asleep: AtomicBool,
 }
 
 impl Inputs {
+    fn new(sender: mpsc::Sender<Input>, waker: Waker) -> Self {
+        let asleep = AtomicBool::new(false);
+        Self(Arc::new(Way {
+            sender,
+            waker,
+            asleep,
+        }))
+    }
+
     /// `false` when the node is gone.
     pub(crate) fn put(&self, input: Input) -> bool {
-        let there = self.sender.send(input).is_ok();
-        // A waker fails only when its loop is gone, and then the send has failed too.
-        there && self.waker.wake().is_ok()
+        let there = self.0.sender.send(input).is_ok();
+        // A system call only for a thread that sleeps. Either this thread sees that it does, or it sees the input: each
+        // writes, passes a fence, and reads what the other has written.
+        fence(Ordering::SeqCst);
+        let asleep = &self.0.asleep;
+        if asleep.load(Ordering::Relaxed) && asleep.swap(false, Ordering::Relaxed) {
+            // A waker fails only when its loop is gone, and then the send has failed too.
+            return there && self.0.waker.wake().is_ok();
+        }
+        there
+    }
+
+    /// The thread goes to sleep, unless it finds an input after this.
+    pub(super) fn about_to_sleep(&self) {
+        self.0.asleep.store(true, Ordering::Relaxed);
+        fence(Ordering::SeqCst);
+    }
+
+    /// The thread does not sleep any more.
+    pub(super) fn awake(&self) {
+        self.0.asleep.store(false, Ordering::Relaxed);
     }
 }
 
@@ -163,10 +201,7 @@ impl Node {
         let (end, ended) = watch::channel(false);
         let status = Arc::default();
         let worker = Worker::open(config, Box::new(registry), receiver, Arc::clone(&status))?;
-        let inputs = Inputs {
-            sender,
-            waker: worker.waker(),
-        };
+        let inputs = Inputs::new(sender, worker.waker()?);
         worker.spawn(inputs.clone(), end)?;
         Ok(Self {
             inputs,

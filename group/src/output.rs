@@ -16,6 +16,8 @@ pub struct Lag {
     /// The replica knows of itself that its server cannot serve (dead, diverged, catching up), or that its
     /// service interface is without carrier.
     pub unfit: bool,
+    /// The replica could serve and is asked not to lead (maintenance): it leads only where no fit one is willing.
+    pub reluctant: bool,
 }
 
 /// What this member is in the installed view.
@@ -230,8 +232,11 @@ pub enum Command {
     Join,
     /// Leave for good, handing over first when leading. `Outside` follows.
     Leave,
-    /// Leader: let the fittest backup lead, and follow it.
-    HandOver,
+    /// Leader: let another lead, and follow it.
+    HandOver {
+        /// The full member that shall lead, by name; it is passed over only if it does not answer. `None`: the fittest.
+        to: Option<String>,
+    },
     /// Joiner: the checkpoint is restored and later events are being applied.
     ReadyToBeFull,
     /// Leader: the checkpoint that `CheckpointWanted` asked for.
@@ -259,6 +264,9 @@ pub enum CommandError {
     /// There is nobody to hand over to.
     #[error("no other full member")]
     Alone,
+    /// The member named is not another full member of the view.
+    #[error("no such full member beside the leader")]
+    NoSuchMember,
     /// No such joiner waits for a checkpoint.
     #[error("no such joiner waits for a checkpoint")]
     NoSuchJoiner,

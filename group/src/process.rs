@@ -63,6 +63,9 @@ const REPEAT_AFTER: Duration = Duration::from_millis(5);
 /// Requests that wait to be entered: beyond it joining and gbcasts are refused.
 const REQUESTS_MAX: usize = 20_000;
 
+/// The messages of a datagram of this size or more share its bytes; those of a smaller one are copied.
+const SHARED_BYTES_MIN: usize = 512;
+
 /// One process's part in all its groups.
 ///
 /// Call one entry point, drain [`Process::poll_output`] to `None` and execute in order, then read
@@ -153,6 +156,9 @@ impl Process {
             self.core.handle_datagram(now, from, body);
             return self.drain_core();
         }
+        // One copy for all messages in it.
+        let shared = (body.len() >= SHARED_BYTES_MIN).then(|| Bytes::copy_from_slice(body));
+        let body = shared.as_deref().unwrap_or(body);
         let Some((header, items)) = Header::read(body) else {
             return;
         };
@@ -164,7 +170,9 @@ impl Process {
         if header.flags & wire::FROM_LEADER != 0 {
             return self.on_fetch(from, id, header.view, items);
         }
-        self.at(id, |e, cx| e.on_datagram(cx, from, &header, items));
+        self.at(id, |e, cx| {
+            e.on_datagram(cx, from, &header, items, shared.as_ref());
+        });
     }
 
     /// The coordinator's answer.
@@ -236,6 +244,13 @@ impl Process {
                 Ok(())
             }
         }
+    }
+
+    /// Whether the group takes a multicast of this order now, or refuses it at once for another reason than room.
+    pub fn room(&self, group: GroupId, order: Order) -> bool {
+        let endpoint = self.endpoints.get(&group);
+        let entries = order != Order::View || self.requests.len() < REQUESTS_MAX;
+        entries && endpoint.is_none_or(|e| e.has_room(&self.config))
     }
 
     /// A timer: harmless when early, late or repeated. Drain the sockets first, as for [`Core::handle_timeout`].

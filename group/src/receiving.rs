@@ -170,7 +170,7 @@ impl Core {
         let before = self.log.held();
         let new = self
             .assembler
-            .take(chunk, &mut self.log, &self.config.limits);
+            .take(chunk, None, &mut self.log, &self.config.limits);
         if copy {
             if self.log.held() > before && self.proposal.is_none() {
                 self.owed_wedge_ack.insert(from.clone());

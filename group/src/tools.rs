@@ -4,10 +4,11 @@
 //! [`Map`], [`Value`], [`Locks`] and [`Token`] are machines. [`Succession`] tells who leads and who comes next; a [`Rank`] also
 //! tells which part of a piece of work is a member's own. [`PrimaryBackup`] and [`Cohorts`] answer requests, one member after or
 //! beside the other, and go on when one departs. [`Cuts`] records the states of all at one point, and [`Topics`] is
-//! publish and subscribe.
+//! publish and subscribe. [`Durable`] is a machine that is on the members' disks, and goes on after all have failed.
 
 mod cohorts;
 mod cut;
+mod durable;
 mod locks;
 mod map;
 mod primary_backup;
@@ -21,6 +22,7 @@ mod value;
 
 pub use self::cohorts::Cohorts;
 pub use self::cut::{Cut, CutEvent, CutEvents, Cuts, Part, Record};
+pub use self::durable::{DiskError, Durable, DurableError};
 pub use self::locks::Locks;
 pub use self::map::Map;
 pub use self::primary_backup::{Client, Executed, PrimaryBackup, Service};

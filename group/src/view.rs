@@ -3,6 +3,7 @@
 use crate::wire::NUMBER_MAX;
 use serde::{Deserialize, Serialize};
 use std::fmt;
+use std::sync::Arc;
 use std::time::Duration;
 use thiserror::Error;
 
@@ -12,15 +13,30 @@ use thiserror::Error;
 /// process is never mistaken for a survivor.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct MemberId {
-    /// The configured name.
-    pub name: String,
+    /// The configured name. Shared, because each message that is delivered names its sender.
+    #[serde(with = "name")]
+    pub name: Arc<str>,
     /// 128 random bits.
     pub incarnation: u128,
 }
 
+/// Names in images and datagrams: strings.
+mod name {
+    use serde::{Deserialize as _, Deserializer, Serializer};
+    use std::sync::Arc;
+
+    pub(super) fn serialize<S: Serializer>(name: &Arc<str>, to: S) -> Result<S::Ok, S::Error> {
+        to.serialize_str(name)
+    }
+
+    pub(super) fn deserialize<'a, D: Deserializer<'a>>(from: D) -> Result<Arc<str>, D::Error> {
+        String::deserialize(from).map(Arc::from)
+    }
+}
+
 impl MemberId {
     /// A member id.
-    pub fn new(name: impl Into<String>, incarnation: u128) -> Self {
+    pub fn new(name: impl Into<Arc<str>>, incarnation: u128) -> Self {
         Self {
             name: name.into(),
             incarnation,
@@ -172,7 +188,7 @@ impl View {
             return Err(ViewDecodeError::Version(format));
         }
         let view: Self = postcard::from_bytes(rest).map_err(|_| ViewDecodeError::Damaged)?;
-        let mut names: Vec<&str> = view.members().map(|m| m.name.as_str()).collect();
+        let mut names: Vec<&str> = view.members().map(|m| &*m.name).collect();
         names.sort_unstable();
         let distinct = names.windows(2).all(|w| w[0] != w[1]);
         let numbers = [view.id.0, view.cut, view.clock_us, view.lease_us];

@@ -159,7 +159,7 @@ async fn no_money_is_lost_or_made() {
     let dead = {
         let part = soon("a cut", cuts.take(None)).await.unwrap();
         let mut parts = part.parts.keys();
-        parts.find(|m| m.name == "r3").unwrap().clone()
+        parts.find(|m| *m.name == *"r3").unwrap().clone()
     };
     let taking = tokio::spawn(async move {
         loop {

@@ -116,7 +116,8 @@ async fn a_lock_outlives_its_holder_without_what_that_had_not_released() {
     let asks = first.clone();
     let asks = tokio::spawn(async move { asks.lock(0).await });
     // A call that is given up gives the lock back when it comes.
-    let given_up = second.lock(0);
+    let also = lock(third, 7).await;
+    let given_up = second.lock(7);
     assert!(timeout(std::time::Duration::ZERO, given_up).await.is_err());
     let waits = second.clone();
     let waits = tokio::spawn(async move { waits.barrier(0).await });
@@ -134,7 +135,8 @@ async fn a_lock_outlives_its_holder_without_what_that_had_not_released() {
     assert_eq!(soon("both", waits).await.unwrap().unwrap(), came);
     let dead = soon("the dead learn it", third.lock(1)).await;
     assert_eq!(dead.err(), Some(RegionError::Left));
-    drop(held);
+    drop((held, also));
+    drop(lock(first, 7).await);
     // A thread that panics while it holds a lock takes its member out.
     let panics = second.clone();
     let panicked = tokio::spawn(async move {

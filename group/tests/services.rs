@@ -120,13 +120,20 @@ async fn a_closure_is_a_handler() {
     let run = tokio::spawn(async move {
         let echo = async |message: Received| {
             let body = message.body().clone();
-            message.reply(body);
+            message.reply(if body == "large" {
+                vec![0; 200_000].into()
+            } else {
+                body
+            });
         };
         own.run(events, echo).await
     });
     let mut replies = group.call(TOTAL, "hello", Want::One, None).await.unwrap();
     let (_, body) = soon("an echo", replies.next()).await.unwrap();
     assert_eq!(body, "hello");
+    // A reply that fits no message is none.
+    let mut replies = group.call(TOTAL, "large", Want::One, None).await.unwrap();
+    assert_eq!(soon("no reply", replies.next()).await, None);
     group.leave().await.unwrap();
     assert!(soon("the end", run).await.unwrap());
 }

@@ -271,6 +271,12 @@ pub struct ServiceConfig {
     pub divergence: Divergence,
     /// Regular expressions over single lines of the server's output: what may differ between replicas.
     pub harmless: Vec<String>,
+    /// How the server is asked whether it still answers; `None`: it is not asked.
+    pub health: Option<HealthConfig>,
+    /// The member that leads if it is as fit as others. The same for all services of a VIP.
+    pub prefer: Option<String>,
+    /// When a leader that is not the preferred one hands over to it.
+    pub failback: Failback,
     /// How much of a connection's input is kept for a replica that joins.
     pub history: HistoryConfig,
     /// The server as a program that the node runs and watches, with its arguments.
@@ -278,6 +284,10 @@ pub struct ServiceConfig {
     /// Begins a server anew that somebody else looks after, or puts a checkpoint's state in the
     /// server's folder.
     pub restore: Option<Vec<String>>,
+    /// Ends with 0 once a server that was begun can be given input.
+    pub ready: Option<Vec<String>>,
+    /// Writes the state of the running server into a file.
+    pub checkpoint: Option<Vec<String>>,
     /// With `ordering = "total"`: how long an input may be left untaken before others pass it.
     pub stall: Duration,
 }
@@ -353,6 +363,46 @@ pub enum Divergence {
     Stop,
 }
 
+/// `service.health`: how a server is asked whether it still answers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HealthConfig {
+    /// What is asked.
+    pub check: HealthCheck,
+    /// From the beginning of one check to that of the next. Default 1 s.
+    pub interval: Duration,
+    /// How long a check may take. Default 1 s.
+    pub timeout: Duration,
+    /// So many failures in a row make a server unhealthy; one success heals it. Default 3.
+    pub failures: u32,
+}
+
+/// What a health check asks.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum HealthCheck {
+    /// That the server's address accepts a connection. (The kernel does so for a server that hangs.)
+    Connect,
+    /// That it answers.
+    Answer {
+        /// What is sent to it.
+        send: String,
+        /// What the answer holds somewhere; `None`: anything will do.
+        expect: Option<String>,
+    },
+    /// That this program, with its arguments, exits with 0.
+    Command(Vec<String>),
+}
+
+/// When a leader that is not the preferred one hands over to it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Failback {
+    /// Never by itself.
+    Never,
+    /// When no connection lives.
+    Idle,
+    /// When the preferred one has been fit to lead for this long.
+    After(Duration),
+}
+
 /// Bounds of the input kept for replay; past them a replica cannot be brought up by replay.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct HistoryConfig {
@@ -377,6 +427,10 @@ pub struct VipConfig<'a> {
     pub fence: FenceMode,
     /// What order its servers need.
     pub ordering: Ordering,
+    /// The member that should lead.
+    pub prefer: Option<&'a str>,
+    /// When it is handed over to.
+    pub failback: Failback,
     /// Its services, in file order; never empty.
     pub services: Vec<&'a ServiceConfig>,
 }
@@ -412,6 +466,8 @@ impl Config {
                     address: service.address,
                     fence: service.fence,
                     ordering: service.ordering,
+                    prefer: service.prefer.as_deref(),
+                    failback: service.failback,
                     services: vec![service],
                 }),
             }

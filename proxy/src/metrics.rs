@@ -121,6 +121,8 @@ service_metrics! {
     connections_opened: Counter = "connections_opened";
     /// Connections that ended by a reset.
     connections_reset: Counter = "connections_reset";
+    /// Closes of the leader's server that were shown although other replicas' servers went on, or closed otherwise.
+    close_divergences: Counter = "close_divergences";
     /// Bytes of clients' input given to the event log.
     client_input: Counter = "client_input" [Unit::Bytes];
     /// Bytes of server output given to clients, each counted once.

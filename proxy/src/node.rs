@@ -12,7 +12,7 @@
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use tokio::sync::{mpsc, watch};
@@ -25,6 +25,7 @@ use crate::config::{Config, CoordConfig, ServiceConfig};
 use crate::dataplane::{self, Dataplane, Input, Note};
 use crate::hooks::Hooks;
 use crate::metrics::NodeMetrics;
+use crate::operator::Operator;
 use crate::registry::{self, Reads};
 use crate::status::{Board, CoordinatorRole, CoordinatorStatus, Role, ServiceStatus};
 
@@ -58,13 +59,16 @@ pub async fn run(config: Config, mut shutdown: watch::Receiver<bool>) -> anyhow:
     let (notes, mut note_queue) = mpsc::unbounded_channel();
     let (dataplane, handle) = Dataplane::open(&config, board.clone(), &metrics, requests, notes)?;
 
-    let coordinator = Coordinator::start(&config).await?;
+    let mut coordinator = Coordinator::start(&config).await?;
     if let Some(server) = &coordinator.server {
         metrics.show_coordinator(server.meter());
     }
+    let operator = Operator::new(&config, board.clone(), handle.clone());
+    operator.resume();
     let admin = Admin {
         board: board.clone(),
         metrics,
+        operator: Some(operator),
     };
     let (stop_admin, admin_stopped) = watch::channel(false);
     let page = tokio::spawn(admin::serve(listener, admin, admin_stopped));
@@ -128,10 +132,15 @@ pub async fn run(config: Config, mut shutdown: watch::Receiver<bool>) -> anyhow:
     outcome
 }
 
+/// For how long a quorum may be out of sight before the status says so.
+const QUORUM_WAIT: Duration = Duration::from_secs(1);
+
 /// The coordinator as this node has it: a server of its own, or somebody's ensemble.
 struct Coordinator {
     server: Option<coord::Server>,
     client: Client,
+    /// When a quorum was last seen.
+    quorate: Option<Instant>,
 }
 
 impl Coordinator {
@@ -162,6 +171,7 @@ impl Coordinator {
         Ok(Self {
             server,
             client: Client::start(options),
+            quorate: None,
         })
     }
 
@@ -196,25 +206,30 @@ impl Coordinator {
         }
     }
 
-    fn status(&self) -> CoordinatorStatus {
-        match &self.server {
+    fn status(&mut self) -> CoordinatorStatus {
+        let mut status = match &self.server {
             Some(server) => CoordinatorStatus::from(&server.status()),
             None => {
-                let connected = matches!(
-                    *self.client.state().borrow(),
-                    SessionState::Connected { .. }
-                );
-                let role = if connected {
+                let state = self.client.state();
+                let quorum = matches!(*state.borrow(), SessionState::Connected { .. });
+                let role = if quorum {
                     CoordinatorRole::External
                 } else {
                     CoordinatorRole::Unavailable
                 };
                 CoordinatorStatus {
                     role,
+                    quorum,
                     ..CoordinatorStatus::default()
                 }
             }
+        };
+        if status.quorum {
+            self.quorate = Some(Instant::now());
         }
+        // An election takes less; whether it succeeds is what there is to say.
+        status.quorum = self.quorate.is_some_and(|at| at.elapsed() < QUORUM_WAIT);
+        status
     }
 
     async fn shutdown(self) {
@@ -226,15 +241,17 @@ impl Coordinator {
     }
 }
 
-/// The services of each VIP, as the data plane groups them.
-pub(crate) fn targets(services: &[&ServiceConfig]) -> BTreeMap<u16, dataplane::Target> {
-    let mut targets = BTreeMap::new();
+/// The servers behind a VIP's ports.
+pub(crate) fn backends(services: &[&ServiceConfig]) -> BTreeMap<u16, dataplane::Backend> {
+    let mut backends = BTreeMap::new();
     for service in services {
-        for port in &service.ports {
-            targets.insert(*port, dataplane::Target::from(&service.upstream));
-        }
+        let backend = dataplane::Backend {
+            target: dataplane::Target::from(&service.upstream),
+            close_wait: service.close_wait,
+        };
+        backends.extend(service.ports.iter().map(|port| (*port, backend.clone())));
     }
-    targets
+    backends
 }
 
 /// The znode of a VIP's group.

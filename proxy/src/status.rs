@@ -29,6 +29,9 @@ pub struct Status {
     /// The node was asked to stop and is doing so.
     #[serde(default)]
     pub stopping: bool,
+    /// The node leads only where no other could (`unbroken maintenance`).
+    #[serde(default)]
+    pub maintenance: bool,
     /// The coordinator as this node sees it.
     pub coordinator: CoordinatorStatus,
     /// In the order of the configuration.
@@ -47,6 +50,9 @@ pub struct CoordinatorStatus {
     pub zxid: i64,
     /// Sessions of the ensemble.
     pub sessions: u64,
+    /// A quorum was seen within the last second; without it no view can change, so nobody can take over.
+    #[serde(default)]
+    pub quorum: bool,
 }
 
 impl From<&driver::Status> for CoordinatorStatus {
@@ -61,6 +67,7 @@ impl From<&driver::Status> for CoordinatorStatus {
             leader: status.leader.clone(),
             zxid: i64::try_from(status.zxid).unwrap_or(i64::MAX),
             sessions: status.sessions as u64,
+            quorum: status.leader.is_some(),
         }
     }
 }
@@ -276,6 +283,9 @@ pub struct ServiceCounters {
     pub datagrams_dropped: u64,
     /// Bytes of clients' input that are kept for replay at this moment.
     pub history_bytes: u64,
+    /// Closes of the local server that were shown although other replicas' servers went on, or closed
+    /// otherwise.
+    pub close_divergences: u64,
 }
 
 impl fmt::Display for DivergenceStatus {
@@ -305,6 +315,7 @@ impl Board {
             pid: std::process::id(),
             uptime_ms: 0,
             stopping: false,
+            maintenance: false,
             coordinator: CoordinatorStatus::default(),
             services,
         };

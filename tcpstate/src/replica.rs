@@ -236,6 +236,23 @@ impl Replica {
         }
     }
 
+    /// This node's server began with a state in which it has said everything before `offset`, which
+    /// the client must have acknowledged.
+    ///
+    /// # Panics
+    /// If the client may still ask for some of it, and nobody has it.
+    pub fn handle_server_resumed(&mut self, conn: ConnId, offset: u64) {
+        if let Some(record) = self.records.get_mut(&conn)
+            && record.produced < offset
+        {
+            assert!(
+                record.retained.is_empty() && offset <= record.state.acked,
+                "output is continuous from the client's acknowledgement on"
+            );
+            record.produced = offset;
+        }
+    }
+
     /// How many bytes may be read from this node's server now.
     pub fn output_room(&self, conn: ConnId) -> usize {
         let Some(record) = self.records.get(&conn) else {

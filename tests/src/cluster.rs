@@ -17,6 +17,7 @@ use std::fmt::Write as _;
 use std::fs;
 use std::io::{Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -81,6 +82,8 @@ pub struct Options {
     pub replicas: u8,
     /// Coordinators on hosts of their own behind the replicas', in place of those in the nodes; 0 by default.
     pub coordinators: u8,
+    /// Size of the packets that the network takes; 1500 by default.
+    pub mtu: Option<u16>,
     /// Further lines of each node's `[group]`.
     pub group: String,
     /// At least one.
@@ -96,6 +99,7 @@ impl Options {
             program: program.into(),
             replicas: 3,
             coordinators: 0,
+            mtu: None,
             group: String::new(),
             services: services.into(),
             fault: None,
@@ -137,6 +141,9 @@ impl Cluster {
         let lab = Lab::new(LabOptions {
             replicas: options.replicas + options.coordinators,
         })?;
+        if let Some(mtu) = options.mtu {
+            lab.set_mtu(mtu)?;
+        }
         let mut cluster = Self {
             running: BTreeMap::new(),
             options,
@@ -146,6 +153,7 @@ impl Cluster {
         };
         let key = cluster.dir.join("group.key");
         fs::write(&key, unbroken::cli::keygen::generate()?)?;
+        fs::set_permissions(&key, fs::Permissions::from_mode(0o600))?;
         for index in 1..=cluster.options.replicas + cluster.options.coordinators {
             let name = format!("r{index}");
             fs::create_dir_all(cluster.folder(&name))?;
@@ -328,6 +336,20 @@ impl Cluster {
         let what = format!("somebody leads a view after {view}");
         wait_until(&what, PATIENCE, || {
             found = self.leader().filter(|(_, newer)| *newer > view);
+            found.is_some()
+        })?;
+        found.context(what)
+    }
+
+    /// Waits until another node than `not` says that it leads the first service. Its name, and the view.
+    ///
+    /// # Errors
+    /// Nobody else says so in time.
+    pub fn wait_other_leader(&self, not: &str) -> Result<(String, u64)> {
+        let mut found = None;
+        let what = format!("another than {not} leads");
+        wait_until(&what, PATIENCE, || {
+            found = self.leader().filter(|(name, _)| name != not);
             found.is_some()
         })?;
         found.context(what)

@@ -5,3 +5,5 @@ pub mod cluster;
 pub mod netns;
 pub mod pattern;
 pub mod server;
+pub mod traffic;
+pub mod trio;

@@ -2,7 +2,7 @@
 //! connection follows from what was sent on that connection and nothing else.
 
 use std::io::{self, Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpStream;
 
 use ring::digest::{Context, SHA256};
 
@@ -75,28 +75,14 @@ impl Request {
 /// connection gets wrong. Looked for whenever a connection begins.
 pub const FLIP: &str = "flip";
 
-/// Serves every connection on a thread of its own, for ever.
-///
-/// # Errors
-/// The listener failed.
-pub fn serve(listener: &TcpListener) -> io::Result<()> {
-    loop {
-        let (stream, _) = listener.accept()?;
-        let flip = std::fs::read_to_string(FLIP).ok();
-        let flip = flip.and_then(|offset| offset.trim().parse().ok());
-        std::thread::Builder::new().spawn(move || {
-            // The client sees the same as we: a connection that ends.
-            let _ = serve_faulty(stream, flip);
-        })?;
-    }
-}
-
 /// Serves one connection to its end.
 ///
 /// # Errors
 /// The connection failed or asked for nothing sensible.
 pub fn serve_one(stream: TcpStream) -> io::Result<()> {
-    serve_faulty(stream, None)
+    let flip = std::fs::read_to_string(FLIP).ok();
+    let flip = flip.and_then(|offset| offset.trim().parse().ok());
+    serve_faulty(stream, flip)
 }
 
 /// The byte at offset `flip` of the output is wrong.

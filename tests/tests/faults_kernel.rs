@@ -2,104 +2,266 @@
 
 #![allow(clippy::unwrap_used, reason = "a test says plainly what it expects")]
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::{self, JoinHandle};
-use std::time::Duration;
-
 use rustix::process::Signal;
-use unbroken_tests::client::{self, ClientError, Outcome, Progress};
+use unbroken::status::{Redundancy, Role};
 use unbroken_tests::cluster::{Cluster, Options, PATIENCE, Service};
 use unbroken_tests::netns::{userns, wait_until};
+use unbroken_tests::trio::Trio;
 
 const NODE: &str = env!("CARGO_BIN_EXE_lab-node");
 const SERVER: &str = env!("CARGO_BIN_EXE_lab-server");
 
-/// What the bulk clients move: more than the faults last, at their pace.
-const RATE: u64 = 4 << 20;
-
-/// A download, an upload and an exchange that go on until they are told to stop.
-struct Clients {
-    stop: Arc<AtomicBool>,
-    running: Vec<Running>,
+/// Something that befalls the leader, and what mends it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Fault {
+    /// SIGKILL to the node alone: its server lives on and is closed by the kernel.
+    Node,
+    /// SIGKILL to everything on the host.
+    Machine,
+    /// The cable is pulled: the carrier is lost.
+    Cable,
+    /// The switch passes nothing any more: the carrier stays.
+    Mute,
+    /// It hears and is not heard.
+    Silent,
+    /// It is heard and does not hear.
+    Deaf,
+    /// SIGSTOP until somebody else leads, then SIGCONT.
+    Stopped,
 }
 
-struct Running {
-    kind: &'static str,
-    progress: Arc<Progress>,
-    thread: JoinHandle<Result<Outcome, ClientError>>,
+impl Fault {
+    fn strike(self, cluster: &mut Cluster, leader: &str) {
+        match self {
+            Self::Node => cluster.node(leader).signal(Signal::KILL).unwrap(),
+            Self::Machine => drop(cluster.lab().kill_host(leader).unwrap()),
+            Self::Cable => cluster.lab().cut(leader).unwrap(),
+            Self::Mute => cluster.lab().mute(leader).unwrap(),
+            Self::Silent => cluster.lab().silence(leader).unwrap(),
+            Self::Deaf => cluster.lab().deafen(leader).unwrap(),
+            Self::Stopped => cluster.node(leader).signal(Signal::STOP).unwrap(),
+        }
+    }
+
+    fn mend(self, cluster: &mut Cluster, victim: &str) {
+        match self {
+            Self::Node | Self::Machine => {
+                cluster.kill(victim).unwrap();
+                cluster.start_replica(victim).unwrap();
+            }
+            Self::Cable => cluster.lab().plug(victim).unwrap(),
+            Self::Mute => cluster.lab().unmute(victim).unwrap(),
+            Self::Silent | Self::Deaf => cluster.lab().unsilence(victim).unwrap(),
+            Self::Stopped => cluster.node(victim).signal(Signal::CONT).unwrap(),
+        }
+    }
 }
 
-impl Clients {
-    fn start(cluster: &Cluster, bulk_bytes: u64) -> Self {
-        let stop = Arc::new(AtomicBool::new(false));
-        let mut running = Vec::new();
-        for kind in ["download", "upload", "exchange"] {
-            let stream = cluster.connect(80).unwrap();
-            let (progress, stop) = (Progress::shared(), Arc::clone(&stop));
-            let mine = Arc::clone(&progress);
-            let thread = thread::spawn(move || match kind {
-                "download" => client::download(stream, 1, bulk_bytes, Some(RATE), &mine),
-                "upload" => client::upload(stream, 2, bulk_bytes, Some(RATE), &mine),
-                _ => client::exchange(stream, 64, Duration::from_millis(2), &mine, || {
-                    !stop.load(Ordering::Relaxed)
-                }),
-            });
-            running.push(Running {
-                kind,
-                progress,
-                thread,
-            });
-        }
-        Self { stop, running }
+/// Each fault befalls whoever leads, under the same three connections.
+fn survive(faults: &[Fault]) {
+    let mut cluster = Cluster::start(Options::new(NODE, [Service::lab(SERVER)])).unwrap();
+    let (mut leader, mut view) = cluster.wait_whole().unwrap();
+    let clients = Trio::start(&cluster, (faults.len() as u64 * 12) << 20);
+    for fault in faults {
+        clients.wait_progress();
+        eprintln!("{leader} leads view {view}: {fault:?}");
+        fault.strike(&mut cluster, &leader);
+        let victim = leader;
+        let heir = wait_for_another(&cluster, view, &victim);
+        clients.wait_progress();
+        fault.mend(&mut cluster, &victim);
+        (leader, view) = cluster.wait_whole().unwrap();
+        assert_eq!(leader, heir, "the mended {victim} disturbed its heir");
     }
+    clients.finish();
+}
 
-    /// Waits until every client that has not ended has moved on.
-    fn wait_progress(&self) {
-        let moved = |running: &Running| running.progress.sample().bytes;
-        let before: Vec<u64> = self.running.iter().map(moved).collect();
-        wait_until("every client moves on", PATIENCE, || {
-            let mut all = self.running.iter().zip(&before);
-            all.all(|(running, before)| {
-                let sample = running.progress.sample();
-                sample.finished || sample.bytes > *before
-            })
-        })
-        .unwrap();
-    }
-
-    /// Tells the exchange to end, waits for all, and has each be content.
-    fn finish(self) {
-        self.stop.store(true, Ordering::Relaxed);
-        for Running { kind, thread, .. } in self.running {
-            let outcome = thread.join().unwrap();
-            let outcome = outcome.unwrap_or_else(|e| panic!("the {kind}: {e}"));
-            assert!(outcome.bytes > 0, "the {kind} moved nothing");
-        }
-    }
+/// The leader of a view after `view` that is not `victim`, who may still take itself for it.
+fn wait_for_another(cluster: &Cluster, view: u64, victim: &str) -> String {
+    let mut heir = None;
+    wait_until("another node leads", PATIENCE, || {
+        let statuses = cluster.statuses().into_iter().flatten();
+        let mut leaders = statuses.filter(|status| {
+            let mut services = status.services.iter();
+            status.node != victim && services.any(|s| s.role == Role::Leader && s.view.id > view)
+        });
+        heir = leaders.next().map(|status| status.node);
+        heir.is_some()
+    })
+    .unwrap();
+    heir.unwrap()
 }
 
 #[test]
-fn the_leaders_node_and_server_die() {
-    userns::privileged("the_leaders_node_and_server_die", || {
-        let mut cluster = Cluster::start(Options::new(NODE, [Service::lab(SERVER)])).unwrap();
-        let (mut leader, mut view) = cluster.wait_whole().unwrap();
-        let clients = Clients::start(&cluster, 40 << 20);
+fn the_leaders_node_and_machine_die() {
+    userns::privileged("the_leaders_node_and_machine_die", || {
+        survive(&[Fault::Node, Fault::Machine]);
+    });
+}
+
+#[test]
+fn the_leader_is_cut_off() {
+    userns::privileged("the_leader_is_cut_off", || {
+        survive(&[Fault::Cable, Fault::Mute, Fault::Silent, Fault::Deaf]);
+    });
+}
+
+#[test]
+fn the_leader_stops_and_wakes() {
+    userns::privileged("the_leader_stops_and_wakes", || {
+        survive(&[Fault::Stopped, Fault::Stopped]);
+    });
+}
+
+/// As many failovers as `UNBROKEN_FAILOVERS` says, on one living set of connections.
+#[test]
+fn one_connection_lives_through_a_chain_of_failovers() {
+    userns::privileged("one_connection_lives_through_a_chain_of_failovers", || {
+        let count = std::env::var("UNBROKEN_FAILOVERS");
+        let count = count.map_or(5, |count| {
+            count.parse().expect("UNBROKEN_FAILOVERS: a number")
+        });
+        survive(&vec![Fault::Machine; count]);
+    });
+}
+
+/// A cluster whose coordinators live on hosts of their own, and whose clients wait for both backups.
+fn outside() -> Cluster {
+    let mut options = Options::new(NODE, [Service::lab(SERVER)]);
+    options.coordinators = 3;
+    options.group = "resilience = \"all\"".to_owned();
+    Cluster::start(options).unwrap()
+}
+
+/// With `resilience = "all"`, the last of three goes on; and both come back.
+#[test]
+fn two_of_three_die_at_once() {
+    userns::privileged("two_of_three_die_at_once", || {
+        let mut cluster = outside();
+        let (leader, view) = cluster.wait_whole().unwrap();
+        let clients = Trio::start(&cluster, 24 << 20);
         clients.wait_progress();
-        for fault in ["node", "machine"] {
-            if fault == "node" {
-                cluster.node(&leader).signal(Signal::KILL).unwrap();
-            } else {
-                cluster.lab().kill_host(&leader).unwrap();
-            }
-            let dead = leader;
-            leader = cluster.wait_leader(view).unwrap().0;
-            assert_ne!(leader, dead);
-            clients.wait_progress();
-            cluster.kill(&dead).unwrap();
-            cluster.start_replica(&dead).unwrap();
-            (leader, view) = cluster.wait_whole().unwrap();
+        let backup = cluster.replicas().into_iter().find(|name| *name != leader);
+        let dead = [leader, backup.unwrap()];
+        for name in &dead {
+            cluster.node(name).signal(Signal::KILL).unwrap();
         }
+        let heir = cluster.wait_leader(view).unwrap().0;
+        assert!(!dead.contains(&heir));
+        clients.wait_progress();
+        for name in &dead {
+            cluster.kill(name).unwrap();
+            cluster.start_replica(name).unwrap();
+        }
+        cluster.wait_whole().unwrap();
+        clients.finish();
+    });
+}
+
+/// The heir dies as soon as it says that it leads.
+#[test]
+fn the_heir_dies_in_the_takeover() {
+    userns::privileged("the_heir_dies_in_the_takeover", || {
+        let mut cluster = outside();
+        let (leader, view) = cluster.wait_whole().unwrap();
+        let clients = Trio::start(&cluster, 24 << 20);
+        clients.wait_progress();
+        cluster.node(&leader).signal(Signal::KILL).unwrap();
+        let heir = wait_for_another(&cluster, view, &leader);
+        cluster.node(&heir).signal(Signal::KILL).unwrap();
+        let mut others = cluster.replicas().into_iter();
+        let next = others.find(|name| *name != leader && *name != heir);
+        let next = next.unwrap();
+        wait_until("the third leads", PATIENCE, || {
+            let status = cluster.status(&next);
+            status.is_some_and(|status| status.services[0].role == Role::Leader)
+        })
+        .unwrap();
+        clients.wait_progress();
+        for name in [leader, heir] {
+            cluster.kill(&name).unwrap();
+            cluster.start_replica(&name).unwrap();
+        }
+        cluster.wait_whole().unwrap();
+        clients.finish();
+    });
+}
+
+/// The leader dies while a replica is being brought up; then, while another is, that one does.
+#[test]
+fn a_failure_during_joining() {
+    userns::privileged("a_failure_during_joining", || {
+        let mut cluster = outside();
+        let (leader, view) = cluster.wait_whole().unwrap();
+        let clients = Trio::start(&cluster, 32 << 20);
+        clients.wait_progress();
+        let others = cluster.replicas().into_iter();
+        let others: Vec<String> = others.filter(|name| *name != leader).collect();
+        cluster.kill(&others[0]).unwrap();
+        clients.wait_progress();
+        cluster.start_replica(&others[0]).unwrap();
+        // Where it is by now is left to chance: waiting, taking the state, or just in.
+        cluster.kill(&leader).unwrap();
+        let heir = wait_for_another(&cluster, view, &leader);
+        clients.wait_progress();
+        let joiner = [&leader, &others[0]]
+            .into_iter()
+            .find(|name| **name != heir);
+        let joiner = joiner.unwrap().clone();
+        cluster.kill(&joiner).unwrap();
+        cluster.start_replica(&joiner).unwrap();
+        cluster.kill(&joiner).unwrap();
+        clients.wait_progress();
+        for name in cluster.replicas() {
+            if name != heir {
+                cluster.kill(&name).unwrap();
+                cluster.start_replica(&name).unwrap();
+            }
+        }
+        cluster.wait_whole().unwrap();
+        clients.finish();
+    });
+}
+
+/// Without a quorum of coordinators no view changes, and connections go on: even when a backup dies, and the leader says
+/// that redundancy is less. With the quorum back, so is everything.
+#[test]
+fn the_coordinators_lose_their_quorum() {
+    userns::privileged("the_coordinators_lose_their_quorum", || {
+        let mut options = Options::new(NODE, [Service::lab(SERVER)]);
+        options.coordinators = 3;
+        let mut cluster = Cluster::start(options).unwrap();
+        let (leader, view) = cluster.wait_whole().unwrap();
+        let clients = Trio::start(&cluster, 24 << 20);
+        clients.wait_progress();
+        let coordinators = cluster.coordinators();
+        for name in &coordinators[..2] {
+            cluster.kill(name).unwrap();
+        }
+        clients.wait_progress();
+        let backup = cluster.replicas().into_iter().find(|name| *name != leader);
+        let backup = backup.unwrap();
+        cluster.kill(&backup).unwrap();
+        wait_until("the leader says what is lost", PATIENCE, || {
+            let Some(status) = cluster.status(&leader) else {
+                return false;
+            };
+            let service = &status.services[0];
+            let reason = service.redundancy_reason.as_deref().unwrap_or_default();
+            service.redundancy == Redundancy::Unprotected
+                && reason.contains("no quorum")
+                && reason.contains("1 of 2 backups")
+        })
+        .unwrap();
+        clients.wait_progress();
+        let status = cluster.status(&leader).unwrap();
+        assert_eq!(status.services[0].role, Role::Leader);
+        assert_eq!(status.services[0].view.id, view, "no view without a quorum");
+        for name in &coordinators[..2] {
+            cluster.start_node(name).unwrap();
+        }
+        cluster.start_replica(&backup).unwrap();
+        cluster.wait_whole().unwrap();
         clients.finish();
     });
 }

@@ -111,7 +111,8 @@ impl Node {
             Event::HalfOpen { .. }
             | Event::Acked { .. }
             | Event::LocalFin { .. }
-            | Event::Skip { .. } => {}
+            | Event::Skip { .. }
+            | Event::Answered { .. } => {}
         }
     }
 

@@ -44,6 +44,19 @@ fn redis(keys: &str) -> Service {
     }
 }
 
+/// Checkpoints of redis as docs/configuration.md tells users to take them.
+const CHECKPOINTS: &str = r#"
+checkpoint = ["sh", "-c", """
+ask() { redis-cli -p 6380 "$@"; }
+ask client list | awk '!/ cmd=client.list / && !/ flags=N db=0 sub=0 psub=0 ssub=0 multi=-1 qbuf=0 .* omem=0 .* resp=2/ { exit 1 }' || exit 75
+ask bgsave && echo taken || exit 75
+while ask info persistence | grep -q rdb_bgsave_in_progress:1; do sleep 0.05; done
+ask info persistence | grep -q rdb_last_bgsave_status:ok && mv dump.rdb "$UNBROKEN_CHECKPOINT"
+"""]
+restore = ["sh", "-c", "mv \"$UNBROKEN_CHECKPOINT\" dump.rdb"]
+ready = ["sh", "-c", "redis-cli -p 6380 ping | grep -q PONG"]
+"#;
+
 /// What redis answers.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Reply {
@@ -266,6 +279,66 @@ fn redis_is_one_across_failovers() {
                 cluster.start_replica(&leader).unwrap();
                 cluster.wait_whole().unwrap();
                 go_on(told, 500);
+            }
+        });
+    });
+}
+
+/// Fills redis with so many values of 1 MB each.
+fn fill(cluster: &Cluster, values: usize) {
+    let mut redis = Redis::new(connect(cluster));
+    for index in 0..values {
+        // What redis cannot compress.
+        let mut state = index as u64;
+        let mut word = || {
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1);
+            state.to_be_bytes()[0]
+        };
+        let value: Vec<u8> = (0..1_000_000).map(|_| word()).collect();
+        let reply = redis.call(&[b"SET", format!("big:{index}").as_bytes(), &value]);
+        assert_eq!(
+            reply.unwrap(),
+            Reply::Text("OK".to_owned()),
+            "value {index}"
+        );
+    }
+}
+
+/// Megabytes of values in redis: `UNBROKEN_MB=1000 cargo test ...` tries more.
+fn megabytes(default: usize) -> usize {
+    std::env::var("UNBROKEN_MB").map_or(default, |text| text.parse().unwrap())
+}
+
+/// The data outgrows what is kept of the input; a replica joins from a checkpoint under load, then
+/// leads.
+#[test]
+fn redis_joins_from_a_checkpoint_under_load() {
+    userns::privileged("redis_joins_from_a_checkpoint_under_load", || {
+        let megabytes = megabytes(100);
+        let history = format!(
+            "history = {{ memory = \"{}MB\" }}\n{CHECKPOINTS}",
+            megabytes / 2
+        );
+        let mut cluster = Cluster::start(Options::new(NODE, [redis(&history)])).unwrap();
+        cluster.wait_whole().unwrap();
+        let began = std::time::Instant::now();
+        fill(&cluster, megabytes);
+        println!("{megabytes} MB written in {:?}", began.elapsed());
+        cluster.wait_whole().unwrap();
+        under_load(&mut cluster, 10, |cluster, told| {
+            go_on(told, 200);
+            for _ in 0..2 {
+                let (leader, view) = cluster.leader().unwrap();
+                cluster.kill(&leader).unwrap();
+                cluster.wait_leader(view).unwrap();
+                go_on(told, 200);
+                let began = std::time::Instant::now();
+                cluster.start_replica(&leader).unwrap();
+                cluster.wait_whole().unwrap();
+                println!("{leader} is back after {:?}", began.elapsed());
+                go_on(told, 200);
             }
         });
     });

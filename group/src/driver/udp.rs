@@ -165,8 +165,11 @@ fn open_multicast(own: &UdpSocket, multicast: &Multicast) -> io::Result<Inlet> {
 impl Inlet {
     fn new(socket: Socket) -> io::Result<Self> {
         socket.set_nonblocking(true)?;
-        // The kernel bounds these by its own limits; bursts of events must not be lost for want of room.
+        // The kernel bounds these by limits of its own; bursts of events must not be lost for want of room.
         socket.set_recv_buffer_size(SOCKET_BUFFER_BYTES)?;
+        // Beyond them where we may (CAP_NET_ADMIN).
+        let _ =
+            rustix::net::sockopt::set_socket_recv_buffer_size_force(&socket, SOCKET_BUFFER_BYTES);
         socket.set_send_buffer_size(SOCKET_BUFFER_BYTES)?;
         let socket = UdpSocket::from_std(socket.into());
         let state = UdpSocketState::new(UdpSockRef::from(&socket))?;
@@ -339,7 +342,7 @@ impl Sender {
                 continue;
             }
             for member in to {
-                if let Some(destination) = self.addresses.get(&member.name) {
+                if let Some(destination) = self.addresses.get(&*member.name) {
                     sealed.go(now, *destination, &mut self.pacer, &mut self.outlet);
                 }
             }

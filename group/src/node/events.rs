@@ -5,6 +5,7 @@ use super::worker::Input;
 use crate::process::{CallRef, Command, GroupId, GroupView, Message, Order};
 use crate::view::MemberId;
 use bytes::Bytes;
+use std::collections::VecDeque;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -46,10 +47,26 @@ impl Event {
     }
 }
 
+/// Events that happened together, and what they count in the queue.
+#[derive(Default)]
+pub(super) struct Batch {
+    pub(super) events: VecDeque<Event>,
+    pub(super) bytes: u64,
+}
+
+impl Batch {
+    pub(super) fn push(&mut self, event: Event) {
+        self.bytes += event.bytes();
+        self.events.push_back(event);
+    }
+}
+
 /// The events of one group: a stream.
 pub struct Events {
     pub(super) group: GroupId,
-    pub(super) events: UnboundedReceiver<Event>,
+    pub(super) batches: UnboundedReceiver<Batch>,
+    /// What the program has not taken of the batch that it is at.
+    pub(super) batch: VecDeque<Event>,
     pub(super) queued: Arc<AtomicU64>,
     /// Below this many queued bytes a node that takes no more takes again.
     pub(super) resume_below: u64,
@@ -57,26 +74,32 @@ pub struct Events {
 }
 
 impl Events {
-    fn took(&self, event: &Event) {
-        let bytes = event.bytes();
+    fn begin(&mut self, batch: Batch) -> Option<Event> {
+        let bytes = batch.bytes;
         let before = self.queued.fetch_sub(bytes, Ordering::Relaxed);
         if before >= self.resume_below && before - bytes < self.resume_below {
             self.inputs.put(Input::Resume(self.group));
         }
+        self.batch = batch.events;
+        self.batch.pop_front()
     }
 
     /// The next event; `None` after [`Event::Left`], or when the node is gone.
     pub async fn next(&mut self) -> Option<Event> {
-        let event = self.events.recv().await?;
-        self.took(&event);
-        Some(event)
+        if let Some(event) = self.batch.pop_front() {
+            return Some(event);
+        }
+        let batch = self.batches.recv().await?;
+        self.begin(batch)
     }
 
     /// The next event, waited for by blocking the thread. Not within an asynchronous runtime.
     pub fn blocking_next(&mut self) -> Option<Event> {
-        let event = self.events.blocking_recv()?;
-        self.took(&event);
-        Some(event)
+        if let Some(event) = self.batch.pop_front() {
+            return Some(event);
+        }
+        let batch = self.batches.blocking_recv()?;
+        self.begin(batch)
     }
 }
 
@@ -84,11 +107,11 @@ impl futures_core::Stream for Events {
     type Item = Event;
 
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Event>> {
-        let event = self.events.poll_recv(cx);
-        if let Poll::Ready(Some(event)) = &event {
-            self.took(event);
+        if let Some(event) = self.batch.pop_front() {
+            return Poll::Ready(Some(event));
         }
-        event
+        let batch = std::task::ready!(self.batches.poll_recv(cx));
+        Poll::Ready(batch.and_then(|batch| self.begin(batch)))
     }
 }
 
@@ -96,7 +119,8 @@ impl futures_core::Stream for Events {
 pub struct Received {
     pub(super) group: GroupId,
     pub(super) message: Message,
-    pub(super) inputs: Inputs,
+    /// Where the answer goes; `None`: no call.
+    pub(super) inputs: Option<Inputs>,
 }
 
 impl std::fmt::Debug for Received {
@@ -135,8 +159,9 @@ impl Received {
 
     fn answer(&self, to: CallRef, body: Option<Bytes>) {
         let group = self.group;
-        self.inputs
-            .put(Input::Command(Command::Reply { group, to, body }, None));
+        if let Some(inputs) = &self.inputs {
+            inputs.put(Input::Command(Command::Reply { group, to, body }, None));
+        }
     }
 }
 

@@ -1,7 +1,7 @@
 //! A program's handle of a group.
 
 use super::worker::{Input, Joined, ReplyEvent, Sending};
-use super::{Events, Inputs, Node};
+use super::{Events, Inputs, Node, Room};
 use crate::process::{
     Calling, Command, GroupId, GroupView, Multicast, Order, Refused, Stability, ThreadId, Want,
 };
@@ -11,7 +11,10 @@ use std::sync::Arc;
 use std::time::Duration;
 use thiserror::Error;
 use tokio::sync::mpsc::{self, UnboundedReceiver};
-use tokio::sync::{Notify, oneshot, watch};
+use tokio::sync::{oneshot, watch};
+
+/// Messages up to this size are never too large for an event, so nobody waits to hear that one is.
+const SURELY_TAKEN_BYTES: usize = 64 * 1024;
 
 /// Why a group was not joined.
 #[derive(Copy, Clone, Debug, PartialEq, Eq, Error)]
@@ -54,7 +57,7 @@ pub struct Group {
     inputs: Inputs,
     view: watch::Receiver<Option<GroupView>>,
     progress: watch::Receiver<(u64, u64)>,
-    room: Arc<Notify>,
+    room: Arc<Room>,
 }
 
 impl Group {
@@ -157,19 +160,13 @@ impl Group {
         self.send(Multicast::new(Order::View, body)).await
     }
 
-    /// Sends a message; waits for room.
+    /// Sends a message. Returns when it is on its way: waits for room, and for nothing else. What this member sends and its
+    /// group does not get, because the member is out before, nobody gets.
     ///
     /// # Errors
     /// [`SendError`].
     pub async fn send(&self, message: Multicast) -> Result<(), SendError> {
-        let group = self.id;
-        self.retry(|| Sending {
-            group,
-            message: message.clone(),
-            done: None,
-            replies: None,
-        })
-        .await
+        self.place(message, None).await
     }
 
     /// Sends a message and waits until it is as stable as this.
@@ -181,18 +178,10 @@ impl Group {
         mut message: Multicast,
         stability: Stability,
     ) -> Result<(), SendError> {
-        let group = self.id;
         message.done = Some((0, stability));
-        let (done, mut stable) = mpsc::unbounded_channel();
-        self.retry(|| Sending {
-            group,
-            message: message.clone(),
-            done: Some(done.clone()),
-            replies: None,
-        })
-        .await?;
-        drop(done);
-        stable.recv().await.ok_or(SendError::NotAMember)
+        let (done, stable) = oneshot::channel();
+        self.place(message, Some(done)).await?;
+        stable.await.map_err(|_| SendError::NotAMember)
     }
 
     /// Asks all, in this order, and gathers replies: as many as wanted, until all have answered or departed, or until the time
@@ -215,7 +204,7 @@ impl Group {
             timeout_us: timeout.map_or(0, |t| u64::try_from(t.as_micros()).unwrap_or(0).max(1)),
         });
         let (replies, events) = mpsc::unbounded_channel();
-        self.retry(|| Sending {
+        self.ask(|| Sending {
             group,
             message: message.clone(),
             done: None,
@@ -236,7 +225,7 @@ impl Group {
     pub async fn send_to(&self, to: &MemberId, body: impl Into<Bytes>) -> Result<(), SendError> {
         let body = body.into();
         loop {
-            let room = self.room.notified();
+            let room = self.room.news.notified();
             let mut room = std::pin::pin!(room);
             room.as_mut().enable();
             let command = Command::Send {
@@ -287,14 +276,44 @@ impl Group {
         result.await.map_err(|_| SendError::Gone)
     }
 
-    async fn retry(&self, sending: impl Fn() -> Sending) -> Result<(), SendError> {
+    async fn place(
+        &self,
+        message: Multicast,
+        done: Option<oneshot::Sender<()>>,
+    ) -> Result<(), SendError> {
+        let group = self.id;
+        self.room.wait(message.body.len()).await?;
+        let large = message.body.len() > SURELY_TAKEN_BYTES;
+        let sending = Sending {
+            group,
+            message,
+            done,
+            replies: None,
+        };
+        let (answer, result) = if large {
+            let (answer, result) = oneshot::channel();
+            (Some(answer), Some(result))
+        } else {
+            (None, None)
+        };
+        if !self.inputs.put(Input::Send(sending, answer)) {
+            return Err(SendError::Gone);
+        }
+        match result {
+            Some(result) => result.await.map_err(|_| SendError::Gone)?.map_err(error),
+            None => Ok(()),
+        }
+    }
+
+    /// Sends a call: it may be refused because too many are open, and then waits outside, so that it holds up no message.
+    async fn ask(&self, sending: impl Fn() -> Sending) -> Result<(), SendError> {
         loop {
             // Before the attempt, so that no room is missed.
-            let room = self.room.notified();
+            let room = self.room.news.notified();
             let mut room = std::pin::pin!(room);
             room.as_mut().enable();
             let (done, result) = oneshot::channel();
-            if !self.inputs.put(Input::Send(sending(), done)) {
+            if !self.inputs.put(Input::Send(sending(), Some(done))) {
                 return Err(SendError::Gone);
             }
             match result.await.map_err(|_| SendError::Gone)? {

@@ -1,6 +1,10 @@
 //! The node's thread: sockets, clock and coordinator on one side, the process on the other.
 
-use super::{Event, Events, Inputs, JoinError, NodeConfig, Received, StartError, StateWanted, now};
+use super::bundle::{self, Bundles};
+use super::events::Batch;
+use super::{
+    Event, Events, Inputs, JoinError, NodeConfig, Received, Room, StartError, StateWanted, now,
+};
 use crate::driver::{Driver, TOKENS};
 use crate::output::{GroupStatus, RegistryReply};
 use crate::process::{
@@ -11,19 +15,19 @@ use crate::time::Instant;
 use crate::view::MemberId;
 use bytes::Bytes;
 use mio::{Events as Ready, Poll, Token, Waker};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, TryRecvError};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
-use tokio::sync::{Notify, oneshot, watch};
+use tokio::sync::{oneshot, watch};
 
 /// Batches of datagrams taken before timers are looked at.
 const BATCHES_MAX: usize = 8;
 /// Inputs of programs taken before sockets are looked at.
-const INPUTS_MAX: usize = 256;
+const INPUTS_MAX: usize = 512;
 /// The status is told this often at most.
 const STATUS_EVERY: Duration = Duration::from_millis(20);
 const WAKER: Token = Token(TOKENS);
@@ -32,7 +36,8 @@ const WAKER: Token = Token(TOKENS);
 pub(crate) enum Input {
     Registry(u64, RegistryReply),
     Join(String, oneshot::Sender<Result<Joined, JoinError>>),
-    Send(Sending, oneshot::Sender<Result<(), Refused>>),
+    /// Without a sender for the answer: it is not too large, and who sends waits for nothing.
+    Send(Sending, Option<oneshot::Sender<Result<(), Refused>>>),
     Command(Command, Option<oneshot::Sender<Result<(), Refused>>>),
     /// The program has taken what held up this group.
     Resume(GroupId),
@@ -44,7 +49,7 @@ pub(crate) enum Input {
 pub(crate) struct Sending {
     pub(crate) group: GroupId,
     pub(crate) message: Multicast,
-    pub(crate) done: Option<UnboundedSender<()>>,
+    pub(crate) done: Option<oneshot::Sender<()>>,
     pub(crate) replies: Option<UnboundedSender<ReplyEvent>>,
 }
 
@@ -62,27 +67,32 @@ pub(crate) struct Joined {
     pub(crate) events: Events,
     pub(crate) view: watch::Receiver<Option<GroupView>>,
     pub(crate) progress: watch::Receiver<(u64, u64)>,
-    pub(crate) room: Arc<Notify>,
+    pub(crate) room: Arc<Room>,
 }
 
 /// The thread's side of one membership.
 struct Seat {
     name: String,
-    events: UnboundedSender<Event>,
+    batches: UnboundedSender<Batch>,
+    /// What has happened since the last batch.
+    batch: Batch,
     queued: Arc<AtomicU64>,
     paused: bool,
     view: watch::Sender<Option<GroupView>>,
     progress: watch::Sender<(u64, u64)>,
-    room: Arc<Notify>,
-    done: BTreeMap<u64, UnboundedSender<()>>,
+    room: Arc<Room>,
+    /// What was handed over and finds no room in the group, and a wish to leave behind it.
+    held: VecDeque<Input>,
+    done: BTreeMap<u64, oneshot::Sender<()>>,
     calls: BTreeMap<u64, UnboundedSender<ReplyEvent>>,
 }
 
 pub(super) struct Worker {
     config: NodeConfig,
     poll: Poll,
-    waker: Arc<Waker>,
     driver: Driver,
+    /// What is to be sent when the input at hand is through.
+    bundles: Bundles,
     process: Process,
     /// Counts processes: answers for an earlier one are void.
     life: u64,
@@ -91,6 +101,10 @@ pub(super) struct Worker {
     status: Arc<Mutex<Option<GroupStatus>>>,
     status_at: Instant,
     seats: BTreeMap<GroupId, Seat>,
+    /// Seats with a batch that was not given yet.
+    told: Vec<GroupId>,
+    /// Seats with something held.
+    holding: BTreeSet<GroupId>,
     joining: BTreeMap<String, oneshot::Sender<Result<Joined, JoinError>>>,
     next_number: u64,
     stopping: Option<oneshot::Sender<()>>,
@@ -124,13 +138,13 @@ impl Worker {
         let mut driver = Driver::open_with(name, members, &config.key, at, &config.driver)?;
         let poll = Poll::new()?;
         driver.register(poll.registry(), 0)?;
-        let waker = Arc::new(Waker::new(poll.registry(), WAKER)?);
         let process = begin(&config, &mut driver, at)?;
+        let bundles = Bundles::new(config.datagram_bytes_max);
         Ok(Self {
             config,
             poll,
-            waker,
             driver,
+            bundles,
             process,
             life: 0,
             registry,
@@ -138,6 +152,8 @@ impl Worker {
             status,
             status_at: at,
             seats: BTreeMap::new(),
+            told: Vec::new(),
+            holding: BTreeSet::new(),
             joining: BTreeMap::new(),
             next_number: 0,
             stopping: None,
@@ -145,8 +161,9 @@ impl Worker {
         })
     }
 
-    pub(super) fn waker(&self) -> Arc<Waker> {
-        Arc::clone(&self.waker)
+    /// What ends the thread's sleep; there is one.
+    pub(super) fn waker(&self) -> io::Result<Waker> {
+        Waker::new(self.poll.registry(), WAKER)
     }
 
     pub(super) fn spawn(mut self, inputs: Inputs, end: watch::Sender<bool>) -> io::Result<()> {
@@ -154,6 +171,9 @@ impl Worker {
         std::thread::Builder::new().name(name).spawn(move || {
             if let Err(error) = self.run(&inputs) {
                 tracing::error!(%error, "the node's event loop failed");
+            }
+            for seat in self.seats.values() {
+                seat.room.close();
             }
             drop(self);
             end.send_replace(true);
@@ -163,25 +183,10 @@ impl Worker {
 
     fn run(&mut self, inputs: &Inputs) -> io::Result<()> {
         let mut ready = Ready::with_capacity(TOKENS + 1);
+        let mut busy_at = now();
         self.settle(inputs)?;
         while !self.over {
-            let mut idle = true;
-            for _ in 0..BATCHES_MAX {
-                if !self.driver.receiver.readable() {
-                    break;
-                }
-                let process = &mut self.process;
-                let mut outputs = Vec::new();
-                self.driver.receiver.receive(|_, from, body| {
-                    idle = false;
-                    process.handle_datagram(now(), from, body);
-                    outputs.extend(std::iter::from_fn(|| process.poll_ready()));
-                })?;
-                for output in outputs {
-                    self.execute(inputs, output)?;
-                }
-                self.settle(inputs)?;
-            }
+            let mut idle = self.receive(inputs)?;
             while let Some(input) = self.driver.control.poll_input(now()) {
                 self.process.handle_control(now(), &input.peer, input.event);
                 self.settle(inputs)?;
@@ -201,6 +206,7 @@ impl Worker {
                 }
             }
             self.settle(inputs)?;
+            self.place_held(inputs)?;
             let at = now();
             if self.process.poll_timeout().is_some_and(|t| t <= at) {
                 self.process.handle_timeout(at);
@@ -208,21 +214,69 @@ impl Worker {
             }
             self.driver.sender.handle_timeout(at);
             self.tell_status(at);
-            if idle && !self.driver.receiver.readable() && !self.over {
-                let due = [self.process.poll_timeout(), self.driver.poll_timeout()];
-                let due = due.into_iter().flatten().min();
-                let wait = due.map(|t| t.since(now()));
-                match self.poll.poll(&mut ready, wait) {
-                    Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                    result => result?,
-                }
-                for event in ready.iter().filter(|e| e.token() != WAKER) {
-                    self.driver.handle_ready(event.token());
-                }
+            if !idle {
+                busy_at = at;
+            } else if !self.driver.receiver.readable() && !self.over {
+                let spinning = at.since(busy_at) < self.config.spin;
+                self.sleep(inputs, &mut ready, spinning)?;
             }
         }
         if let Some(done) = self.stopping.take() {
             let _ = done.send(());
+        }
+        Ok(())
+    }
+
+    /// Takes datagrams. Whether there was none.
+    fn receive(&mut self, inputs: &Inputs) -> io::Result<bool> {
+        let mut idle = true;
+        for _ in 0..BATCHES_MAX {
+            if !self.driver.receiver.readable() {
+                break;
+            }
+            let process = &mut self.process;
+            let mut outputs = Vec::new();
+            let at = now();
+            self.driver.receiver.receive(|_, from, body| {
+                idle = false;
+                bundle::each(body, |body| {
+                    process.handle_datagram(at, from, body);
+                    outputs.extend(std::iter::from_fn(|| process.poll_ready()));
+                });
+            })?;
+            for output in outputs {
+                self.execute(inputs, output)?;
+            }
+            self.settle(inputs)?;
+        }
+        Ok(idle)
+    }
+
+    /// Waits for sockets, inputs or time; when spinning, only looks.
+    fn sleep(&mut self, inputs: &Inputs, ready: &mut Ready, spinning: bool) -> io::Result<()> {
+        let wait = if spinning {
+            // Others of this core go first.
+            std::thread::yield_now();
+            Some(Duration::ZERO)
+        } else {
+            let due = [self.process.poll_timeout(), self.driver.poll_timeout()];
+            inputs.about_to_sleep();
+            // What came before that wakes nobody.
+            if let Ok(input) = self.receiver.try_recv() {
+                inputs.awake();
+                self.on_input(input);
+                return self.settle(inputs);
+            }
+            due.into_iter().flatten().min().map(|t| t.since(now()))
+        };
+        let polled = self.poll.poll(ready, wait);
+        inputs.awake();
+        match polled {
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            result => result?,
+        }
+        for event in ready.iter().filter(|e| e.token() != WAKER) {
+            self.driver.handle_ready(event.token());
         }
         Ok(())
     }
@@ -240,15 +294,43 @@ impl Worker {
         while let Some(output) = self.process.poll_output() {
             self.execute(inputs, output)?;
         }
+        self.send_bundles();
+        // After what had to be sent: the program's thread then wakes up while others are at it already.
+        for group in std::mem::take(&mut self.told) {
+            self.give_batch(group);
+        }
         Ok(())
+    }
+
+    fn send_bundles(&mut self) {
+        let (sender, site) = (&mut self.driver.sender, self.config.site);
+        let mut send = |to: &[_], bodies: &[_]| sender.send(now(), site, to, bodies);
+        self.bundles.flush(&mut send);
+    }
+
+    fn give_batch(&mut self, group: GroupId) {
+        let Some(seat) = self.seats.get_mut(&group) else {
+            return;
+        };
+        let batch = std::mem::take(&mut seat.batch);
+        if batch.events.is_empty() {
+            return;
+        }
+        let queued = seat.queued.fetch_add(batch.bytes, Ordering::Relaxed) + batch.bytes;
+        // A program that has dropped its events takes none: it is as one that does not keep up.
+        let _ = seat.batches.send(batch);
+        if queued > self.config.queue_bytes_max && !seat.paused {
+            seat.paused = true;
+            self.pause(group, true);
+        }
     }
 
     fn execute(&mut self, inputs: &Inputs, output: Output) -> io::Result<()> {
         match output {
             Output::Send { to, bodies } => {
-                self.driver
-                    .sender
-                    .send(now(), self.config.site, &to, &bodies);
+                let (sender, site) = (&mut self.driver.sender, self.config.site);
+                let mut send = |to: &[_], bodies: &[_]| sender.send(now(), site, to, bodies);
+                self.bundles.put(to, bodies, &mut send);
             }
             Output::Registry(request) => {
                 let (life, inputs) = (self.life, inputs.clone());
@@ -261,8 +343,14 @@ impl Worker {
                 };
                 self.registry.request(request, answer);
             }
-            Output::Instance(instance) => self.driver.set_instance(self.config.site, instance),
-            Output::Epoch { view_id, .. } => self.driver.set_epoch(self.config.site, view_id),
+            Output::Instance(instance) => {
+                self.send_bundles();
+                self.driver.set_instance(self.config.site, instance);
+            }
+            Output::Epoch { view_id, .. } => {
+                self.send_bundles(); // under the key that was meant
+                self.driver.set_epoch(self.config.site, view_id);
+            }
             Output::Group { group, event } => self.on_event(inputs, group, event),
             Output::CannotJoin { name } => {
                 if let Some(done) = self.joining.remove(&name) {
@@ -276,6 +364,7 @@ impl Worker {
                     return Ok(());
                 }
                 self.life += 1;
+                self.send_bundles();
                 self.process = begin(&self.config, &mut self.driver, now())?;
                 for group in self.joining.keys().cloned() {
                     let joined = self.process.handle_command(now(), Command::Join { group });
@@ -311,10 +400,8 @@ impl Worker {
                     }
                 }
             }
-            Input::Send(sending, done) => {
-                let result = self.on_send(sending);
-                let _ = done.send(result);
-            }
+            Input::Send(sending, answer) => self.on_sending(sending, answer),
+            Input::Command(Command::Leave { group }, done) => self.on_leave(group, done),
             Input::Command(command, done) => {
                 let result = self.process.handle_command(now(), command);
                 if let Some(done) = done {
@@ -344,6 +431,72 @@ impl Worker {
         let _ = self.process.handle_command(now(), command);
     }
 
+    /// A message is placed in its group, or held here behind others until there is room; a call is refused then.
+    fn on_sending(
+        &mut self,
+        sending: Sending,
+        answer: Option<oneshot::Sender<Result<(), Refused>>>,
+    ) {
+        let (group, order) = (sending.group, sending.message.order);
+        let is_call = sending.replies.is_some();
+        if !is_call && let Some(seat) = self.seats.get_mut(&group) {
+            if !seat.held.is_empty() || !self.process.room(group, order) {
+                seat.held.push_back(Input::Send(sending, answer));
+                self.holding.insert(group);
+                return;
+            }
+            seat.room.placed(sending.message.body.len());
+        }
+        let result = self.on_send(sending);
+        if let Some(answer) = answer {
+            let _ = answer.send(result);
+        }
+    }
+
+    fn on_leave(&mut self, group: GroupId, done: Option<oneshot::Sender<Result<(), Refused>>>) {
+        let command = Command::Leave { group };
+        if let Some(seat) = self.seats.get_mut(&group) {
+            seat.room.close();
+            if !seat.held.is_empty() {
+                seat.held.push_back(Input::Command(command, done));
+                return;
+            }
+        }
+        let result = self.process.handle_command(now(), command);
+        if let Some(done) = done {
+            let _ = done.send(result);
+        }
+    }
+
+    /// Places what was held, as far as there is room now.
+    fn place_held(&mut self, inputs: &Inputs) -> io::Result<()> {
+        for group in std::mem::take(&mut self.holding) {
+            let held = self.seats.get_mut(&group).map(|s| &mut s.held);
+            let mut held = held.map(std::mem::take).unwrap_or_default();
+            while let Some(input) = held.pop_front() {
+                if let Input::Send(sending, _) = &input
+                    && !self.process.room(group, sending.message.order)
+                {
+                    held.push_front(input);
+                    break;
+                }
+                self.on_input(input);
+            }
+            let Some(seat) = self.seats.get_mut(&group) else {
+                continue;
+            };
+            if held.is_empty() {
+                // A call that found messages waiting may be placed now.
+                seat.room.news.notify_waiters();
+            } else {
+                seat.held = held;
+                self.holding.insert(group);
+            }
+            self.settle(inputs)?;
+        }
+        Ok(())
+    }
+
     fn on_send(&mut self, sending: Sending) -> Result<(), Refused> {
         let Sending {
             group,
@@ -352,6 +505,9 @@ impl Worker {
             replies,
         } = sending;
         let seat = self.seats.get_mut(&group).ok_or(Refused::NotAMember)?;
+        if replies.is_some() && !seat.held.is_empty() {
+            return Err(Refused::Backlog); // it would overtake them
+        }
         self.next_number += 1;
         let number = self.next_number;
         // Before it is sent: in a group of one it is done at once.
@@ -391,8 +547,8 @@ impl Worker {
             }
             GroupEvent::Message(message) => Event::Message(Received {
                 group,
+                inputs: message.call.is_some().then(|| inputs.clone()),
                 message,
-                inputs: inputs.clone(),
             }),
             GroupEvent::StateWanted { view } => Event::StateWanted(StateWanted {
                 group,
@@ -425,36 +581,34 @@ impl Worker {
                 }
                 return;
             }
-            GroupEvent::Room => return seat.room.notify_waiters(),
+            GroupEvent::Room => return seat.room.news.notify_waiters(),
             GroupEvent::Left { wished } => {
-                let _ = seat.events.send(Event::Left { wished });
+                seat.batch.push(Event::Left { wished });
                 // Those who wait for room learn that there is none.
-                seat.room.notify_waiters();
+                seat.room.close();
+                self.give_batch(group);
                 self.seats.remove(&group);
                 return;
             }
         };
-        let bytes = event.bytes();
-        let queued = seat.queued.fetch_add(bytes, Ordering::Relaxed) + bytes;
-        // A program that has dropped its events takes none: it is as one that does not keep up.
-        let _ = seat.events.send(event);
-        if queued > self.config.queue_bytes_max && !seat.paused {
-            seat.paused = true;
-            self.pause(group, true);
+        if seat.batch.events.is_empty() {
+            self.told.push(group);
         }
+        seat.batch.push(event);
     }
 
     fn on_joined(&mut self, inputs: &Inputs, group: GroupId, name: String) {
-        let (events, taken) = unbounded_channel();
+        let (batches, taken) = unbounded_channel();
         let (view, views) = watch::channel(None);
         let (progress, progresses) = watch::channel((0, 0));
         let queued = Arc::new(AtomicU64::new(0));
-        let room = Arc::new(Notify::new());
+        let room = Arc::new(Room::default());
         let joined = Joined {
             me: self.process.me().clone(),
             events: Events {
                 group,
-                events: taken,
+                batches: taken,
+                batch: VecDeque::new(),
                 queued: Arc::clone(&queued),
                 resume_below: self.config.queue_bytes_max / 2,
                 inputs: inputs.clone(),
@@ -465,12 +619,14 @@ impl Worker {
         };
         let seat = Seat {
             name: name.clone(),
-            events,
+            batches,
+            batch: Batch::default(),
             queued,
             paused: false,
             view,
             progress,
             room,
+            held: VecDeque::new(),
             done: BTreeMap::new(),
             calls: BTreeMap::new(),
         };

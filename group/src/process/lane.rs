@@ -243,9 +243,15 @@ impl Incoming {
         }
     }
 
-    /// Takes a chunk.
-    pub(crate) fn take(&mut self, now: Instant, chunk: &Chunk<'_>, limits: &Limits) {
-        let new = self.assembler.take(chunk, &mut self.log, limits);
+    /// Takes a chunk, which lies `within` a datagram.
+    pub(crate) fn take(
+        &mut self,
+        now: Instant,
+        chunk: &Chunk<'_>,
+        within: Option<&Bytes>,
+        limits: &Limits,
+    ) {
+        let new = self.assembler.take(chunk, within, &mut self.log, limits);
         self.debt.bytes += chunk.bytes.len() + crate::wire::CHUNK_BYTES;
         if new {
             self.debt.by.get_or_insert(now + ACK_DELAY);

@@ -87,8 +87,11 @@ impl Draw<'_> {
                     } else {
                         self.number()
                     };
+                    let next = header.sent.wrapping_add(self.number() % 3);
                     let chunk = Chunk {
-                        pos: if whole {
+                        pos: if whole && self.below(2) == 0 {
+                            Pos::start(next)
+                        } else if whole {
                             Pos::start(self.number())
                         } else {
                             self.pos()

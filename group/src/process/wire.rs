@@ -118,6 +118,9 @@ impl wire::Small for Small {
     }
 }
 
+/// An envelope without large stamps fits.
+const ENVELOPE_BYTES: usize = 64;
+
 /// What stands before the body of a message in a lane.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Envelope {
@@ -159,11 +162,20 @@ pub(crate) struct TotalId {
 
 impl Envelope {
     pub(crate) fn put(&self, body: &[u8]) -> Bytes {
-        let head = postcard::to_stdvec(self).expect("an envelope has no unserialisable part");
-        let mut out = BytesMut::with_capacity(head.len() + body.len());
-        out.extend_from_slice(&head);
+        // One allocation, of the exact size: it is the one that datagrams are packed from.
+        let mut small = [0; ENVELOPE_BYTES];
+        let large;
+        let head: &[u8] = match postcard::to_slice(self, &mut small) {
+            Ok(head) => head,
+            Err(_) => {
+                large = postcard::to_stdvec(self).expect("an envelope has no unserialisable part");
+                &large
+            }
+        };
+        let mut out = Vec::with_capacity(head.len() + body.len());
+        out.extend_from_slice(head);
         out.extend_from_slice(body);
-        out.freeze()
+        Bytes::from(out)
     }
 
     /// The envelope and the body; `None` for what is not one.

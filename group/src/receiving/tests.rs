@@ -465,3 +465,30 @@ fn a_joiner_bears_garbage() {
         bears_garbage(seed, Role::Joining);
     }
 }
+
+#[test]
+fn one_datagram_of_many_requests_is_answered_as_one() {
+    let mut world = World::new(1, vec![false; 3], true);
+    let leader = world.leader();
+    let follower = (leader + 1) % 3;
+    let first = world.cores[leader].log.next();
+    world.silent = (0..3).map(|i| i != leader).collect();
+    for number in first..first + 400 {
+        let at = world.at();
+        world.cores[leader].multicast(at, number, Bytes::from(vec![7; 3000]), false);
+        world.drain(leader);
+    }
+    let core = &world.cores[leader];
+    let ranges = vec![(Pos::start(first), core.next_send)];
+    let header = Header {
+        view_id: core.view_id(),
+        ..Header::default()
+    };
+    let nak = Message::Nak { ranges };
+    let body = wire::body(&header, &vec![nak; 9]);
+    let from = world.cores[follower].me().clone();
+    world.spent = (0, 0);
+    world.datagram(leader, &from, &body);
+    let spent = world.spent.0;
+    assert!((100 << 10..=ANSWER_BYTES_MAX).contains(&spent), "{spent}");
+}

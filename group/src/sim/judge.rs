@@ -15,6 +15,7 @@ impl World {
         let lag = Lag {
             behind_bytes: below(&mut self.rng, 4) * below(&mut self.rng, 1 << 20),
             unfit: chance(&mut self.rng, 250),
+            reluctant: false,
         };
         let n = &self.nodes[node];
         let Some(core) = n.core.as_ref().filter(|_| n.alive && !n.stopped) else {

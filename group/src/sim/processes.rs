@@ -255,7 +255,7 @@ impl World {
             Trouble::HandOver => {
                 if let Some(n) = self.leader() {
                     self.call(n, |core, now| {
-                        let _ = core.handle_command(now, Command::HandOver);
+                        let _ = core.handle_command(now, Command::HandOver { to: None });
                     });
                 }
             }

@@ -624,7 +624,7 @@ impl World {
     }
 
     fn transmit(&mut self, node: usize, me: &MemberId, to: &MemberId, body: &Bytes) {
-        let Some(target) = self.nodes.iter().position(|n| n.name == to.name) else {
+        let Some(target) = self.nodes.iter().position(|n| *n.name == *to.name) else {
             return;
         };
         for us in self.network.delays(&mut self.rng, node, target) {

@@ -114,7 +114,7 @@ mod tests {
             let owner = four.owner(&key).unwrap();
             *counts.entry(owner).or_default() += 1;
             // Who is still there keeps what it has.
-            if owner.name != "r3" {
+            if &*owner.name != "r3" {
                 assert_eq!(three.owner(&key), Some(owner));
             }
         }

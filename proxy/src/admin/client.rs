@@ -11,6 +11,12 @@ use crate::status::Status;
 /// A node that has not answered by then is as good as down.
 const TIMEOUT: Duration = Duration::from_secs(2);
 
+/// A hand-over of every service is answered when it is done.
+const POST_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// A request that changes something says so: no page of a web site can make a browser send this.
+pub(super) const OPERATOR_HEADER: &str = "X-Unbroken-Operator";
+
 /// More than any status; a bound all the same.
 const RESPONSE_BYTES_MAX: u64 = 4 << 20;
 
@@ -27,13 +33,40 @@ pub fn fetch_status(address: &str) -> anyhow::Result<Status> {
 
 /// Status code and body of `path`.
 pub(super) fn get(address: &str, path: &str) -> anyhow::Result<(u16, String)> {
+    request(address, "GET", path, "", TIMEOUT)
+}
+
+/// Puts a request with a JSON body to a node: status code and body of the answer.
+///
+/// # Errors
+/// The node cannot be reached, or does not answer as HTTP in time.
+pub fn post(address: &str, path: &str, json: &str) -> anyhow::Result<(u16, String)> {
+    let body = format!(
+        "Content-Type: application/json\r\n{OPERATOR_HEADER}: 1\r\nContent-Length: {}\r\n\r\n{json}",
+        json.len()
+    );
+    request(address, "POST", path, &body, POST_TIMEOUT)
+}
+
+/// One request; `rest` is what follows the first headers: more of them, an empty line, the body.
+fn request(
+    address: &str,
+    method: &str,
+    path: &str,
+    rest: &str,
+    patience: Duration,
+) -> anyhow::Result<(u16, String)> {
+    let rest = if rest.is_empty() { "\r\n" } else { rest };
     let mut stream = connect(address)?;
     let mut response = Vec::new();
     (|| {
-        stream.set_read_timeout(Some(TIMEOUT))?;
-        stream.set_write_timeout(Some(TIMEOUT))?;
+        stream.set_read_timeout(Some(patience))?;
+        stream.set_write_timeout(Some(patience))?;
         // HTTP/1.0: the server closes behind its answer.
-        write!(stream, "GET {path} HTTP/1.0\r\nHost: {address}\r\n\r\n")?;
+        write!(
+            stream,
+            "{method} {path} HTTP/1.0\r\nHost: {address}\r\n{rest}"
+        )?;
         stream.take(RESPONSE_BYTES_MAX).read_to_end(&mut response)
     })()
     .with_context(|| format!("asking {address} for {path}"))?;

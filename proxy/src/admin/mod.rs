@@ -1,6 +1,8 @@
-//! The page for operators and scripts: `/`, `/status.json`, `/metrics`, `/healthz`.
+//! The page for operators and scripts: `/`, `/status.json`, `/metrics`, `/healthz`; and, from this machine
+//! alone, `POST /handover` and `POST /maintenance`.
 //!
-//! It only reads. It listens on the loopback address unless it is configured otherwise.
+//! It listens on the loopback address unless it is configured otherwise. What it shows is for everybody
+//! who can reach it.
 
 mod client;
 mod page;
@@ -9,17 +11,18 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use anyhow::Context as _;
-use axum::extract::State;
-use axum::http::{StatusCode, header};
+use axum::extract::{ConnectInfo, State};
+use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{Html, IntoResponse};
-use axum::routing::get;
+use axum::routing::{get, post as on_post};
 use axum::{Json, Router};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 
-pub use client::fetch_status;
+pub use client::{fetch_status, post};
 
 use crate::metrics::NodeMetrics;
+use crate::operator::{HandOver, Maintenance, Operator, Outcome};
 use crate::status::{Board, Role, Status};
 
 /// What the page shows.
@@ -29,6 +32,8 @@ pub struct Admin {
     pub board: Board,
     /// The node's metrics.
     pub metrics: Arc<NodeMetrics>,
+    /// Carries out requests; `None` where there is nothing to move (a coordinator alone).
+    pub operator: Option<Operator>,
 }
 
 /// Listens on `address`, so that an occupied port is found before anything else starts.
@@ -55,7 +60,10 @@ pub async fn serve(
         .route("/status.json", get(status_json))
         .route("/metrics", get(metrics))
         .route("/healthz", get(healthz))
-        .with_state(admin);
+        .route("/handover", on_post(handover))
+        .route("/maintenance", on_post(maintenance))
+        .with_state(admin)
+        .into_make_service_with_connect_info::<SocketAddr>();
     // Connections are dropped, not drained, when the node stops: every answer is short.
     tokio::select! {
         result = async { axum::serve(listener, router).await } => result.context("serving the admin page"),
@@ -83,6 +91,51 @@ async fn metrics(State(admin): State<Admin>) -> impl IntoResponse {
         [(header::CONTENT_TYPE, OPEN_METRICS)],
         admin.metrics.encode(),
     )
+}
+
+type Refusal = (StatusCode, String);
+
+/// Who may change something: processes of this machine, and no web page through a browser on it.
+fn operator(admin: Admin, from: SocketAddr, headers: &HeaderMap) -> Result<Operator, Refusal> {
+    if !from.ip().to_canonical().is_loopback() {
+        let why = format!("only from the node's own machine, not from {}\n", from.ip());
+        return Err((StatusCode::FORBIDDEN, why));
+    }
+    if !headers.contains_key(client::OPERATOR_HEADER) {
+        let why = format!("the header {} is missing\n", client::OPERATOR_HEADER);
+        return Err((StatusCode::FORBIDDEN, why));
+    }
+    let none = || (StatusCode::NOT_FOUND, "no services here\n".to_owned());
+    admin.operator.ok_or_else(none)
+}
+
+/// A request that makes no sense on this node.
+fn refused(why: String) -> Refusal {
+    (StatusCode::CONFLICT, why + "\n")
+}
+
+async fn handover(
+    State(admin): State<Admin>,
+    ConnectInfo(from): ConnectInfo<SocketAddr>,
+    headers: HeaderMap,
+    Json(request): Json<HandOver>,
+) -> Result<Json<Outcome>, Refusal> {
+    let operator = operator(admin, from, &headers)?;
+    operator
+        .hand_over(&request)
+        .await
+        .map(Json)
+        .map_err(refused)
+}
+
+async fn maintenance(
+    State(admin): State<Admin>,
+    ConnectInfo(from): ConnectInfo<SocketAddr>,
+    headers: HeaderMap,
+    Json(request): Json<Maintenance>,
+) -> Result<Json<Outcome>, Refusal> {
+    let operator = operator(admin, from, &headers)?;
+    operator.maintain(request).await.map(Json).map_err(refused)
 }
 
 /// 200 while this node does its part for every service, else 503 with a line for each that it does
@@ -172,6 +225,7 @@ mod tests {
         let admin = Admin {
             board: board.clone(),
             metrics: Arc::new(NodeMetrics::new("r1")),
+            operator: None,
         };
         let (stop, shutdown) = watch::channel(false);
         let server = tokio::spawn(serve(listener, admin, shutdown));
@@ -197,6 +251,26 @@ mod tests {
         assert!(code == 200 && body.ends_with("# EOF\n"), "{code} {body}");
         let (code, _) = read("/nothing").await.unwrap().unwrap();
         assert_eq!(code, 404);
+        let put = |path: &'static str, json: &'static str| {
+            let address = address.to_string();
+            tokio::task::spawn_blocking(move || post(&address, path, json).unwrap())
+        };
+        // There is nothing to be moved here; what is nonsense is said to be.
+        let (code, body) = put("/handover", "{}").await.unwrap();
+        assert!(code == 404 && body.contains("no services"), "{code} {body}");
+        let (code, body) = put("/maintenance", r#"{"off": true}"#).await.unwrap();
+        assert!(code == 422 && body.contains("off"), "{code} {body}");
+        let browser = "POST /handover HTTP/1.0\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}";
+        let answer = tokio::task::spawn_blocking(move || {
+            use std::io::{Read as _, Write as _};
+            let mut stream = std::net::TcpStream::connect(address).unwrap();
+            stream.write_all(browser.as_bytes()).unwrap();
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer).unwrap();
+            answer
+        });
+        let answer = answer.await.unwrap();
+        assert!(answer.starts_with("HTTP/1.0 403"), "{answer}");
 
         stop.send(true).unwrap();
         server.await.unwrap().unwrap();

@@ -30,11 +30,16 @@ fn write_page(html: &mut String, status: &Status) -> std::fmt::Result {
     let coordinator = &status.coordinator;
     write!(
         html,
-        "<p>unbroken {}, up {} s{}. Coordinator: {}, zxid {}, {} sessions.</p>",
+        "<p>unbroken {}, up {} s{}{}. Coordinator: {}, zxid {}, {} sessions.</p>",
         escape(&status.version),
         status.uptime_ms / 1000,
         if status.stopping {
             ", <b>stopping</b>"
+        } else {
+            ""
+        },
+        if status.maintenance {
+            ", <b>in maintenance</b>"
         } else {
             ""
         },

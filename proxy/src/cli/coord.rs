@@ -93,6 +93,7 @@ async fn serve(config: CoordinatorConfig) -> anyhow::Result<()> {
     let page = Admin {
         board: board.clone(),
         metrics,
+        operator: None,
     };
     let mut admin = std::pin::pin!(admin::serve(listener, page, shutdown.clone()));
     let mut status = server.watch_status();

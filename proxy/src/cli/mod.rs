@@ -2,14 +2,17 @@
 //!
 //! Exit codes: 0 done, 1 failed, 64 wrong usage or configuration.
 
+mod ask;
 pub mod bench;
 mod bench_coord;
 pub mod check;
 pub mod completions;
 pub mod coord;
 pub mod determinism;
+pub mod handover;
 pub mod keygen;
 mod logging;
+pub mod maintenance;
 pub mod node;
 mod shutdown;
 pub mod status;
@@ -50,6 +53,8 @@ enum Command {
     Check(check::CheckArgs),
     Keygen(keygen::KeygenArgs),
     Status(status::StatusArgs),
+    Handover(handover::HandoverArgs),
+    Maintenance(maintenance::MaintenanceArgs),
     Zk(zk::ZkArgs),
     Bench(bench::BenchArgs),
     Determinism(determinism::DeterminismArgs),
@@ -88,6 +93,8 @@ pub(crate) fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Check(args) => check::run(&args),
         Command::Keygen(args) => keygen::run(&args),
         Command::Status(args) => status::run(&args),
+        Command::Handover(args) => handover::run(&args),
+        Command::Maintenance(args) => maintenance::run(&args),
         Command::Zk(args) => zk::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Determinism(args) => determinism::run(&args),

@@ -8,6 +8,7 @@ use std::time::Duration;
 use clap::Args;
 use serde::Serialize;
 
+use super::ask::DEFAULT_ADMIN;
 use crate::admin::fetch_status;
 use crate::config::{Config, FenceMode};
 use crate::status::{Role, ServiceStatus, Status, word};
@@ -41,7 +42,6 @@ pub struct StatusArgs {
     watch: bool,
 }
 
-const DEFAULT_ADMIN: &str = "127.0.0.1:9600";
 const WATCH_INTERVAL: Duration = Duration::from_secs(1);
 
 /// What one node answered.
@@ -184,8 +184,13 @@ fn table(answers: &[Answer]) -> String {
 fn coordinator_line(status: &Status) -> String {
     let coordinator = &status.coordinator;
     let stopping = if status.stopping { ", stopping" } else { "" };
+    let maintenance = if status.maintenance {
+        ", in maintenance"
+    } else {
+        ""
+    };
     format!(
-        "{}: coordinator {}, zxid {}, {} sessions, up {} s{stopping}",
+        "{}: coordinator {}, zxid {}, {} sessions, up {} s{stopping}{maintenance}",
         status.node,
         word(&coordinator.role),
         coordinator.zxid,

@@ -51,6 +51,7 @@ pub(super) fn node(file: &Path, text: &str) -> Result<Config, ConfigErrors> {
     let admin = admin_section(&root);
     let services = service::sections(&root);
     root.finish();
+    check_preferences(&document, group.as_ref(), &services);
     check_addresses(
         &document,
         node.as_ref(),
@@ -533,6 +534,24 @@ fn check_distinct(document: &Document<'_>, addresses: &BTreeMap<String, Found<So
             );
             document.problem(&second.key, &second.span, true, complaint);
         }
+    }
+}
+
+/// Only a member can be preferred.
+fn check_preferences(
+    document: &Document<'_>,
+    group: Option<&GroupSection>,
+    services: &[ServiceSection],
+) {
+    let Some(group) = group else { return };
+    let names: Vec<&str> = group.members.keys().map(String::as_str).collect();
+    let preferred = services.iter().filter_map(|s| s.prefer.as_ref());
+    for found in preferred.filter(|found| !names.contains(&found.value.as_str())) {
+        let complaint = Complaint::new(
+            "no member of the group",
+            format!("one of group.members: {}", names.join(", ")),
+        );
+        document.problem(&found.key, &found.span, true, complaint);
     }
 }
 

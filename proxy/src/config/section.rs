@@ -190,17 +190,6 @@ impl<'d, 't> Section<'d, 't> {
         })
     }
 
-    /// A key of the design that this version cannot honour yet: refused, never ignored.
-    pub(super) fn not_yet(&self, key: &'static str, help: &str) {
-        if let Some(found) = self.get(key) {
-            let complaint =
-                value::unavailable("not available yet in this version", "the key left out")
-                    .help(help);
-            self.document
-                .problem(&self.key(key), &found.span(), true, complaint);
-        }
-    }
-
     /// Complains about every key that nobody asked for.
     pub(super) fn finish(self) {
         let asked = self.asked.into_inner();

@@ -10,8 +10,8 @@ use super::document::{Complaint, Document};
 use super::section::{Found, Section};
 use super::value;
 use super::{
-    AddressMode, Divergence, FenceMode, HistoryConfig, HooksConfig, Ordering, ServiceConfig,
-    Upstream,
+    AddressMode, Divergence, Failback, FenceMode, HealthCheck, HealthConfig, HistoryConfig,
+    HooksConfig, Ordering, ServiceConfig, Upstream,
 };
 
 /// Services of one node; each costs sockets and a share of the one data-plane thread.
@@ -26,6 +26,8 @@ pub(super) struct ServiceSection {
     interface: Found<String>,
     address: Option<Found<AddressMode>>,
     fence: Option<Found<FenceMode>>,
+    pub(super) prefer: Option<Found<String>>,
+    failback: Option<Found<Failback>>,
     ports: Vec<Found<u16>>,
     ordering: Option<Found<Ordering>>,
 }
@@ -107,20 +109,31 @@ fn service_section(section: Section<'_, '_>) -> Option<ServiceSection> {
                         the wrong moment and wakes may send some frames beside its successor";
         document.warn(&found.span, sentence);
     }
-    if let Some(found) = &close_wait {
-        let sentence = "close_wait has no effect yet: a close is not held against other replicas";
-        document.warn(&found.span, sentence);
-    }
     let harmless = section.optional("harmless", value::patterns);
     let history = history(&section);
+    let health = health(&section);
+    let prefer = section.optional("prefer", value::name);
+    let failback = section.optional("failback", value::failback);
+    if let Some(found) = &failback
+        && prefer.is_none()
+    {
+        let complaint = Complaint::new(
+            "nobody is preferred",
+            "prefer = \"NODE\" beside it, or neither",
+        );
+        document.problem(&found.key, &found.span, true, complaint);
+    }
     let command = section.optional("command", value::command);
     let restore = section.optional("restore", value::command);
     let stall = section.optional(
         "stall",
         value::duration(Duration::from_millis(10), Duration::from_secs(60)),
     );
+    let total = ordering
+        .as_ref()
+        .is_some_and(|o| o.value == Ordering::Total);
     if let Some(found) = &ordering
-        && found.value == Ordering::Total
+        && total
         && command.is_none()
         && restore.is_none()
     {
@@ -131,14 +144,17 @@ fn service_section(section: Section<'_, '_>) -> Option<ServiceSection> {
         .help("a replica whose server has seen what others have not must begin again from nothing");
         document.problem(&found.key, &found.span, true, complaint);
     }
-    section.not_yet(
-        "checkpoint",
-        "a replica that joins is brought up by replaying the input",
-    );
-    section.not_yet(
-        "health",
-        "a server that does not accept is seen when a connection is opened to it",
-    );
+    let ready = section.optional("ready", value::command);
+    let checkpoint = section.optional("checkpoint", value::command);
+    if let Some(found) = &checkpoint
+        && (restore.is_none() || !total)
+    {
+        let complaint = Complaint::new(
+            "nothing could be made of a checkpoint",
+            "restore = [...] beside it, and ordering = \"total\"",
+        );
+        document.problem(&found.key, &found.span, true, complaint);
+    }
     let on_promote = section.optional("on_promote", value::command);
     let on_demote = section.optional("on_demote", value::command);
     section.finish();
@@ -182,7 +198,14 @@ fn service_section(section: Section<'_, '_>) -> Option<ServiceSection> {
         history,
         command: command.map(|found| found.value),
         restore: restore.map(|found| found.value),
+        ready: ready.map(|found| found.value),
+        checkpoint: checkpoint.map(|found| found.value),
         stall: stall.map_or(Duration::from_secs(1), |found| found.value),
+        health,
+        prefer: prefer.as_ref().map(|found| found.value.clone()),
+        failback: failback
+            .as_ref()
+            .map_or(Failback::Idle, |found| found.value),
     };
     Some(ServiceSection {
         config,
@@ -191,6 +214,8 @@ fn service_section(section: Section<'_, '_>) -> Option<ServiceSection> {
         interface,
         address,
         fence,
+        prefer,
+        failback,
         ports,
         ordering,
     })
@@ -267,6 +292,43 @@ fn history(section: &Section<'_, '_>) -> HistoryConfig {
         memory_bytes_max: memory.map_or(default.memory_bytes_max, |found| found.value),
         disk_bytes_max: disk.map_or(default.disk_bytes_max, |found| found.value),
     }
+}
+
+fn health(section: &Section<'_, '_>) -> Option<HealthConfig> {
+    const EXPECTED: &str = "{ send = \"PING\\r\\n\", expect = \"+PONG\", interval = \"1s\" }";
+    let inner = section.section("health", EXPECTED)?;
+    let send = inner.optional("send", value::text);
+    let expect = inner.optional("expect", value::text);
+    let command = inner.optional("command", value::command);
+    let span = value::duration(Duration::from_millis(10), Duration::from_secs(3600));
+    let interval = inner.optional("interval", &span);
+    let timeout = inner.optional("timeout", &span);
+    let failures = inner.optional("failures", value::small_count);
+    if let (Some(found), Some(other)) = (&command, send.as_ref().or(expect.as_ref())) {
+        let complaint = Complaint::new(
+            format!("{} is there too", other.key),
+            "either a command, or what is sent to the server",
+        );
+        inner
+            .document
+            .problem(&found.key, &found.span, true, complaint);
+    }
+    let check = match (command, send, expect) {
+        (Some(command), _, _) => HealthCheck::Command(command.value),
+        (None, None, None) => HealthCheck::Connect,
+        (None, send, expect) => HealthCheck::Answer {
+            send: send.map(|found| found.value).unwrap_or_default(),
+            expect: expect.map(|found| found.value),
+        },
+    };
+    inner.finish();
+    let second = Duration::from_secs(1);
+    Some(HealthConfig {
+        check,
+        interval: interval.map_or(second, |found| found.value),
+        timeout: timeout.map_or(second, |found| found.value),
+        failures: failures.map_or(3, |found| found.value),
+    })
 }
 
 /// Services of one VIP are one group with one leader: they must agree. Names and ports are distinct.
@@ -358,6 +420,16 @@ fn check_services(document: &Document<'_>, services: &[ServiceSection]) {
             && let Some(found) = service.address.as_ref().or(first.address.as_ref())
         {
             differs("address mode", &found.key, &found.span);
+        }
+        if service.config.prefer != first.config.prefer
+            && let Some(found) = service.prefer.as_ref().or(first.prefer.as_ref())
+        {
+            differs("preferred node", &found.key, &found.span);
+        }
+        if service.config.failback != first.config.failback
+            && let Some(found) = service.failback.as_ref().or(first.failback.as_ref())
+        {
+            differs("failback", &found.key, &found.span);
         }
     }
 }

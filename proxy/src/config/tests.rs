@@ -132,7 +132,7 @@ pacing = { rate = "1Gbit/s", queue = "2MiB" }"#;
 #[test]
 fn the_example_of_the_design_is_read() {
     let config = Folder::new().parse(EXAMPLE).unwrap();
-    let without_effect = ["close_wait", "history.disk"];
+    let without_effect = ["history.disk"];
     assert_eq!(config.warnings.len(), without_effect.len());
     for (warning, key) in config.warnings.iter().zip(without_effect) {
         assert!(
@@ -176,7 +176,12 @@ fn the_example_of_the_design_is_read() {
         },
         command: None,
         restore: None,
+        ready: None,
+        checkpoint: None,
         stall: Duration::from_secs(1),
+        health: None,
+        prefer: None,
+        failback: Failback::Idle,
     };
     assert_eq!(config.services, [expected]);
 }
@@ -657,16 +662,83 @@ const WRONG: &[(&str, &str, &str)] = &[
     ("a size in a unit that is none", "\"256MiB\"", "\"256Mb\""),
     ("too little history", "\"256MiB\"", "\"1KiB\""),
     (
-        "a checkpoint to come",
+        "a checkpoint without a restore",
         "close_wait = \"1s\"",
         "checkpoint = [\"/usr/bin/save\"]",
     ),
     (
         "hooks",
         "close_wait = \"1s\"",
-        "on_promote = \"/bin/true\"\non_demote = []\nhealth = { every = \"1s\" }",
+        "on_promote = \"/bin/true\"\non_demote = []",
+    ),
+    (
+        "a health check of two minds",
+        "close_wait = \"1s\"",
+        "health = { every = \"1s\", send = \"PING\", command = [], failures = 0 }",
+    ),
+    (
+        "a health check by text and by command",
+        "close_wait = \"1s\"",
+        "health = { expect = \"+PONG\", command = [\"/bin/true\"], timeout = \"1\" }",
+    ),
+    (
+        "a stranger preferred",
+        "close_wait = \"1s\"",
+        "prefer = \"r9\"\nfailback = \"soon\"",
+    ),
+    (
+        "failback to nobody",
+        "close_wait = \"1s\"",
+        "failback = \"30s\"",
     ),
 ];
+
+#[test]
+fn health_and_preference_are_read() {
+    let folder = Folder::new();
+    let read = |keys: &str| {
+        let text = EXAMPLE.replace("close_wait = \"1s\"", keys);
+        folder.parse(&text).unwrap().services.remove(0)
+    };
+    let second = Duration::from_secs(1);
+    let connect = HealthConfig {
+        check: HealthCheck::Connect,
+        interval: second,
+        timeout: second,
+        failures: 3,
+    };
+    assert_eq!(read("health = {}").health, Some(connect.clone()));
+    let asked = HealthConfig {
+        check: HealthCheck::Answer {
+            send: "PING\r\n".to_owned(),
+            expect: Some("+PONG".to_owned()),
+        },
+        interval: Duration::from_millis(50),
+        timeout: Duration::from_millis(200),
+        failures: 2,
+    };
+    let keys = r#"health = { send = "PING\r\n", expect = "+PONG", interval = "50ms", timeout = "200ms", failures = 2 }"#;
+    assert_eq!(read(keys).health, Some(asked));
+    let command = vec!["/bin/check".to_owned(), "-v".to_owned()];
+    let checked = HealthConfig {
+        check: HealthCheck::Command(command),
+        ..connect
+    };
+    let keys = r#"health = { command = ["/bin/check", "-v"] }"#;
+    assert_eq!(read(keys).health, Some(checked));
+    for (keys, failback) in [
+        ("", Failback::Idle),
+        ("failback = \"never\"", Failback::Never),
+        (
+            "failback = \"30s\"",
+            Failback::After(Duration::from_secs(30)),
+        ),
+    ] {
+        let service = read(&format!("prefer = \"r2\"\n{keys}"));
+        assert_eq!(service.prefer.as_deref(), Some("r2"));
+        assert_eq!(service.failback, failback);
+    }
+}
 
 #[test]
 fn every_mistake_is_explained() {

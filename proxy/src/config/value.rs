@@ -10,7 +10,9 @@ use toml::de::DeValue;
 use unbroken_coord::tls::ClientAuth;
 
 use super::document::Complaint;
-use super::{AddressMode, Divergence, ExternalCoord, FenceMode, Ordering, Resilience, Upstream};
+use super::{
+    AddressMode, Divergence, ExternalCoord, Failback, FenceMode, Ordering, Resilience, Upstream,
+};
 use crate::determinism::Harmless;
 
 pub(super) type Parsed<T> = Result<T, Complaint>;
@@ -348,11 +350,6 @@ pub(super) fn patterns(value: &DeValue<'_>) -> Parsed<Vec<String>> {
     }
 }
 
-/// A feature the design names and this version does not have.
-pub(super) fn unavailable(wrong: impl Into<String>, expected: &str) -> Complaint {
-    Complaint::new(wrong, expected)
-}
-
 /// One of `words`.
 fn word<'v>(value: &'v DeValue<'_>, words: &[&str]) -> Parsed<&'v str> {
     let quoted: Vec<String> = words.iter().map(|word| format!("\"{word}\"")).collect();
@@ -378,6 +375,34 @@ pub(super) fn count(value: &DeValue<'_>) -> Parsed<usize> {
     match usize::from_str_radix(number.as_str(), number.radix()) {
         Ok(count) if count > 0 => Ok(count),
         _ => Err(Complaint::new("out of range", EXPECTED)),
+    }
+}
+
+/// A text of any kind.
+pub(super) fn text(value: &DeValue<'_>) -> Parsed<String> {
+    string(value, "a text").map(str::to_owned)
+}
+
+/// A number of things of which there are few.
+pub(super) fn small_count(value: &DeValue<'_>) -> Parsed<u32> {
+    const MAX: u32 = 1000;
+    let count = u32::try_from(count(value)?).unwrap_or(u32::MAX);
+    if count > MAX {
+        return Err(Complaint::new("too many", format!("1 to {MAX}")));
+    }
+    Ok(count)
+}
+
+pub(super) fn failback(value: &DeValue<'_>) -> Parsed<Failback> {
+    match value.as_str() {
+        Some("never") => Ok(Failback::Never),
+        Some("idle") => Ok(Failback::Idle),
+        _ => duration(Duration::from_millis(10), Duration::from_secs(24 * 3600))(value)
+            .map(Failback::After)
+            .map_err(|_| {
+                let expected = "\"never\", \"idle\", or a duration as in \"30s\"";
+                Complaint::new("not a time to hand over", expected)
+            }),
     }
 }
 

@@ -96,7 +96,7 @@ pub(crate) fn decode(mut all: Bytes) -> Result<Checkpoint, CheckpointError> {
         inputs.push((input, rest.split_to(n)));
     }
     let order = match header.order {
-        Some(order) if order.bytes == rest.len() as u64 => Some((order, rest)),
+        Some(order) if order.total_bytes() == Some(rest.len() as u64) => Some((order, rest)),
         Some(_) => return Err(CheckpointError::Short),
         None => None,
     };

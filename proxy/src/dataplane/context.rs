@@ -76,7 +76,7 @@ impl Context<'_> {
             Notice::Suspected { member, proved } => {
                 info!(%vip, %member, proved, "member suspected");
                 if proved {
-                    let _ = self.notes.send(Note::PeerDied(member.name));
+                    let _ = self.notes.send(Note::PeerDied(member.name.to_string()));
                 }
             }
             Notice::ViewChange { from } => debug!(%vip, view_id = from.0, "leaving the view"),

@@ -62,22 +62,24 @@ impl Entry {
     }
 }
 
-/// A place between two inputs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(crate) struct Cursor {
-    chunk: usize,
-    at: usize,
-}
+/// A place between two inputs: bytes before it, since this history began.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
+pub(crate) struct Place(u64);
 
-/// All inputs since the server's first state, as long as they fit.
+/// All inputs since the server's first state or since a checkpoint, as long as they fit.
+///
+/// Invariant: chunks are contiguous from `base`; the tail follows them.
 #[derive(Debug)]
 pub(crate) struct History {
-    chunks: VecDeque<Bytes>,
+    /// Each with its first byte's place.
+    chunks: VecDeque<(u64, Bytes)>,
     tail: BytesMut,
-    bytes: u64,
+    base: u64,
+    end: u64,
     bytes_max: u64,
     /// What all of it costs a server that begins at its start.
     cost_bytes: u64,
+    recording: bool,
     complete: bool,
 }
 
@@ -86,9 +88,11 @@ impl History {
         Self {
             chunks: VecDeque::new(),
             tail: BytesMut::new(),
-            bytes: 0,
+            base: 0,
+            end: 0,
             bytes_max,
             cost_bytes: 0,
+            recording: true,
             complete: true,
         }
     }
@@ -96,8 +100,8 @@ impl History {
     /// What another replica has kept.
     pub(crate) fn restore(bytes_max: u64, chunk: Bytes, cost_bytes: u64) -> Self {
         Self {
-            bytes: chunk.len() as u64,
-            chunks: VecDeque::from([chunk]),
+            end: chunk.len() as u64,
+            chunks: VecDeque::from([(0, chunk)]),
             cost_bytes,
             ..Self::new(bytes_max)
         }
@@ -107,7 +111,7 @@ impl History {
     /// no server anywhere.
     pub(crate) fn append(&mut self, entry: &Entry) {
         self.cost_bytes += entry.cost_bytes();
-        if !self.complete {
+        if !self.recording {
             return;
         }
         let (kind, argument, bytes) = match &entry.what {
@@ -128,32 +132,33 @@ impl History {
         if let Some(bytes) = bytes {
             self.tail.put_slice(bytes);
         }
-        self.bytes += (self.tail.len() - before) as u64;
+        self.end += (self.tail.len() - before) as u64;
         if self.tail.len() >= CHUNK_BYTES {
             self.seal();
         }
-        if self.bytes > self.bytes_max {
-            self.complete = false;
+        if self.bytes() > self.bytes_max {
+            (self.recording, self.complete) = (false, false);
             self.chunks = VecDeque::new();
             self.tail = BytesMut::new();
-            self.bytes = 0;
+            self.base = self.end;
         }
     }
 
     fn seal(&mut self) {
         if !self.tail.is_empty() {
-            self.chunks.push_back(self.tail.split().freeze());
+            let start = self.end - self.tail.len() as u64;
+            self.chunks.push_back((start, self.tail.split().freeze()));
         }
     }
 
-    /// Whether a fresh server can be brought up from here.
+    /// Whether a server can be brought up from here.
     pub(crate) fn complete(&self) -> bool {
         self.complete
     }
 
     /// Bytes kept.
     pub(crate) fn bytes(&self) -> u64 {
-        self.bytes
+        self.end - self.base
     }
 
     pub(crate) fn cost_bytes(&self) -> u64 {
@@ -163,53 +168,82 @@ impl History {
     /// Everything, to be shared.
     pub(crate) fn chunks(&mut self) -> Vec<Bytes> {
         self.seal();
-        self.chunks.iter().cloned().collect()
+        self.chunks.iter().map(|(_, chunk)| chunk.clone()).collect()
+    }
+
+    /// Its beginning.
+    pub(crate) fn start(&self) -> Place {
+        Place(self.base)
+    }
+
+    /// Behind everything that was written.
+    pub(crate) fn end(&self) -> Place {
+        Place(self.end)
+    }
+
+    /// Keeps what comes from now on, though what came before is lost: a checkpoint is being taken.
+    pub(crate) fn record(&mut self) {
+        self.recording = true;
+    }
+
+    /// A checkpoint holds everything before `place`, which cost `cost_bytes`: it need not be kept.
+    pub(crate) fn cut(&mut self, place: Place, cost_bytes: u64) {
+        self.seal();
+        let Place(place) = place;
+        assert!(
+            self.base <= place && place <= self.end,
+            "a checkpoint is of what is kept"
+        );
+        while let Some((start, chunk)) = self.chunks.front_mut() {
+            let skip = usize::try_from(place.saturating_sub(*start)).unwrap_or(usize::MAX);
+            if skip < chunk.len() {
+                // Copied, so that the rest of the chunk is let go.
+                *chunk = Bytes::copy_from_slice(&chunk[skip..]);
+                *start += skip as u64;
+                break;
+            }
+            self.chunks.pop_front();
+        }
+        self.base = place;
+        self.cost_bytes -= cost_bytes;
+        self.complete = self.recording;
     }
 
     /// The input at a place, which then lies behind it. `None`: the end, or what cannot be read.
-    pub(crate) fn read(&mut self, cursor: &mut Cursor) -> Option<Entry> {
-        loop {
-            if cursor.chunk == self.chunks.len() {
-                self.seal();
-            }
-            let chunk = self.chunks.get(cursor.chunk)?;
-            let mut head = chunk.get(cursor.at..)?;
-            if head.is_empty() {
-                *cursor = Cursor {
-                    chunk: cursor.chunk + 1,
-                    at: 0,
-                };
-                continue;
-            }
-            if head.len() < HEAD_BYTES {
-                return None;
-            }
-            let number = EventNo(head.get_u64_le());
-            let conn = ConnId(head.get_u64_le());
-            let kind = head.get_u8();
-            let argument = head.get_u32_le();
-            let start = cursor.at + HEAD_BYTES;
-            let mut end = start;
-            let what = match kind {
-                OPEN => What::Open {
-                    port: u16::try_from(argument).ok()?,
-                },
-                DATA => {
-                    end = start + usize::try_from(argument).ok()?;
-                    if end > chunk.len() {
-                        return None;
-                    }
-                    What::Data(chunk.slice(start..end))
-                }
-                FIN => What::Fin,
-                END | ABORT => What::End {
-                    abort: kind == ABORT,
-                },
-                _ => return None,
-            };
-            cursor.at = end;
-            return Some(Entry { number, conn, what });
+    pub(crate) fn read(&mut self, place: &mut Place) -> Option<Entry> {
+        let sealed = self.end - self.tail.len() as u64;
+        if place.0 >= sealed {
+            self.seal();
         }
+        let index = self.chunks.partition_point(|(start, _)| *start <= place.0);
+        let (start, chunk) = self.chunks.get(index.checked_sub(1)?)?;
+        let at = usize::try_from(place.0 - start).ok()?;
+        let mut head = chunk.get(at..at + HEAD_BYTES)?;
+        let number = EventNo(head.get_u64_le());
+        let conn = ConnId(head.get_u64_le());
+        let kind = head.get_u8();
+        let argument = head.get_u32_le();
+        let from = at + HEAD_BYTES;
+        let mut to = from;
+        let what = match kind {
+            OPEN => What::Open {
+                port: u16::try_from(argument).ok()?,
+            },
+            DATA => {
+                to = from + usize::try_from(argument).ok()?;
+                if to > chunk.len() {
+                    return None;
+                }
+                What::Data(chunk.slice(from..to))
+            }
+            FIN => What::Fin,
+            END | ABORT => What::End {
+                abort: kind == ABORT,
+            },
+            _ => return None,
+        };
+        place.0 = start + to as u64;
+        Some(Entry { number, conn, what })
     }
 }
 
@@ -234,8 +268,8 @@ mod tests {
     }
 
     fn all(history: &mut History) -> Vec<Entry> {
-        let mut cursor = Cursor::default();
-        std::iter::from_fn(|| history.read(&mut cursor)).collect()
+        let mut place = history.start();
+        std::iter::from_fn(|| history.read(&mut place)).collect()
     }
 
     #[test]
@@ -244,11 +278,11 @@ mod tests {
         entries().iter().for_each(|e| history.append(e));
         assert_eq!(all(&mut history), entries());
         // A reader at the end goes on when more is written.
-        let mut cursor = Cursor::default();
-        while history.read(&mut cursor).is_some() {}
+        let mut place = history.start();
+        while history.read(&mut place).is_some() {}
         history.append(&entries()[2]);
-        assert_eq!(history.read(&mut cursor), Some(entries()[2].clone()));
-        assert_eq!(history.read(&mut cursor), None);
+        assert_eq!(history.read(&mut place), Some(entries()[2].clone()));
+        assert_eq!(history.read(&mut place), None);
     }
 
     #[test]
@@ -264,6 +298,39 @@ mod tests {
             let mut short = History::restore(1 << 20, whole[..end].to_vec().into(), cost);
             assert!(all(&mut short).len() <= 1);
         }
+    }
+
+    #[test]
+    fn a_checkpoint_takes_the_place_of_what_came_before() {
+        let mut history = History::new(1 << 20);
+        entries().iter().for_each(|e| history.append(e));
+        let (mut place, mut cost) = (history.start(), 0);
+        for kept in 0..entries().len() {
+            let mut cut = History::new(1 << 20);
+            entries().iter().for_each(|e| cut.append(e));
+            cut.cut(place, cost);
+            assert_eq!(all(&mut cut), entries()[kept..]);
+            let left: u64 = entries()[kept..].iter().map(Entry::cost_bytes).sum();
+            assert_eq!(cut.cost_bytes(), left);
+            cut.append(&entries()[2]);
+            assert_eq!(all(&mut cut).len(), entries().len() - kept + 1);
+            cost += history.read(&mut place).unwrap().cost_bytes();
+        }
+        assert_eq!(place, history.end());
+    }
+
+    #[test]
+    fn what_was_given_up_begins_again_with_a_checkpoint() {
+        let mut history = History::new(1000);
+        entries().iter().for_each(|e| history.append(e));
+        let cost = history.cost_bytes();
+        let place = history.end();
+        history.record();
+        history.append(&entries()[3]);
+        assert!(!history.complete());
+        history.cut(place, cost);
+        assert!(history.complete());
+        assert_eq!(all(&mut history), [entries()[3].clone()]);
     }
 
     #[test]

@@ -19,6 +19,8 @@ use super::upstream::Target;
 
 /// How often the listening sockets are looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
+/// The same while a server is known to be dead: until its successor is known, it passes for dead too.
+const LOOK_AFTER_DEATH: Duration = Duration::from_millis(50);
 /// A local listener accepts or refuses at once; one whose queue is full may do neither.
 const PROBE_MAX: Duration = Duration::from_millis(1);
 /// `PF_EXITING` of the kernel's `sched.h`.
@@ -97,19 +99,28 @@ pub(crate) fn accepts(target: &Target) -> bool {
 }
 
 fn keep_looking(shared: &Weak<Mutex<Table>>) {
+    let mut wait = LOOK_EVERY;
     loop {
-        thread::sleep(LOOK_EVERY);
+        thread::sleep(wait);
         let Some(table) = shared.upgrade() else {
             return;
         };
-        refresh(&table);
+        wait = if refresh(&table) {
+            LOOK_AFTER_DEATH
+        } else {
+            LOOK_EVERY
+        };
     }
 }
 
-fn refresh(table: &Mutex<Table>) {
+/// Says whether some server is known to be dead.
+fn refresh(table: &Mutex<Table>) -> bool {
     let mut copy = table.lock().unwrap_or_else(PoisonError::into_inner).clone();
     look(&mut copy);
+    let dead = |known: &Vec<Process>| !known.is_empty() && !known.iter().any(|p| lives(*p));
+    let any = copy.values().any(dead);
     *table.lock().unwrap_or_else(PoisonError::into_inner) = copy;
+    any
 }
 
 /// Brings the table up to date: looks for the processes of targets that have none, or whose have all

@@ -2,11 +2,13 @@
 //! and the group's datagram socket, so that no input crosses a thread between network and server.
 
 mod checkpoint;
+mod closes;
 mod context;
 mod divergence;
 mod history;
 mod input;
 mod liveness;
+mod mapped;
 mod plane;
 mod queues;
 mod recent;
@@ -34,6 +36,7 @@ use rustix::time::{
     timerfd_settime,
 };
 use tokio::sync::mpsc::UnboundedSender;
+use tokio::sync::oneshot;
 use tracing::info;
 use unbroken_group as group;
 use unbroken_group::driver::Driver;
@@ -48,11 +51,13 @@ use self::servers::{Order, Servers};
 use crate::clock::BootTime;
 use crate::config::{AddressMode, Config, GroupConfig, Ordering, Resilience, Upstream, VipConfig};
 use crate::determinism::Harmless;
+use crate::health::Health;
 use crate::metrics::NodeMetrics;
 use crate::registry::{Answer, Node, Operation, Request};
 use crate::status::Board;
 use crate::wire::{self, Wire};
 
+pub(crate) use self::servers::Backend;
 pub(crate) use self::upstream::Target;
 
 impl From<&Upstream> for Target {
@@ -69,6 +74,15 @@ impl From<&Upstream> for Target {
 pub(crate) enum Input {
     /// The coordinator answered.
     Registry(Request, Answer),
+    /// Let another lead the group of a plane, this one or the fittest. Answered with whether it was
+    /// asked for, or why it cannot be.
+    HandOver {
+        plane: usize,
+        to: Option<String>,
+        answer: oneshot::Sender<Result<bool, String>>,
+    },
+    /// Lead only where no other could, or again as any.
+    Maintenance(bool),
     /// Hand over, leave every group, and end.
     Stop,
 }
@@ -193,7 +207,7 @@ impl Dataplane {
             poll.registry()
                 .register(&mut wire, Token(WIRES + index), Interest::READABLE)
                 .with_context(|| format!("registering the packet socket of {}", vip.vip))?;
-            let mut plane = open_plane(config, index, vip, wire, liveness.clone(), now);
+            let mut plane = open_plane(config, index, vip, wire, liveness.clone(), now)?;
             let runners = runners(config, vip, &liveness, &waker)?;
             match vip.ordering {
                 Ordering::Connection => kept_running.extend(runners),
@@ -404,6 +418,13 @@ impl Dataplane {
                         p.handle_registry(now, life, reply, cx)
                     });
                 }
+                Input::HandOver { plane, to, answer } => self.plane(plane, |p, cx| {
+                    // Who asked may have given up.
+                    let _ = answer.send(p.hand_over(now, to, cx));
+                }),
+                Input::Maintenance(on) => {
+                    self.each_plane(now, |p, _, _| p.maintenance = on);
+                }
                 Input::Stop => {
                     self.stopping = true;
                     self.each_plane(now, Plane::stop);
@@ -459,13 +480,13 @@ fn open_plane(
     wire: Wire,
     liveness: Liveness,
     now: BootTime,
-) -> Plane {
-    let targets = crate::node::targets(&vip.services);
-    let mut tcp_config = tcp::Config::new(vip.vip, targets.keys().copied());
+) -> anyhow::Result<Plane> {
+    let backends = crate::node::backends(&vip.services);
+    let mut tcp_config = tcp::Config::new(vip.vip, backends.keys().copied());
     tcp_config.mtu = usize::from(wire.mtu());
     tcp_config.segmentation_offload = true;
     tcp_config.checksum_offload = true;
-    let mut servers = Servers::new(index, targets, history_max(vip), liveness);
+    let mut servers = Servers::new(index, backends, history_max(vip), liveness);
     let mut policies = std::collections::BTreeMap::new();
     for service in &vip.services {
         let harmless = Harmless::new(&service.harmless).expect("patterns were checked when read");
@@ -475,6 +496,13 @@ fn open_plane(
             policies.insert(*port, service.divergence);
         }
     }
+    let mut health = Vec::new();
+    for service in &vip.services {
+        if let Some(check) = &service.health {
+            let watched = Health::watch(&service.name, &service.upstream, check);
+            health.push(watched.with_context(|| format!("checking {}", service.name))?);
+        }
+    }
     let plane = PlaneConfig {
         index,
         vip: vip.vip,
@@ -482,10 +510,13 @@ fn open_plane(
         znode: crate::node::znode(vip.vip).into(),
         tcp: tcp_config,
         secrets: secrets(config, vip),
-        group: group_template(config, index),
         divergence: policies,
+        group: group_template(config, index, vip),
+        prefer: vip.prefer.map(str::to_owned),
+        failback: vip.failback,
+        health,
     };
-    Plane::new(plane, wire, servers, now)
+    Ok(Plane::new(plane, wire, servers, now))
 }
 
 /// Input kept in memory, in bytes, for all services of a VIP.
@@ -517,6 +548,8 @@ fn runners(
             target: Target::from(&service.upstream),
             command: service.command.clone(),
             restore: service.restore.clone(),
+            ready: service.ready.clone(),
+            checkpoint: service.checkpoint.clone(),
             folder: config.node.data_dir.join("servers").join(&service.name),
             shared_state: vip.ordering == Ordering::Total,
         };
@@ -525,7 +558,8 @@ fn runners(
     Ok(runners)
 }
 
-fn group_template(config: &Config, index: usize) -> plane::GroupTemplate {
+fn group_template(config: &Config, index: usize, vip: &VipConfig<'_>) -> plane::GroupTemplate {
+    let prefer = vip.prefer.map(str::to_owned);
     let name = config.node.name.clone();
     let GroupConfig {
         members,
@@ -547,6 +581,7 @@ fn group_template(config: &Config, index: usize) -> plane::GroupTemplate {
         group.heartbeat = heartbeat;
         group.lease = lease;
         group.suspect_after = suspect_after;
+        group.prefer.clone_from(&prefer);
         group
     })
 }

@@ -3,6 +3,7 @@
 //! A plane executes what the cores ask for, in order, and makes no protocol decision of its own.
 
 mod answers;
+mod moves;
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -24,7 +25,8 @@ use super::role::{Keeper, Role};
 use super::servers::Servers;
 use super::verdict::Verdict;
 use crate::clock::BootTime;
-use crate::config;
+use crate::config::{self, Failback};
+use crate::health::Health;
 use crate::registry::{Node, Operation, Request};
 use crate::wire::{Flushed, Frame, Kind, Mac, OutPacket, RECEIVE_BATCH, Wire};
 
@@ -42,6 +44,11 @@ pub(crate) struct PlaneConfig {
     pub(crate) group: GroupTemplate,
     /// What becomes of a replica whose server answered otherwise, by port.
     pub(crate) divergence: BTreeMap<u16, config::Divergence>,
+    /// The member that should lead, and when it is handed over to.
+    pub(crate) prefer: Option<String>,
+    pub(crate) failback: Failback,
+    /// Of the servers that are asked.
+    pub(crate) health: Vec<Health>,
 }
 
 /// Makes a group configuration for each life of this member.
@@ -51,8 +58,8 @@ pub(crate) type GroupTemplate = Box<dyn Fn() -> group::Config + Send>;
 const BATCHES_PER_TURN: usize = 2;
 /// How often progress is reported to the group.
 const PROGRESS_EVERY: Duration = Duration::from_millis(10);
-/// A leader without a server hands over no more often than this.
-const HAND_OVER_EVERY: Duration = Duration::from_secs(1);
+/// A replica that was given what it cannot use asks again after this long.
+const JOIN_AGAIN_AFTER: Duration = Duration::from_secs(2);
 /// A foreign announcement of our address is logged no more often than this.
 const CLAIM_SAID_EVERY: Duration = Duration::from_secs(10);
 /// Batches of frames that a new leader takes out of its socket before its first turn.
@@ -79,6 +86,8 @@ pub(crate) struct Plane {
     pub(crate) takeovers: u64,
     pub(crate) opened: u64,
     pub(crate) resets: u64,
+    /// Closes that were shown although other replicas' servers went on, or closed otherwise.
+    pub(crate) close_divergences: u64,
     pub(crate) issued: u64,
     pub(crate) delivered: u64,
     pub(crate) client_bytes_in: u64,
@@ -87,11 +96,14 @@ pub(crate) struct Plane {
     /// The view changed, or the role: the status is written at once.
     pub(crate) changed: bool,
     pub(crate) stopped: bool,
+    /// This node leads only where no other could.
+    pub(crate) maintenance: bool,
     stopping: bool,
     /// Who led the view installed last.
     led_by: Option<group::MemberId>,
     wire_readable: bool,
     progress_at: BootTime,
+    join_again_at: Option<BootTime>,
     hand_over_at: BootTime,
     /// What clients sent in the last moments, on a backup that hears it.
     recent: Recent,
@@ -99,6 +111,12 @@ pub(crate) struct Plane {
     pub(crate) claimed: Option<(Mac, BootTime)>,
     /// When that was said last.
     claim_said: BootTime,
+    /// Not before this does a leader hand over because others' servers contradict its own.
+    yield_at: BootTime,
+    /// They do.
+    contradicted: bool,
+    /// Since when the preferred member could lead in this one's place.
+    preferred_since: Option<BootTime>,
     recycled: Vec<Vec<u8>>,
     datagrams_taken: bool,
     stable: EventNo,
@@ -122,6 +140,7 @@ impl Plane {
             takeovers: 0,
             opened: 0,
             resets: 0,
+            close_divergences: 0,
             issued: 0,
             delivered: 0,
             client_bytes_in: 0,
@@ -129,14 +148,19 @@ impl Plane {
             last_event: 0,
             changed: true,
             stopped: false,
+            maintenance: false,
             stopping: false,
             led_by: None,
             wire_readable: true,
             progress_at: now,
+            join_again_at: None,
             hand_over_at: now,
             recent: Recent::default(),
             claimed: None,
             claim_said: BootTime::from_micros(0),
+            yield_at: now,
+            contradicted: false,
+            preferred_since: None,
             recycled: Vec::new(),
             datagrams_taken: false,
             stable: EventNo(0),
@@ -240,9 +264,15 @@ impl Plane {
             self.servers.pump(now, &mut keeper);
             self.servers.advance(now, cx.registry, &mut keeper);
             self.tell_answers(now);
+            self.agree_on_closes(now);
             self.settle(now, cx);
             self.judge_answers(now, cx);
-            self.hand_over_if_dead(now, cx);
+            self.hand_over_if_failing(now, cx);
+        }
+        if self.join_again_at.is_some_and(|at| at <= now) {
+            self.join_again_at = None;
+            self.command(now, Command::Leave);
+            self.settle(now, cx);
         }
         self.rejoin_if_due(now, cx);
         self.report_progress(now);
@@ -269,7 +299,11 @@ impl Plane {
                     .map(|t| BootTime::from_micros(t.micros())),
                 self.servers.poll_timeout(),
             ),
-            Role::Backup(_) if !self.wedged => (None, self.servers.poll_timeout()),
+            Role::Backup(_) if !self.wedged => {
+                let report = self.servers.report_timeout();
+                let servers = self.servers.poll_timeout();
+                (None, [report, servers].into_iter().flatten().min())
+            }
             _ => (None, None),
         };
         let answers = match self.role {
@@ -490,7 +524,15 @@ impl Plane {
                 }
                 GroupOutput::CheckpointDone => self.restore(now, cx),
                 GroupOutput::Unicast { from, payload } => match Report::decode(&payload) {
-                    Ok(report) => self.handle_report(now, &from, &report),
+                    Ok(Report::Closes { run, closes }) => {
+                        self.servers.handle_closes(&from, run, &closes);
+                    }
+                    Ok(Report::HandOver { to }) => {
+                        if let Err(why) = self.order_hand_over(now, to) {
+                            warn!(vip = %self.config.vip, %from, why, "asked to hand over");
+                        }
+                    }
+                    Ok(Report::Diverged(report)) => self.handle_divergence(now, &from, report),
                     Err(error) => debug!(vip = %self.config.vip, %from, %error, "a report"),
                 },
                 GroupOutput::Notice(notice) => cx.notice(self.config.vip, notice),
@@ -559,6 +601,8 @@ impl Plane {
             self.servers.judge_answers_anew();
         }
         self.verdict.handle_view(&view.full);
+        self.servers.handle_view(&view.full);
+        self.contradicted = false;
         let old = std::mem::take(&mut self.role);
         self.role = match (installed.role, old) {
             (group::Role::Leader, Role::Leader(stack)) if installed.survivor => Role::Leader(stack),
@@ -635,6 +679,7 @@ impl Plane {
             replica,
         );
         self.takeovers += 1;
+        self.yield_at = now + moves::HAND_OVER_EVERY;
         for conn in self.servers.connections() {
             if self.servers.serves(conn) {
                 stack.handle_consumed(tcp_time(now), conn, self.servers.taken(conn));
@@ -716,6 +761,14 @@ impl Plane {
                 return;
             }
         };
+        if let Some((order, _)) = &checkpoint.order
+            && !order.is_usable(&checkpoint.tcp)
+        {
+            warn!(vip = %self.config.vip, complete = order.complete,
+                "the leader's history brings no server up for now: joining anew later");
+            self.join_again_at = Some(now + JOIN_AGAIN_AFTER);
+            return;
+        }
         let connections = checkpoint.tcp.connections().count();
         let replica = Replica::restore(self.config.tcp.clone(), tcp_time(now), checkpoint.tcp);
         self.servers.clear(now);
@@ -754,33 +807,11 @@ impl Plane {
         self.wedged = false;
         self.changed = true;
         self.life += 1;
+        self.join_again_at = None;
         let config = (self.config.group)();
         cx.renew(self.config.index, config.me.clone());
         self.group = group::Core::new(config, super::seed(), group_time(now));
         self.command(now, Command::Join);
-    }
-
-    /// A leader whose server died lets another lead (R5).
-    fn hand_over_if_dead(&mut self, now: BootTime, cx: &mut Context<'_>) {
-        if !self.servers.take_dead() {
-            return;
-        }
-        if !self.servers.begin_again(now) {
-            error!(vip = %self.config.vip, "the server died, and what it was given is not kept: joining anew");
-            self.command(now, Command::Leave);
-            self.settle(now, cx);
-            return;
-        }
-        if matches!(self.role, Role::Leader(_)) && now >= self.hand_over_at {
-            self.hand_over_at = now + HAND_OVER_EVERY;
-            self.group.set_progress(group::Lag {
-                behind_bytes: 0,
-                unfit: true,
-            });
-            warn!(vip = %self.config.vip, "the server behind the leader is gone: handing over");
-            self.command(now, Command::HandOver);
-            self.settle(now, cx);
-        }
     }
 
     fn report_progress(&mut self, now: BootTime) {
@@ -788,11 +819,19 @@ impl Plane {
             return;
         }
         self.progress_at = now + PROGRESS_EVERY;
+        self.yield_if_due(now);
+        // Waiting has its end, and those who could be asked change.
+        if self.servers.closes_wait() && matches!(self.role, Role::Leader(_)) {
+            self.servers.judge_again();
+        }
         let (behind_bytes, lost) = self.servers.lag(now);
-        let unfit = lost > 0 || behind_bytes > BEHIND_BYTES_MAX || self.verdict.unfit();
         self.group.set_progress(group::Lag {
             behind_bytes,
-            unfit,
+            unfit: lost > 0
+                || behind_bytes > BEHIND_BYTES_MAX
+                || self.server_failing()
+                || self.verdict.unfit(),
+            reluctant: self.maintenance,
         });
         if matches!(self.role, Role::Leader(_)) && self.servers.ordered() {
             let members = self.group.status().members;
@@ -826,6 +865,11 @@ impl Plane {
             self.recycled.clear();
         }
     }
+}
+
+/// Whether a replica's server could go on with every connection now.
+pub(crate) fn is_fit(lag: &group::Lag) -> bool {
+    !lag.unfit && lag.behind_bytes <= BEHIND_BYTES_MAX
 }
 
 fn handle_packet(stack: &mut Stack, now: BootTime, packet: &[u8], frame: &Frame<'_>) {

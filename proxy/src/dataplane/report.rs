@@ -9,6 +9,7 @@ use super::Note;
 use super::divergence::Divergence;
 use super::plane::{BEHIND_BYTES_MAX, Plane, mac_text};
 use super::role::Role;
+use super::servers::Outlook;
 use crate::clock::BootTime;
 use crate::config::{Config, FenceMode};
 use crate::metrics::{NodeMetrics, ServiceMetrics};
@@ -28,6 +29,8 @@ pub(crate) struct Reporter {
     board: Board,
     me: String,
     configured: Vec<String>,
+    /// A backup that was silent for so long could not take over, as far as the leader knows.
+    silence_us: u64,
     /// For each plane, its services: where they stand on the board, and their metrics.
     services: Vec<Vec<(usize, ServiceMetrics)>>,
     next: BootTime,
@@ -52,6 +55,8 @@ impl Reporter {
             board,
             me: config.node.name.clone(),
             configured: config.group.members.keys().cloned().collect(),
+            silence_us: u64::try_from(4 * config.group.suspect_after.as_micros())
+                .unwrap_or(u64::MAX),
             services,
             next: BootTime::from_micros(0),
             led: vec![false; config.vips().len()],
@@ -91,7 +96,15 @@ impl Reporter {
         }
         let services = &self.services;
         let written = self.board.try_update(|status| {
-            for (report, places) in reports.iter().zip(services) {
+            for (report, places) in reports.iter_mut().zip(services) {
+                if !status.coordinator.quorum {
+                    report.redundancy = Redundancy::Unprotected;
+                    let further = report.reason.take();
+                    let further = further.map_or(String::new(), |reason| format!("; {reason}"));
+                    report.reason = Some(format!(
+                        "no quorum of coordinators: nobody could take over{further}"
+                    ));
+                }
                 for (place, _) in places {
                     if let Some(service) = status.services.get_mut(*place) {
                         report.write(service);
@@ -117,17 +130,28 @@ impl Reporter {
             plane.role.status()
         };
         let (behind, lost) = plane.servers.lag(now);
-        let (redundancy, mut reason) = self.redundancy(&group, behind, lost, plane);
+        let failing = plane.server_failing();
+        let lost = lost + usize::from(failing);
+        let (redundancy, reason) = self.redundancy(now, &group, behind, lost, plane);
+        let (redundancy, mut reason) = with_outlook(redundancy, reason, plane.servers.outlook(now));
         if let Some(own) = plane.verdict.reason(now) {
             reason = Some(own);
+        }
+        if failing {
+            let rest = reason.map_or_else(String::new, |rest| format!("; {rest}"));
+            reason = Some(format!("the server on this node does not serve{rest}"));
         }
         let view = group
             .view
             .as_ref()
             .map_or_else(ViewStatus::default, |view| ViewStatus {
                 id: view.id.0,
-                members: view.full.iter().map(|m| m.name.clone()).collect(),
-                joining: view.joining.iter().map(|j| j.member.name.clone()).collect(),
+                members: view.full.iter().map(|m| m.name.to_string()).collect(),
+                joining: view
+                    .joining
+                    .iter()
+                    .map(|j| j.member.name.to_string())
+                    .collect(),
                 cut: view.cut,
                 k: u32::from(view.k),
             });
@@ -145,7 +169,7 @@ impl Reporter {
             Role::Joining(_) | Role::Outside => 0,
         };
         Report {
-            leader: group.view.as_ref().map(|v| v.leader().name.clone()),
+            leader: group.view.as_ref().map(|v| v.leader().name.to_string()),
             role,
             members: self.members(now, &group),
             view,
@@ -182,6 +206,7 @@ impl Reporter {
                     + group.counters.wrong_view
                     + group.counters.stranger,
                 history_bytes: plane.servers.history_bytes(),
+                close_divergences: plane.close_divergences,
             },
             fenced: wire.fenced,
             foreign_claims: wire.foreign_claims,
@@ -200,7 +225,7 @@ impl Reporter {
 
     fn members(&self, now: BootTime, group: &GroupStatus) -> Vec<MemberStatus> {
         let leading = group.role == Some(GroupRole::Leader);
-        let of = |name: &str| group.members.iter().find(|m| m.member.name == name);
+        let of = |name: &str| group.members.iter().find(|m| *m.member.name == *name);
         self.configured
             .iter()
             .map(|name| {
@@ -227,6 +252,7 @@ impl Reporter {
     /// far the others are; a backup judges by the view and by itself.
     fn redundancy(
         &self,
+        now: BootTime,
         group: &GroupStatus,
         behind: u64,
         lost: usize,
@@ -238,8 +264,16 @@ impl Reporter {
                 Some("this node is in no view".to_owned()),
             );
         };
+        let leading = group.role == Some(GroupRole::Leader);
+        let heard = |m: &GroupMember| {
+            m.last_heard
+                .is_some_and(|t| now.micros().saturating_sub(t.micros()) < self.silence_us)
+        };
         let fit = |m: &&GroupMember| {
-            let own = m.member.name == self.me;
+            let own = *m.member.name == *self.me;
+            if leading && !own && !heard(m) {
+                return false;
+            }
             let behind = if own { behind } else { m.lag.behind_bytes };
             let unfit = if own {
                 lost > 0 || plane.verdict.unfit()
@@ -259,7 +293,7 @@ impl Reporter {
         let why = if joining > 0 {
             format!("{able} of {wanted} backups could take over; {joining} joining")
         } else if behind > 0 {
-            format!("{able} of {wanted} backups could take over; {behind} behind")
+            format!("{able} of {wanted} backups could take over; {behind} behind or silent")
         } else {
             format!(
                 "{able} of {wanted} backups could take over; {} not there",
@@ -270,7 +304,7 @@ impl Reporter {
             .full
             .iter()
             .filter(|m| plane.verdict.accused_by(m))
-            .map(|m| m.name.as_str())
+            .map(|m| &*m.name)
             .collect();
         let why = if odd.is_empty() {
             why
@@ -289,6 +323,41 @@ impl Reporter {
         };
         (state, Some(why))
     }
+}
+
+/// Adds what this node knows of its own servers with one order.
+fn with_outlook(
+    redundancy: Redundancy,
+    reason: Option<String>,
+    outlook: Outlook,
+) -> (Redundancy, Option<String>) {
+    let own = match outlook {
+        Outlook::Even => return (redundancy, reason),
+        Outlook::NoHistory => {
+            "more input than history.memory holds: a replica that is lost cannot come back"
+                .to_owned()
+        }
+        Outlook::Begins => "this node's server begins anew".to_owned(),
+        Outlook::CatchingUp {
+            percent,
+            left: None,
+        } => {
+            format!("this node's server is being brought up: {percent} %")
+        }
+        Outlook::CatchingUp {
+            percent,
+            left: Some(left),
+        } => {
+            let seconds = left.as_secs() + 1;
+            format!("this node's server is being brought up: {percent} %, about {seconds} s left")
+        }
+    };
+    let redundancy = match redundancy {
+        Redundancy::Protected => Redundancy::Degraded,
+        other => other,
+    };
+    let reason = reason.map_or_else(|| own.clone(), |reason| format!("{reason}; {own}"));
+    (redundancy, Some(reason))
 }
 
 /// One plane at one moment.
@@ -345,6 +414,7 @@ impl Report {
         raise(&metrics.divergences, c.divergences);
         raise(&metrics.views_installed, self.views);
         raise(&metrics.connections_reset, self.resets);
+        raise(&metrics.close_divergences, c.close_divergences);
         raise(&metrics.events_issued, self.issued);
         raise(&metrics.events_delivered, self.delivered);
         for (reason, count) in self.dropped_datagrams {

@@ -3,7 +3,9 @@
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
+use unbroken_tcpstate::ConnId;
 
+use super::closes::Closed;
 use super::verdict::DivergenceReport;
 
 const VERSION: u8 = 1;
@@ -13,6 +15,40 @@ const VERSION: u8 = 1;
 pub(crate) enum Report {
     /// The server behind this member answered otherwise than the leader's.
     Diverged(DivergenceReport),
+    /// The server behind this member closed these connections, and lived afterwards (R5). `run` counts
+    /// the deaths of servers on this member: a report voids all those of earlier runs.
+    Closes { run: u64, closes: Vec<CloseReport> },
+    /// An operator asks that another lead: this one, or the fittest.
+    HandOver { to: Option<String> },
+}
+
+/// How a member's server closed a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct CloseReport {
+    conn: u64,
+    /// `None`: it was broken off. Else the offset behind the server's last byte.
+    fin: Option<u64>,
+}
+
+impl CloseReport {
+    /// Most bytes that one takes as encoded.
+    pub(crate) const BYTES_MAX: usize = 10 + 1 + 10;
+
+    pub(crate) fn new(conn: ConnId, closed: Closed) -> Self {
+        let fin = match closed {
+            Closed::Fin(offset) => Some(offset),
+            Closed::Reset => None,
+        };
+        Self { conn: conn.0, fin }
+    }
+
+    pub(crate) fn conn(&self) -> ConnId {
+        ConnId(self.conn)
+    }
+
+    pub(crate) fn closed(&self) -> Closed {
+        self.fin.map_or(Closed::Reset, Closed::Fin)
+    }
 }
 
 /// Why a message is not understood: its sender speaks another version, or is at fault.
@@ -25,6 +61,9 @@ pub(crate) enum ReportError {
 }
 
 impl Report {
+    /// Bytes of a message beside its list.
+    pub(crate) const OVERHEAD_BYTES: usize = 1 + 1 + 10 + 5;
+
     pub(crate) fn encode(&self) -> Vec<u8> {
         postcard::to_extend(self, vec![VERSION]).expect("writing to a Vec cannot fail")
     }
@@ -47,15 +86,22 @@ mod tests {
 
     #[test]
     fn what_is_said_is_heard_and_damage_is_not() {
-        let report = Report::Diverged(DivergenceReport {
-            conn: 7,
-            before: u64::MAX,
-            hash: 1,
-        });
+        let closes = vec![
+            CloseReport::new(ConnId(u64::MAX), Closed::Fin(u64::MAX)),
+            CloseReport::new(ConnId(7), Closed::Reset),
+        ];
+        let most = Report::OVERHEAD_BYTES + 2 * CloseReport::BYTES_MAX;
+        let run = u64::MAX;
+        let report = Report::Closes { run, closes };
         let bytes = report.encode();
+        assert!(bytes.len() <= most);
         assert_eq!(Report::decode(&bytes), Ok(report));
         for end in 0..bytes.len() {
-            assert_eq!(Report::decode(&bytes[..end]), Err(ReportError::Unreadable));
+            assert_eq!(
+                Report::decode(&bytes[..end]),
+                Err(ReportError::Unreadable),
+                "cut at {end}"
+            );
         }
         let mut newer = bytes;
         newer[0] += 1;

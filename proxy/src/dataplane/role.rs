@@ -1,7 +1,7 @@
 //! What a node is for a VIP, and who keeps the server's output in each role.
 
 use bytes::BytesMut;
-use unbroken_tcpstate::{ConnId, EventNo, Instant, Replica, Stack};
+use unbroken_tcpstate::{ConnId, ConnState, EventNo, Instant, Replica, Stack};
 
 use super::servers::OutputKeeper;
 use crate::clock::BootTime;
@@ -44,6 +44,14 @@ impl Keeper<'_> {
     fn now(&self) -> Instant {
         Instant::from_micros(self.now.micros())
     }
+
+    fn state(&self, conn: ConnId) -> Option<&ConnState> {
+        match &*self.role {
+            Role::Leader(stack) => stack.state(conn),
+            Role::Backup(replica) => replica.state(conn),
+            Role::Joining(_) | Role::Outside => None,
+        }
+    }
 }
 
 impl OutputKeeper for Keeper<'_> {
@@ -79,8 +87,7 @@ impl OutputKeeper for Keeper<'_> {
         let now = self.now();
         match &mut *self.role {
             Role::Leader(stack) => stack.handle_server_fin(now, conn),
-            Role::Backup(replica) => replica.handle_server_fin(conn),
-            Role::Joining(_) | Role::Outside => {}
+            Role::Backup(_) | Role::Joining(_) | Role::Outside => {}
         }
     }
 
@@ -88,9 +95,20 @@ impl OutputKeeper for Keeper<'_> {
         let now = self.now();
         match &mut *self.role {
             Role::Leader(stack) => stack.handle_server_reset(now, conn),
-            Role::Backup(replica) => replica.handle_server_reset(conn),
-            Role::Joining(_) | Role::Outside => {}
+            Role::Backup(_) | Role::Joining(_) | Role::Outside => {}
         }
+    }
+
+    fn end_known(&self, conn: ConnId) -> bool {
+        self.state(conn).is_none_or(|s| s.local_fin.is_some())
+    }
+
+    fn lives(&self, conn: ConnId) -> bool {
+        self.state(conn).is_some()
+    }
+
+    fn acked(&self, conn: ConnId) -> u64 {
+        self.state(conn).map_or(0, |s| s.acked)
     }
 
     fn give_up(&mut self, conn: ConnId) {
@@ -105,6 +123,13 @@ impl OutputKeeper for Keeper<'_> {
         let now = self.now();
         if let Role::Leader(stack) = &mut *self.role {
             stack.handle_consumed(now, conn, offset);
+        }
+    }
+
+    fn resumes(&mut self, conn: ConnId, offset: u64) {
+        // A leader has produced all that; what its server says again is passed over.
+        if let Role::Backup(replica) = &mut *self.role {
+            replica.handle_server_resumed(conn, offset);
         }
     }
 

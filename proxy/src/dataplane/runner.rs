@@ -6,21 +6,24 @@
 //! state of a checkpoint. A thread of its own does it all: the data plane only looks at [`State`].
 
 use std::fs;
-use std::io;
+use std::io::{self, BufRead as _, BufReader};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use anyhow::Context as _;
+use bytes::Bytes;
 use mio::Waker;
 use rustix::process::{Pid, Signal, kill_process_group};
 use tracing::{debug, error, info, warn};
 
 use super::liveness::{self, Liveness, start_time};
+use super::mapped;
 use super::upstream::Target;
 
 /// How often a running program is looked at.
@@ -29,8 +32,12 @@ const LOOK_EVERY: Duration = Duration::from_millis(10);
 const START_AGAIN_AFTER: Duration = Duration::from_millis(500);
 /// What a program is given to end after SIGTERM when the node stops.
 const END_MAX: Duration = Duration::from_secs(3);
+/// The line with which `checkpoint` says that the server may go on.
+const TAKEN: &str = "taken";
+/// The exit code with which `checkpoint` says that this is no moment for it (`EX_TEMPFAIL`).
+const NOT_NOW: i32 = 75;
 /// Where a checkpoint's file stands, for `restore` and `checkpoint`.
-pub(crate) const CHECKPOINT_VARIABLE: &str = "UNBROKEN_CHECKPOINT";
+const CHECKPOINT_VARIABLE: &str = "UNBROKEN_CHECKPOINT";
 
 /// What to run.
 #[derive(Debug, Clone)]
@@ -41,6 +48,10 @@ pub(crate) struct Program {
     /// The server; without it, `restore` starts one that somebody else looks after.
     pub(crate) command: Option<Vec<String>>,
     pub(crate) restore: Option<Vec<String>>,
+    /// Ends with 0 once the server can be given input; without it, it can when it listens.
+    pub(crate) ready: Option<Vec<String>>,
+    /// Writes the running server's state into a file.
+    pub(crate) checkpoint: Option<Vec<String>>,
     /// The program's own folder, and beside it the file with its pid.
     pub(crate) folder: PathBuf,
     /// It begins with an empty folder, and is not started again by itself: its state is gone with it.
@@ -59,8 +70,35 @@ pub(crate) enum State {
 
 enum Order {
     /// Begin anew, as run number so and so, from this checkpoint or from nothing.
-    Restart(u64, Option<PathBuf>),
+    Restart(u64, Option<Bytes>),
     Stop,
+}
+
+/// How far a checkpoint of a server's state has come.
+#[derive(Debug, Clone)]
+pub(crate) enum Progress {
+    /// The server is to be given nothing.
+    Running,
+    /// Its state is taken, and being written: it may go on.
+    Taken,
+    /// All of it.
+    Done(Bytes),
+    /// The user's command says that this is no moment for it.
+    NotNow,
+    Failed,
+}
+
+/// A checkpoint being taken by the user's command.
+#[derive(Debug)]
+pub(crate) struct Attempt(Arc<Mutex<Progress>>);
+
+impl Attempt {
+    pub(crate) fn progress(&self) -> Progress {
+        self.0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
 }
 
 /// A server that the node runs. It ends with the last handle.
@@ -70,6 +108,10 @@ pub(crate) struct Runner {
     state: Arc<Mutex<State>>,
     thread: Option<JoinHandle<()>>,
     runs: u64,
+    program: Program,
+    waker: Arc<Waker>,
+    /// A checkpoint's command runs, perhaps of an attempt that was given up.
+    busy: Arc<AtomicBool>,
 }
 
 impl Runner {
@@ -88,10 +130,10 @@ impl Runner {
         let (sender, orders) = channel();
         let state = Arc::new(Mutex::new(State::Starting(0)));
         let mut run = Run {
-            program,
+            program: program.clone(),
             liveness,
             state: Arc::clone(&state),
-            waker,
+            waker: Arc::clone(&waker),
             child: None,
             number: 0,
             checkpoint: None,
@@ -104,6 +146,9 @@ impl Runner {
             state,
             thread: Some(thread),
             runs: 0,
+            program,
+            waker,
+            busy: Arc::default(),
         })
     }
 
@@ -121,8 +166,46 @@ impl Runner {
         *self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Whether its state can be taken now, and brought elsewhere.
+    pub(crate) fn has_checkpoints(&self) -> bool {
+        self.program.checkpoint.is_some()
+            && self.program.restore.is_some()
+            && !self.busy.load(Ordering::Acquire)
+    }
+
+    /// Takes a checkpoint of the server's state, by the user's command.
+    pub(crate) fn checkpoint(&self) -> Attempt {
+        let progress = Arc::new(Mutex::new(Progress::Running));
+        let attempt = Attempt(Arc::clone(&progress));
+        let (program, waker) = (self.program.clone(), Arc::clone(&self.waker));
+        let set = move |now| {
+            *progress.lock().unwrap_or_else(PoisonError::into_inner) = now;
+            if let Err(error) = waker.wake() {
+                error!(%error, "waking the data plane");
+            }
+        };
+        let refused = set.clone();
+        let busy = Arc::clone(&self.busy);
+        busy.store(true, Ordering::Release);
+        let thread = thread::Builder::new().name("checkpoint".into());
+        let spawned = thread.spawn(move || {
+            let end = take_checkpoint(&program, || set(Progress::Taken)).unwrap_or_else(|error| {
+                warn!(service = %program.name, "taking a checkpoint: {error:#}");
+                Progress::Failed
+            });
+            busy.store(false, Ordering::Release);
+            set(end);
+        });
+        if let Err(error) = spawned {
+            warn!(%error, "starting a thread for a checkpoint");
+            self.busy.store(false, Ordering::Release);
+            refused(Progress::Failed);
+        }
+        attempt
+    }
+
     /// Kills the server and begins another, with the state of a checkpoint or with none.
-    pub(crate) fn restart(&mut self, checkpoint: Option<PathBuf>) {
+    pub(crate) fn restart(&mut self, checkpoint: Option<Bytes>) {
         self.runs += 1;
         // The thread is gone only when the node stops.
         let _ = self.orders.send(Order::Restart(self.runs, checkpoint));
@@ -148,7 +231,7 @@ struct Run {
     waker: Arc<Waker>,
     child: Option<Child>,
     number: u64,
-    checkpoint: Option<PathBuf>,
+    checkpoint: Option<Bytes>,
 }
 
 impl Run {
@@ -190,8 +273,18 @@ impl Run {
         if let Some(restore) = &program.restore
             && (self.checkpoint.is_some() || program.command.is_none())
         {
-            let path = self.checkpoint.clone().unwrap_or_default();
-            run_to_end(restore, &program.folder, &path).context("its `restore`")?;
+            let mut path = PathBuf::new();
+            if let Some(bytes) = &self.checkpoint {
+                path = program.folder.with_extension("restore");
+                fs::write(&path, bytes).with_context(|| format!("writing {}", path.display()))?;
+            }
+            let status = prepare(restore, &program.folder)
+                .env(CHECKPOINT_VARIABLE, &path)
+                .status()
+                .with_context(|| format!("running {}", restore[0]))?;
+            // The state is in the server's folder now, if anywhere.
+            let _ = fs::remove_file(&path);
+            anyhow::ensure!(status.success(), "`restore` ended with {status}");
         }
         if let Some(command) = &program.command {
             let mut child = prepare(command, &program.folder)
@@ -225,7 +318,7 @@ impl Run {
             }
         }
         match now {
-            State::Starting(_) if self.listens() => {
+            State::Starting(_) if self.listens() && self.says_ready() => {
                 debug!(service = %self.program.name, "the server listens");
                 // Its closes are judged by its process, not by that of an earlier run.
                 self.liveness.refresh();
@@ -243,6 +336,16 @@ impl Run {
     fn listens(&self) -> bool {
         let target = &self.program.target;
         liveness::listens(target) || (self.program.command.is_none() && liveness::accepts(target))
+    }
+
+    fn says_ready(&self) -> bool {
+        self.program.ready.as_ref().is_none_or(|words| {
+            let ended = prepare(words, &self.program.folder)
+                .stdout(Stdio::null())
+                .stderr(Stdio::null())
+                .status();
+            ended.is_ok_and(|status| status.success())
+        })
     }
 
     fn set(&self, state: State) {
@@ -320,14 +423,33 @@ fn prepare(words: &[String], folder: &Path) -> Command {
     command
 }
 
-/// Runs one of the user's commands to its end.
-pub(crate) fn run_to_end(words: &[String], folder: &Path, checkpoint: &Path) -> anyhow::Result<()> {
-    let status = prepare(words, folder)
-        .env(CHECKPOINT_VARIABLE, checkpoint)
-        .status()
+/// Runs the user's command. It has the state in its file when it ends; and it may say `taken` before,
+/// when the state can no longer change.
+fn take_checkpoint(program: &Program, taken: impl Fn()) -> anyhow::Result<Progress> {
+    let words = program.checkpoint.as_ref().context("there is no command")?;
+    let path = program.folder.with_extension("checkpoint");
+    // Of an attempt that was cut short.
+    let _ = fs::remove_file(&path);
+    let mut child = prepare(words, &program.folder)
+        .env(CHECKPOINT_VARIABLE, &path)
+        .stdout(Stdio::piped())
+        .spawn()
         .with_context(|| format!("running {}", words[0]))?;
+    let output = child.stdout.take().context("its output is a pipe")?;
+    for line in BufReader::new(output).lines().map_while(Result::ok) {
+        if line.trim() == TAKEN {
+            taken();
+        } else {
+            debug!(service = %program.name, line, "checkpoint");
+        }
+    }
+    let status = child.wait().context("waiting for its end")?;
+    if status.code() == Some(NOT_NOW) {
+        return Ok(Progress::NotNow);
+    }
     anyhow::ensure!(status.success(), "{} ended with {status}", words[0]);
-    Ok(())
+    let bytes = mapped::take(&path).with_context(|| format!("reading {}", path.display()))?;
+    Ok(Progress::Done(bytes))
 }
 
 fn empty(folder: &Path) -> io::Result<()> {
@@ -385,6 +507,12 @@ mod tests {
                 &address.port().to_string(),
             ])),
             restore: Some(words(&["sh", "-c", "cp \"$UNBROKEN_CHECKPOINT\" restored"])),
+            ready: Some(words(&["test", "-e", "files"])),
+            checkpoint: Some(words(&[
+                "sh",
+                "-c",
+                "cp wish \"$UNBROKEN_CHECKPOINT\" || exit 75; echo taken; cat wish >&2",
+            ])),
             folder: folder.clone(),
             shared_state: true,
         };
@@ -395,8 +523,21 @@ mod tests {
         wait("the first", || runner.up());
         assert_eq!(seen(), "files");
         fs::write(folder.join("rubbish"), "").unwrap();
-        let image = base.join("image");
-        fs::write(&image, "state").unwrap();
+        // A checkpoint when its command finds what it wants, and not before.
+        let end = |attempt: Attempt| {
+            let mut end = Progress::Running;
+            wait("the attempt's end", || {
+                end = attempt.progress();
+                !matches!(end, Progress::Running | Progress::Taken)
+            });
+            end
+        };
+        assert!(matches!(end(runner.checkpoint()), Progress::NotNow));
+        fs::write(folder.join("wish"), "state").unwrap();
+        let Progress::Done(image) = end(runner.checkpoint()) else {
+            panic!("no checkpoint")
+        };
+        assert_eq!(image.slice(..), "state");
         runner.restart(Some(image));
         wait("the second", || runner.up());
         assert_eq!(seen(), "files restored", "the folder was empty but for it");

@@ -4,6 +4,7 @@
 //! they differ only in who keeps the output, which is [`OutputKeeper`].
 
 mod answers;
+mod ending;
 mod total;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
@@ -16,10 +17,11 @@ use tracing::{debug, warn};
 use unbroken_tcpstate::{ConnId, Event, EventNo};
 
 use self::answers::Answers;
-pub(crate) use self::total::{Order, OrderHeader};
+pub(crate) use self::total::{Order, OrderHeader, Outlook};
+use super::closes::Closes;
 use super::divergence::Answer;
 use super::input::Input;
-use super::liveness::{self, Life, Liveness};
+use super::liveness::{self, Liveness};
 use super::upstream::{ReadOutcome, Target, Upstream};
 use crate::clock::BootTime;
 
@@ -32,14 +34,22 @@ pub(crate) trait OutputKeeper {
     fn produced(&self, conn: ConnId) -> u64;
     /// Bytes of the server; `tag` is the newest event that the server was given before (R1).
     fn bytes(&mut self, conn: ConnId, bytes: &[u8], tag: EventNo);
-    /// The server closed its side.
+    /// The server closed its side, and the replicas agree (R5).
     fn fin(&mut self, conn: ConnId);
-    /// The server broke the connection off.
+    /// The server broke the connection off, and the replicas agree (R5).
     fn reset(&mut self, conn: ConnId);
+    /// Whether the end of the server's output is agreed on already, or the connection over.
+    fn end_known(&self, conn: ConnId) -> bool;
+    /// Whether there is still a client.
+    fn lives(&self, conn: ConnId) -> bool;
+    /// What the client is known to have of the output, as an offset.
+    fn acked(&self, conn: ConnId) -> u64;
     /// The server has not been there for too long to be waited for.
     fn give_up(&mut self, conn: ConnId);
     /// The server has taken the input up to `offset`.
     fn consumed(&mut self, conn: ConnId, offset: u64);
+    /// The server began with a state in which it has said everything before `offset`.
+    fn resumes(&mut self, conn: ConnId, offset: u64);
     /// Whether the server's output is of use to anybody.
     fn wants(&self, conn: ConnId) -> bool;
     /// Whether it is this replica that speaks to clients.
@@ -54,6 +64,11 @@ pub(crate) trait OutputKeeper {
 const CONNECT_RETRY: Duration = Duration::from_millis(20);
 /// After this long without a server a leader tells the client.
 const CONNECT_GIVE_UP: Duration = Duration::from_secs(1);
+/// The same, where a server was there and died: it may be started again, and is brought to the same
+/// point by replay.
+const RESTART_GIVE_UP: Duration = Duration::from_secs(30);
+/// How often the processes behind the targets are looked at.
+const LIFE_EVERY: Duration = Duration::from_millis(20);
 /// A connection to the server that is being made counts as missing after this long.
 const CONNECT_PATIENCE: Duration = Duration::from_millis(100);
 /// Where the server's process is unknown, a close counts as one if the server still accepts
@@ -81,6 +96,8 @@ struct Server {
     absent_since: BootTime,
     /// That it is not there has been said.
     absence_told: bool,
+    /// There was a connection to it, and it died.
+    had_died: bool,
     /// What is to be done later, and when.
     later: Option<(BootTime, Later)>,
     /// Nothing more is asked of the server: it broke the connection off, or its input is gone.
@@ -107,17 +124,31 @@ enum Close {
     Reset,
 }
 
+/// The local copy of a service's server.
+#[derive(Debug, Clone)]
+pub(crate) struct Backend {
+    pub(crate) target: Target,
+    /// How long a close of it waits for another replica's (R5).
+    pub(crate) close_wait: Duration,
+}
+
 /// Every connection's server side, with the bound on what is kept for replay.
 #[derive(Debug)]
 pub(crate) struct Servers {
     plane: usize,
-    targets: BTreeMap<u16, Target>,
+    backends: BTreeMap<u16, Backend>,
     servers: HashMap<ConnId, Server>,
     ready: VecDeque<ConnId>,
     /// Connections that wait for a moment, by it.
     waiting: BTreeSet<(BootTime, ConnId)>,
     answers: Answers,
+    closes: Closes,
     liveness: Liveness,
+    /// Targets whose process is known to be dead.
+    down: BTreeSet<Target>,
+    /// Targets that died since the last look.
+    died: BTreeSet<Target>,
+    life_at: BootTime,
     /// The server died, or is not there: somebody else should lead.
     dead: bool,
     history_max_bytes: u64,
@@ -144,18 +175,22 @@ pub(crate) struct InputHeader {
 impl Servers {
     pub(crate) fn new(
         plane: usize,
-        targets: BTreeMap<u16, Target>,
+        backends: BTreeMap<u16, Backend>,
         history_max_bytes: u64,
         liveness: Liveness,
     ) -> Self {
         Self {
             plane,
-            targets,
+            backends,
             servers: HashMap::new(),
             ready: VecDeque::new(),
             waiting: BTreeSet::new(),
             answers: Answers::default(),
+            closes: Closes::default(),
             liveness,
+            down: BTreeSet::new(),
+            died: BTreeSet::new(),
+            life_at: BootTime::from_micros(0),
             dead: false,
             history_max_bytes,
             history_bytes: 0,
@@ -181,6 +216,11 @@ impl Servers {
 
     /// Gives an event to the local server, and keeps its bytes.
     pub(crate) fn apply(&mut self, now: BootTime, number: EventNo, event: &Event, reg: &Registry) {
+        if let Event::LocalFin { conn, .. } | Event::Reset { conn, .. } | Event::Closed { conn } =
+            event
+        {
+            self.closes.settle(*conn);
+        }
         if !self.enqueue(number, event) {
             return;
         }
@@ -219,6 +259,7 @@ impl Servers {
             }
             Event::Closed { conn } => drop(self.remove(*conn)),
             Event::Answered { conn, marks } => self.handle_marks(*conn, marks),
+            // Seen above.
             Event::HalfOpen { .. }
             | Event::Acked { .. }
             | Event::LocalFin { .. }
@@ -235,10 +276,11 @@ impl Servers {
         number: EventNo,
         reg: &Registry,
     ) {
-        let Some(target) = self.targets.get(&port).cloned() else {
+        let Some(backend) = self.backends.get(&port) else {
             warn!(port, "a connection to a port that no service has");
             return;
         };
+        let target = backend.target.clone();
         self.history_bytes += input.cost_bytes();
         let server = Server {
             port,
@@ -252,6 +294,7 @@ impl Servers {
             answer: self.answers.begin(port),
             absent_since: now,
             absence_told: false,
+            had_died: false,
             closing: None,
             later: None,
             queued: false,
@@ -293,6 +336,7 @@ impl Servers {
     fn remove(&mut self, conn: ConnId) -> Option<Upstream> {
         let server = self.servers.remove(&conn)?;
         self.history_bytes -= server.input.cost_bytes();
+        self.closes.settle(conn);
         if let Some((at, _)) = server.later {
             self.waiting.remove(&(at, conn));
         }
@@ -448,67 +492,6 @@ impl Servers {
         self.on_close(now, conn, close, keeper);
     }
 
-    /// The connection to the server ended. Whether that was a close or a crash is the process's to
-    /// say (R5).
-    fn on_close(
-        &mut self,
-        now: BootTime,
-        conn: ConnId,
-        close: Close,
-        keeper: &mut impl OutputKeeper,
-    ) {
-        let Some(server) = self.servers.get(&conn) else {
-            return;
-        };
-        match self.liveness.of(&server.target) {
-            Life::Alive => self.closed(conn, close, keeper),
-            Life::Dead => self.died(now, conn),
-            Life::Unknown => self.later(conn, now + CLOSE_PROBE, Later::JudgeClose(close)),
-        }
-    }
-
-    /// The server closed its side on purpose.
-    fn closed(&mut self, conn: ConnId, close: Close, keeper: &mut impl OutputKeeper) {
-        let Some(server) = self.servers.get_mut(&conn) else {
-            return;
-        };
-        match close {
-            Close::Fin if !server.ended => {
-                server.ended = true;
-                keeper.fin(conn);
-            }
-            Close::Fin => {}
-            Close::Reset => {
-                server.upstream = None;
-                server.lost = true;
-                keeper.reset(conn);
-            }
-        }
-    }
-
-    /// The server died. The client is told nothing; should the server come back, it is brought to
-    /// the same point by replay.
-    fn died(&mut self, now: BootTime, conn: ConnId) {
-        let Some(server) = self.servers.get_mut(&conn) else {
-            return;
-        };
-        if !self.dead {
-            warn!(target = ?server.target, "the local server died");
-        }
-        self.dead = true;
-        // A line that it did not end is not compared.
-        server.answer.restart();
-        server.upstream = None;
-        server.ended = false;
-        server.absent_since = now;
-        server.absence_told = false;
-        if server.input.complete() {
-            self.later(conn, now + CONNECT_RETRY, Later::Connect);
-        } else {
-            server.lost = true;
-        }
-    }
-
     /// The server is not there (yet): try again, and let a leader tell the client in the end.
     fn refused(
         &mut self,
@@ -521,7 +504,12 @@ impl Servers {
             return;
         };
         server.upstream = None;
-        if now.since(server.absent_since) > CONNECT_GIVE_UP {
+        let give_up = if server.had_died {
+            RESTART_GIVE_UP
+        } else {
+            CONNECT_GIVE_UP
+        };
+        if now.since(server.absent_since) > give_up {
             if !std::mem::replace(&mut server.absence_told, true) {
                 warn!(conn = conn.0, %error, target = ?server.target, "the local server is not there");
             }
@@ -576,20 +564,21 @@ impl Servers {
         }
     }
 
-    /// Input that the servers have not taken yet, in bytes, and connections that cannot be served
-    /// here (their server refused, broke off, or their history is gone).
+    /// Input that the servers have not taken yet, in bytes, and how much cannot be served here:
+    /// connections (their server refused, broke off, or their history is gone), and dead servers.
     pub(crate) fn lag(&self, now: BootTime) -> (u64, usize) {
         let mut bytes = 0;
         let mut lost = 0;
-        for server in self.servers.values() {
+        for (conn, server) in &self.servers {
             let taken = server.upstream.as_ref().map_or(0, Upstream::taken);
             bytes += server.input.end() - taken.min(server.input.end());
             let absent = !server.upstream.as_ref().is_some_and(Upstream::connected)
-                && now.since(server.absent_since) > CONNECT_PATIENCE;
+                && now.since(server.absent_since) > CONNECT_PATIENCE
+                && !self.closes.is_own(*conn);
             lost += usize::from(server.lost || absent);
         }
         let (behind, up) = self.order_lag();
-        (bytes + behind, lost + usize::from(!up))
+        (bytes + behind, lost + self.down.len() + usize::from(!up))
     }
 
     /// Input that a connection's server has taken.
@@ -634,6 +623,8 @@ impl Servers {
         self.ready.clear();
         self.waiting.clear();
         self.forget_answers();
+        let _ = self.closes.void(|_| true);
+        self.died.clear();
         self.dead = false;
         self.history_bytes = 0;
     }

@@ -93,6 +93,11 @@ impl Upstream {
         self.taken
     }
 
+    /// What comes before `offset` is in the state that the server began with.
+    pub(crate) fn start_at(&mut self, offset: u64) {
+        self.taken = offset;
+    }
+
     /// Whether the connection stands (the open is given to the server).
     pub(crate) fn connected(&self) -> bool {
         self.connected
@@ -101,6 +106,15 @@ impl Upstream {
     /// Whether a read may give something.
     pub(crate) fn readable(&self) -> bool {
         self.connected && self.readable && !self.ended
+    }
+
+    /// Whether the server has said something that was not read.
+    pub(crate) fn unread(&self) -> bool {
+        let bytes = match &self.stream {
+            Stream::Tcp(s) => rustix::io::ioctl_fionread(s),
+            Stream::Unix(s) => rustix::io::ioctl_fionread(s),
+        };
+        bytes.map_or(true, |bytes| bytes > 0)
     }
 
     /// Whether the end of its input was given to the server.

@@ -149,9 +149,8 @@ impl Host {
         self.enter(|| run_tool(command, what, &self.inner.name))
     }
 
-    /// Sets a knob under `/proc/sys`, which shows the namespace of whoever looks. Where `/proc/sys` is
-    /// read-only (some containers) the default has to do: none of the knobs decides over right or
-    /// wrong, only over how soon an address can be used.
+    /// Sets a knob under `/proc/sys`, as `net/ipv4/tcp_sack`, which shows the namespace of whoever looks. Where
+    /// `/proc/sys` is read-only (some containers) the default has to do: no test's right or wrong may hang on it.
     pub fn sysctl(&self, knob: &str, value: &str) {
         self.enter(|| {
             let _ = std::fs::write(Path::new("/proc/sys").join(knob), value);

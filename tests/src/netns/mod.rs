@@ -205,6 +205,19 @@ impl Lab {
         self.switch.ip(&format!("link set dev {port} {state}"))
     }
 
+    /// Sets the size of the packets that every link takes, in bytes; 1500 by default.
+    ///
+    /// # Errors
+    /// `ip` failed.
+    pub fn set_mtu(&self, mtu: u16) -> Result<(), LabError> {
+        for host in self.hosts() {
+            let port = host.name();
+            self.switch.ip(&format!("link set dev {port} mtu {mtu}"))?;
+            host.ip(&format!("link set dev eth0 mtu {mtu}"))?;
+        }
+        self.switch.ip(&format!("link set dev br0 mtu {mtu}"))
+    }
+
     /// Makes the switch drop every frame from and to the host, silently: the carrier stays, as when
     /// the fault lies farther away.
     ///
@@ -220,6 +233,44 @@ impl Lab {
     /// `bridge` failed.
     pub fn unmute(&self, host: &str) -> Result<(), LabError> {
         self.port_state(host, "forwarding")
+    }
+
+    /// Makes the switch drop, silently, every frame from the host: it hears and is not heard.
+    ///
+    /// # Errors
+    /// `nft` (package nftables) failed.
+    pub fn silence(&self, host: &str) -> Result<(), LabError> {
+        self.drop_frames(host, "ingress")
+    }
+
+    /// Makes the switch drop, silently, every frame to the host: it is heard and does not hear.
+    ///
+    /// # Errors
+    /// `nft` (package nftables) failed.
+    pub fn deafen(&self, host: &str) -> Result<(), LabError> {
+        self.drop_frames(host, "egress")
+    }
+
+    /// Ends [`Lab::silence`] and [`Lab::deafen`].
+    ///
+    /// # Errors
+    /// `nft` failed.
+    pub fn unsilence(&self, host: &str) -> Result<(), LabError> {
+        self.nft(&format!("delete table netdev {}", self.host(host).name()))
+    }
+
+    fn drop_frames(&self, host: &str, hook: &str) -> Result<(), LabError> {
+        let port = self.host(host).name();
+        self.nft(&format!(
+            "table netdev {port} {{\n chain {hook} {{\n  \
+             type filter hook {hook} device {port} priority 0; policy drop;\n }}\n}}"
+        ))
+    }
+
+    fn nft(&self, rules: &str) -> Result<(), LabError> {
+        let mut command = Command::new("nft");
+        command.arg(rules);
+        self.switch.tool(command, &format!("nft {rules}"))
     }
 
     /// A disabled port of a bridge (IEEE 802.1D) neither forwards nor learns nor delivers.

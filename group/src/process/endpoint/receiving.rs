@@ -16,13 +16,14 @@ fn spend(budget: &mut usize, bodies: &[Bytes]) {
 }
 
 impl Endpoint {
-    /// A datagram's items.
+    /// A datagram's items; they lie `within` it where it is worth keeping.
     pub(crate) fn on_datagram(
         &mut self,
         cx: &mut Cx<'_>,
         from: &MemberId,
         header: &Header,
         items: Reader<'_, Small>,
+        within: Option<&Bytes>,
     ) {
         let Some(rank) = self.view.rank(from).filter(|r| *r != self.rank) else {
             return;
@@ -36,8 +37,12 @@ impl Endpoint {
         let mut resend = RESEND_BYTES;
         for item in items {
             match item {
-                Item::Chunk(chunk) if direct => self.on_direct_chunk(cx, from, header.lane, &chunk),
-                Item::Chunk(chunk) if here => self.on_chunk(cx, rank, header.lane, &chunk),
+                Item::Chunk(chunk) if direct => {
+                    self.on_direct_chunk(cx, from, header.lane, &chunk, within);
+                }
+                Item::Chunk(chunk) if here => {
+                    self.on_chunk(cx, rank, header.lane, &chunk, within);
+                }
                 Item::Piece(piece) => self.on_piece(cx, from, &piece),
                 Item::Message(small) => self.on_small(cx, (from, rank), header, small, &mut resend),
                 Item::Chunk(_) | Item::Unicast(_) => {}
@@ -56,7 +61,14 @@ impl Endpoint {
         self.directs.entry(key).or_insert_with(Direct::new)
     }
 
-    fn on_chunk(&mut self, cx: &mut Cx<'_>, rank: usize, lane: u8, chunk: &Chunk<'_>) {
+    fn on_chunk(
+        &mut self,
+        cx: &mut Cx<'_>,
+        rank: usize,
+        lane: u8,
+        chunk: &Chunk<'_>,
+        within: Option<&Bytes>,
+    ) {
         let lane = usize::from(lane);
         // Another's lane is copied only while the view is being left.
         let copy = lane != rank && self.blocked.is_some() && lane != self.rank;
@@ -64,18 +76,25 @@ impl Endpoint {
             return;
         }
         if let Some(inc) = self.ins.get_mut(lane) {
-            inc.take(cx.now, chunk, &cx.config.core.limits);
+            inc.take(cx.now, chunk, within, &cx.config.core.limits);
         }
     }
 
-    fn on_direct_chunk(&mut self, cx: &mut Cx<'_>, from: &MemberId, lane: u8, chunk: &Chunk<'_>) {
+    fn on_direct_chunk(
+        &mut self,
+        cx: &mut Cx<'_>,
+        from: &MemberId,
+        lane: u8,
+        chunk: &Chunk<'_>,
+        within: Option<&Bytes>,
+    ) {
         if lane == DIRECT && !self.takes() {
             return;
         }
         let limits = &cx.config.core.limits;
         let now = cx.now;
         let inc = &mut self.direct(from, lane).inc;
-        inc.take(now, chunk, limits);
+        inc.take(now, chunk, within, limits);
         let mut messages = Vec::new();
         while inc.taken < inc.log.held() {
             inc.taken += 1;

@@ -4,7 +4,7 @@ use super::{Blocked, Cx, Direct, Endpoint, Leaving};
 use crate::process::lane;
 use crate::process::loading::Donating;
 use crate::process::types::{
-    CallRef, GroupEvent, Message, Multicast, Order, Output, Refused, Stability,
+    CallRef, GroupEvent, Message, Multicast, Order, Output, ProcessConfig, Refused, Stability,
 };
 use crate::process::wire::{BLOCKED, DIRECT, Envelope, Header, Kind, Lack, Op, REPLIES, Small};
 use crate::time::Instant;
@@ -31,7 +31,7 @@ impl Endpoint {
         if m.body.len() + self.envelope_room() > cx.config.core.limits.event_bytes_max {
             return Err(Refused::TooLarge);
         }
-        if self.backlog_bytes() >= cx.config.backlog_bytes_max {
+        if !self.has_room(cx.config) {
             self.refused.multicast = true;
             return Err(Refused::Backlog);
         }
@@ -46,6 +46,10 @@ impl Endpoint {
             self.send(cx, m);
         }
         Ok(())
+    }
+
+    pub(crate) fn has_room(&self, config: &ProcessConfig) -> bool {
+        self.backlog_bytes() < config.backlog_bytes_max
     }
 
     fn backlog_bytes(&self) -> u64 {
@@ -78,6 +82,7 @@ impl Endpoint {
             return;
         };
         let urgent = m.safe || m.done.is_some() || m.calling.is_some();
+        let at_once = !m.safe && m.order != Order::View;
         let envelope = Envelope {
             kind,
             safe: m.safe,
@@ -108,6 +113,10 @@ impl Endpoint {
                 view: self.view.id,
                 number,
             });
+        } else if at_once && self.own_taken + 1 == number {
+            // What the ordering would find in the log, without reading it from there.
+            self.own_taken = number;
+            self.take(cx, self.rank, number, envelope, m.body);
         }
         self.settle_done(cx);
         self.feed(cx, self.rank);

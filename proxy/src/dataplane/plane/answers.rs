@@ -8,7 +8,9 @@ use super::super::context::Context;
 use super::super::reports::Report;
 use super::super::role::Role;
 use super::super::verdict::Action;
-use super::{HAND_OVER_EVERY, Plane, group_time};
+use super::super::verdict::DivergenceReport;
+use super::moves::HAND_OVER_EVERY;
+use super::{Plane, group_time};
 use crate::clock::BootTime;
 use crate::fault::planted;
 
@@ -60,10 +62,14 @@ impl Plane {
         }
     }
 
-    pub(super) fn handle_report(&mut self, now: BootTime, from: &group::MemberId, report: &Report) {
-        let Report::Diverged(report) = report;
+    pub(super) fn handle_divergence(
+        &mut self,
+        now: BootTime,
+        from: &group::MemberId,
+        report: DivergenceReport,
+    ) {
         self.changed = true;
-        if self.verdict.handle_report(from, *report)
+        if self.verdict.handle_report(from, report)
             && matches!(self.role, Role::Leader(_))
             && now >= self.hand_over_at
             && !planted!(OutvotedLeads)
@@ -73,7 +79,7 @@ impl Plane {
                 vip = %self.config.vip, conn = report.conn, before = report.before,
                 "two other servers agree with each other and not with the leader's: handing over"
             );
-            self.command(now, Command::HandOver);
+            self.command(now, Command::HandOver { to: None });
         }
     }
 

@@ -11,18 +11,20 @@
 //! replica, if it is a single-threaded loop. What it was given is kept as a whole, so that a fresh
 //! server can be brought to the same state: one that joins, and one that died.
 
-use std::collections::{BTreeSet, VecDeque};
+mod checkpoints;
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
 use std::time::Duration;
 
 use bytes::Bytes;
 use mio::Registry;
 use tracing::{error, info, warn};
-use unbroken_tcpstate::{ConnId, Event, EventNo};
+use unbroken_tcpstate::{ConnId, Event, EventNo, Image};
 
-use super::super::history::{Cursor, Entry, History, What};
+use super::super::history::{Entry, History, INPUT_COST_BYTES, Place, What};
 use super::super::queues::{Queues, Seen};
-use super::super::runner::Runner;
+use super::super::runner::{Attempt, Progress, Runner};
 use super::super::upstream::Upstream;
 use super::{Input, OutputKeeper, Servers};
 use crate::clock::BootTime;
@@ -62,6 +64,77 @@ pub(crate) struct OrderHeader {
     pub(crate) cost_bytes: u64,
     /// `Skip` events: connection and number.
     pub(crate) skips: Vec<(u64, u64)>,
+    /// False: it was too long to be kept, and brings nobody anywhere.
+    pub(crate) complete: bool,
+    /// What a server begins with; the images' lengths, which stand before the history.
+    base: Option<(Vec<u64>, Vec<Live>)>,
+}
+
+impl OrderHeader {
+    /// Whether servers can be brought up with it to go on where these connections stand: what a client
+    /// may still ask for must be said again by the server, and is not if it lies before its state.
+    pub(crate) fn is_usable(&self, tcp: &Image) -> bool {
+        let live = self.base.iter().flat_map(|(_, live)| live);
+        let produced: BTreeMap<ConnId, u64> = live.map(|l| (l.conn, l.produced)).collect();
+        self.complete
+            && tcp
+                .connections()
+                .all(|(conn, state)| produced.get(&conn).is_none_or(|p| *p <= state.acked))
+    }
+
+    /// Length of everything that follows the header.
+    pub(crate) fn total_bytes(&self) -> Option<u64> {
+        let images = self.base.iter().flat_map(|(lengths, _)| lengths);
+        images.copied().try_fold(self.bytes, u64::checked_add)
+    }
+}
+
+/// A connection that stood when a checkpoint was taken.
+#[derive(Debug, Clone, serde::Serialize, serde::Deserialize)]
+pub(super) struct Live {
+    pub(super) conn: ConnId,
+    pub(super) port: u16,
+    /// Its input that is in the checkpoint's state, and what its server had answered.
+    pub(super) taken: u64,
+    pub(super) produced: u64,
+}
+
+/// What servers begin with in place of all inputs up to some event.
+#[derive(Debug)]
+struct Base {
+    /// One for each service.
+    images: Vec<Bytes>,
+    live: Vec<Live>,
+}
+
+/// A checkpoint being taken of this replica's servers.
+#[derive(Debug)]
+struct Taking {
+    attempts: Vec<Attempt>,
+    since: BootTime,
+    place: Place,
+    cost_bytes: u64,
+    given: EventNo,
+    /// The connections as they stood when the servers' state was taken; until then nothing is given.
+    live: Option<Vec<Live>>,
+    /// What the servers had answered by then has had its time to be read.
+    ripe: bool,
+}
+
+/// How it stands with servers that are given their inputs in one order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Outlook {
+    /// They have what there is, or nearly; or there is no such order.
+    Even,
+    /// They are being started.
+    Begins,
+    /// They are given again what others have long taken.
+    CatchingUp {
+        percent: u64,
+        left: Option<Duration>,
+    },
+    /// What they were given is not kept.
+    NoHistory,
 }
 
 /// The input that was given last, until the server has taken it.
@@ -78,6 +151,25 @@ struct Waiting {
     asked: bool,
 }
 
+impl Waiting {
+    fn new(now: BootTime, conn: ConnId, number: EventNo, open: bool, answers: bool) -> Self {
+        let first = if answers && !open {
+            FIRST_LOOK_ANSWERING
+        } else {
+            FIRST_LOOK
+        };
+        Self {
+            conn,
+            number,
+            open,
+            since: now,
+            look_at: now + first,
+            apart: first * 2,
+            asked: false,
+        }
+    }
+}
+
 /// Whether holding back has helped those that are behind.
 #[derive(Debug)]
 struct Pace {
@@ -91,9 +183,14 @@ struct Pace {
 pub(crate) struct Order {
     history: History,
     history_bytes_max: u64,
-    pending: VecDeque<Entry>,
+    /// What a server begins with, if not with nothing.
+    base: Option<Base>,
+    /// Each with its place in the history.
+    pending: VecDeque<(Place, Entry)>,
     /// Inputs before the pending ones that are given again.
-    replay: Option<Cursor>,
+    replay: Option<Place>,
+    /// Connections of the base that are yet to be opened.
+    reopen: VecDeque<Live>,
     /// What the server has been given so far cost so much.
     given_cost: u64,
     /// When the replay began, and with how much before it.
@@ -110,7 +207,15 @@ pub(crate) struct Order {
     hold_until: BootTime,
     queues: Queues,
     runners: Vec<Runner>,
-    /// The servers have been given nothing since they began.
+    attempt: Option<Taking>,
+    attempt_after: BootTime,
+    /// The server has said something since it was given the last input.
+    spoke: bool,
+    /// Since when a checkpoint has been wanted.
+    due_since: Option<BootTime>,
+    /// It is given nothing more for a moment, in which it may say something.
+    listening: bool,
+    /// The servers have been given nothing since they began, which was with nothing.
     pristine: bool,
     began_at: BootTime,
     /// The servers lack inputs that are not kept.
@@ -131,8 +236,10 @@ impl Order {
         Ok(Self {
             history: History::new(history_bytes_max),
             history_bytes_max,
+            base: None,
             pending: VecDeque::new(),
             replay: None,
+            reopen: VecDeque::new(),
             given_cost: 0,
             replay_from: None,
             waiting: None,
@@ -144,6 +251,11 @@ impl Order {
             hold_until: now,
             queues: Queues::open()?,
             runners,
+            attempt: None,
+            attempt_after: now,
+            spoke: true,
+            due_since: None,
+            listening: false,
             pristine: true,
             began_at: now,
             ruined: false,
@@ -154,17 +266,20 @@ impl Order {
 
     fn append(&mut self, entry: Entry) {
         let complete = self.history.complete();
+        let place = self.history.end();
         self.history.append(&entry);
         if complete && !self.history.complete() {
             error!(
                 bytes_max = self.history_bytes_max,
                 "the history of inputs is full: no replica can be brought up any more"
             );
+            // What a checkpoint was to take the place of is gone; the next begins another history.
+            self.attempt = None;
             // What was to be given again is gone.
             self.ruined = self.replay.take().is_some();
         }
         if self.replay.is_none() {
-            self.pending.push_back(entry);
+            self.pending.push_back((place, entry));
         }
     }
 
@@ -178,7 +293,16 @@ impl Order {
                 info!(bytes, "the server was brought up by replay");
             }
         }
-        self.pending.pop_front()
+        self.pending.pop_front().map(|(_, entry)| entry)
+    }
+
+    /// Where the inputs begin that the servers have not been given.
+    fn place(&self) -> Place {
+        match (self.replay, self.pending.front()) {
+            (Some(place), _) => place,
+            (None, Some((place, _))) => *place,
+            (None, None) => self.history.end(),
+        }
     }
 
     /// A further piece of the same connection's input, if it follows directly.
@@ -198,21 +322,12 @@ impl Order {
                 _ => None,
             };
         }
-        match self.pending.front()? {
-            Entry {
-                conn: of,
-                what: What::Data(_),
-                ..
-            } if *of == conn => {}
-            _ => return None,
-        }
-        match self.pending.pop_front()? {
-            Entry {
-                number,
-                what: What::Data(bytes),
-                ..
-            } => Some((number, bytes)),
-            _ => None,
+        let (_, Entry { number, what, .. }) = self
+            .pending
+            .pop_front_if(|(_, entry)| entry.conn == conn && matches!(entry.what, What::Data(_)))?;
+        match what {
+            What::Data(bytes) => Some((number, bytes)),
+            What::Open { .. } | What::Fin | What::End { .. } => None,
         }
     }
 
@@ -238,12 +353,22 @@ impl Order {
         self.pending.clear();
         self.waiting = None;
         self.passed.clear();
-        self.replay = Some(Cursor::default());
+        self.replay = Some(self.history.start());
+        self.attempt = None;
+        let base = self.base.as_ref();
+        self.reopen = base.map_or(VecDeque::new(), |b| b.live.iter().cloned().collect());
         self.given_cost = 0;
         self.replay_from = Some((now, self.behind()));
         self.began_at = now;
         self.ruined = false;
-        if !std::mem::replace(&mut self.pristine, true) {
+        let pristine = std::mem::replace(&mut self.pristine, true);
+        if let Some(base) = &self.base {
+            for (runner, image) in self.runners.iter_mut().zip(&base.images) {
+                runner.restart(Some(image.clone()));
+            }
+            // Not to be begun with when it is not wanted any more.
+            self.pristine = false;
+        } else if !pristine {
             for runner in &mut self.runners {
                 runner.restart(None);
             }
@@ -312,20 +437,25 @@ impl Servers {
         if order.ruined || order.runners.iter().any(Runner::down) {
             self.dead = true;
         }
+        order.spoke |= self.heard;
         if order.up() && !order.ruined {
             for _ in 0..GIVE_PER_TURN {
                 if !self.settled(now, &mut order, keeper) {
                     break;
                 }
-                if now < order.hold_until {
+                if !self.checkpoint(now, &mut order, keeper) || now < order.hold_until {
                     break;
+                }
+                if let Some(live) = order.reopen.pop_front() {
+                    self.reopen(now, &live, &mut order, registry, keeper);
+                    continue;
                 }
                 let Some(entry) = order.next() else { break };
                 order.given_cost += entry.cost_bytes();
                 self.give(now, entry, &mut order, registry, keeper);
             }
         }
-        self.heard = false;
+        order.spoke |= std::mem::take(&mut self.heard);
         self.order = Some(order);
     }
 
@@ -454,6 +584,7 @@ impl Servers {
         keeper: &mut impl OutputKeeper,
     ) {
         order.pristine = false;
+        (order.spoke, order.listening) = (false, false);
         let Entry { number, conn, what } = entry;
         let mut newest = number;
         let open = matches!(what, What::Open { .. });
@@ -475,8 +606,7 @@ impl Servers {
                     let Some((number, bytes)) = order.next_of(conn) else {
                         break;
                     };
-                    order.given_cost +=
-                        bytes.len() as u64 + super::super::history::INPUT_COST_BYTES;
+                    order.given_cost += bytes.len() as u64 + INPUT_COST_BYTES;
                     server.input.push(number, server.input.end(), bytes);
                     newest = number;
                 }
@@ -507,20 +637,7 @@ impl Servers {
         self.given = Some(newest);
         self.turn(now, conn, keeper);
         if !order.passed.contains(&conn) {
-            let first = if order.answers && !open {
-                FIRST_LOOK_ANSWERING
-            } else {
-                FIRST_LOOK
-            };
-            order.waiting = Some(Waiting {
-                conn,
-                number,
-                open,
-                since: now,
-                look_at: now + first,
-                apart: first * 2,
-                asked: false,
-            });
+            order.waiting = Some(Waiting::new(now, conn, number, open, order.answers));
         }
     }
 
@@ -559,31 +676,49 @@ impl Servers {
         if let Some(order) = &mut self.order {
             order.history = History::new(order.history_bytes_max);
             order.skips.clear();
+            order.base = None;
             order.begin(now);
             self.given = Some(EventNo(0));
         }
     }
 
-    /// The order as a checkpoint carries it.
+    /// The order as a checkpoint carries it: the servers' images, then the history.
     pub(crate) fn order_image(&mut self) -> Option<(OrderHeader, Vec<Bytes>)> {
         let order = self.order.as_mut()?;
+        let base = order.base.as_ref();
+        let images = base.map_or(Vec::new(), |b| b.images.clone());
+        let lengths = |b: &Base| b.images.iter().map(|i| i.len() as u64).collect();
         let header = OrderHeader {
             bytes: order.history.bytes(),
             cost_bytes: order.history.cost_bytes(),
             skips: order.skips.iter().map(|(c, n)| (c.0, n.0)).collect(),
+            complete: order.history.complete(),
+            base: base.map(|b| (lengths(b), b.live.clone())),
         };
-        Some((header, order.history.chunks()))
+        let segments = images.into_iter().chain(order.history.chunks());
+        Some((header, segments.collect()))
     }
 
     /// Takes the order from a checkpoint and begins the replay. To be called after [`Self::clear`].
-    pub(crate) fn restore_order(&mut self, now: BootTime, header: &OrderHeader, bytes: Bytes) {
-        if let Some(order) = &mut self.order {
-            let max = order.history_bytes_max;
-            order.history = History::restore(max, bytes, header.cost_bytes);
-            let skips = header.skips.iter();
-            order.skips = skips.map(|(c, n)| (ConnId(*c), EventNo(*n))).collect();
-            order.begin(now);
-        }
+    pub(crate) fn restore_order(&mut self, now: BootTime, header: &OrderHeader, mut bytes: Bytes) {
+        let Some(order) = &mut self.order else {
+            return;
+        };
+        order.base = header.base.as_ref().map(|(lengths, live)| {
+            let lengths = lengths
+                .iter()
+                .map(|n| usize::try_from(*n).unwrap_or(usize::MAX));
+            let images = lengths
+                .map(|n| bytes.split_to(n.min(bytes.len())))
+                .collect();
+            let live = live.clone();
+            Base { images, live }
+        });
+        let max = order.history_bytes_max;
+        order.history = History::restore(max, bytes, header.cost_bytes);
+        let skips = header.skips.iter();
+        order.skips = skips.map(|(c, n)| (ConnId(*c), EventNo(*n))).collect();
+        order.begin(now);
     }
 
     /// Leader: how far the other replicas' servers are behind, at the most. To be told regularly.
@@ -622,6 +757,28 @@ impl Servers {
         }
     }
 
+    /// How far this replica's servers are, for people.
+    pub(crate) fn outlook(&self, now: BootTime) -> Outlook {
+        let Some(order) = &self.order else {
+            return Outlook::Even;
+        };
+        let all = order.history.cost_bytes();
+        if !order.history.complete() {
+            Outlook::NoHistory
+        } else if !order.up() {
+            Outlook::Begins
+        } else if order.replay.is_some() && order.behind() > 0 {
+            let elapsed = now.since(order.began_at);
+            let left = elapsed.mul_f64(order.behind() as f64 / order.given_cost.max(1) as f64);
+            Outlook::CatchingUp {
+                percent: order.given_cost * 100 / all,
+                left: (order.given_cost > 0).then_some(left),
+            }
+        } else {
+            Outlook::Even
+        }
+    }
+
     /// What is behind for lack of being given, and whether the servers are up.
     pub(super) fn order_lag(&self) -> (u64, bool) {
         self.order
@@ -636,6 +793,11 @@ impl Servers {
     /// When the next look at a queue is due, or the next input.
     pub(super) fn order_timeout(&self) -> Option<BootTime> {
         let order = self.order.as_ref().filter(|o| o.up())?;
+        if order.attempt.as_ref().is_some_and(|a| a.live.is_none()) {
+            // Its progress wakes the loop; once it is ripe, at once.
+            let ripe = order.attempt.as_ref().is_some_and(|a| a.ripe);
+            return ripe.then(|| BootTime::from_micros(0));
+        }
         match &order.waiting {
             Some(waiting) => Some(waiting.look_at),
             None if order.behind() > 0 => Some(order.hold_until),

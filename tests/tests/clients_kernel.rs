@@ -1,0 +1,192 @@
+//! Clients of every kind, in every state, while the leader dies: kernels set in every way, and connections that are idle,
+//! stuck, half closed, opening and closing at that very moment.
+
+#![allow(clippy::unwrap_used, reason = "a test says plainly what it expects")]
+
+use std::io::{Read as _, Write as _};
+use std::net::{Shutdown, TcpStream};
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
+
+use rustix::process::Signal;
+use unbroken_tests::client::{self, Progress};
+use unbroken_tests::cluster::{Cluster, Options, PATIENCE, Service};
+use unbroken_tests::netns::userns;
+use unbroken_tests::pattern;
+use unbroken_tests::server::Request;
+use unbroken_tests::trio::Trio;
+
+const NODE: &str = env!("CARGO_BIN_EXE_lab-node");
+const SERVER: &str = env!("CARGO_BIN_EXE_lab-server");
+
+/// Kills the leader's machine, waits for its heir, and starts it again. `meanwhile` runs before that.
+fn fail_over(cluster: &mut Cluster, meanwhile: impl FnOnce()) {
+    let (leader, view) = cluster.wait_whole().unwrap();
+    cluster.node(&leader).signal(Signal::KILL).unwrap();
+    cluster.wait_leader(view).unwrap();
+    meanwhile();
+    cluster.kill(&leader).unwrap();
+    cluster.start_replica(&leader).unwrap();
+    cluster.wait_whole().unwrap();
+}
+
+/// Three connections of clients whose kernel is set as said, under a failover.
+fn survive(cluster: &mut Cluster, what: &str) {
+    eprintln!("{what}");
+    let trio = Trio::start(cluster, 12 << 20);
+    trio.wait_progress();
+    fail_over(cluster, || trio.wait_progress());
+    trio.finish();
+}
+
+#[test]
+fn kernels_set_in_every_way() {
+    userns::privileged("kernels_set_in_every_way", || {
+        let mut cluster = Cluster::start(Options::new(NODE, [Service::lab(SERVER)])).unwrap();
+        let knobs = [
+            ("net/ipv4/tcp_congestion_control", "reno"),
+            ("net/ipv4/tcp_congestion_control", "cubic"),
+            ("net/ipv4/tcp_timestamps", "0"),
+            ("net/ipv4/tcp_sack", "0"),
+            ("net/ipv4/tcp_window_scaling", "0"),
+        ];
+        for (knob, value) in knobs {
+            let host = cluster.lab().host("c").clone();
+            let file = std::path::Path::new("/proc/sys").join(knob);
+            let usual = host.enter(|| std::fs::read_to_string(&file)).unwrap();
+            host.sysctl(knob, value);
+            survive(&mut cluster, &format!("{knob} = {value}"));
+            host.sysctl(knob, usual.trim());
+        }
+        // The last: there is no way back that every kernel knows.
+        offloads_off(&cluster);
+        survive(&mut cluster, "offloads off");
+    });
+}
+
+/// Every frame is one segment, with its checksum in it.
+fn offloads_off(cluster: &Cluster) {
+    for host in cluster.lab().hosts() {
+        let mut command = Command::new("ethtool");
+        command.args(["-K", "eth0"]);
+        command.args(["tso", "off", "gso", "off", "gro", "off", "tx", "off"]);
+        let output = host.output(command);
+        let output = output.expect("ethtool (package ethtool) can be run");
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert!(
+            output.status.success(),
+            "ethtool on {}: {error}",
+            host.name()
+        );
+    }
+}
+
+#[test]
+fn large_frames() {
+    userns::privileged("large_frames", || {
+        let mut options = Options::new(NODE, [Service::lab(SERVER)]);
+        options.mtu = Some(9000);
+        let mut cluster = Cluster::start(options).unwrap();
+        survive(&mut cluster, "MTU 9000");
+    });
+}
+
+/// Asks for `length` bytes of stream `seed` and reads none of them yet.
+fn ask(cluster: &Cluster, seed: u64, length: u64) -> TcpStream {
+    let mut stream = cluster.connect(80).unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    let request = Request::Download { seed, length };
+    stream.write_all(&request.encode()).unwrap();
+    stream
+}
+
+/// Reads stream `seed` to its end, which must be that of the connection.
+fn read_all(mut stream: TcpStream, seed: u64, length: u64) {
+    let (mut at, mut buffer) = (0, vec![0; 64 << 10]);
+    loop {
+        let n = stream.read(&mut buffer).unwrap();
+        if n == 0 {
+            break;
+        }
+        assert_eq!(pattern::first_difference(seed, at, &buffer[..n]), None);
+        at += n as u64;
+    }
+    assert_eq!(at, length);
+}
+
+#[test]
+fn connections_in_every_state() {
+    userns::privileged("connections_in_every_state", || {
+        let mut cluster = Cluster::start(Options::new(NODE, [Service::lab(SERVER)])).unwrap();
+        cluster.wait_whole().unwrap();
+        let length = 8 << 20;
+        let stuck = ask(&cluster, 3, length);
+        let half_closed = ask(&cluster, 4, length);
+        half_closed.shutdown(Shutdown::Write).unwrap();
+        // What the server sends before it closes fits into the client's buffer: its FIN is not acknowledged by an
+        // application, only by a kernel.
+        let closed_by_server = ask(&cluster, 5, 1000);
+        let idle = cluster.connect(80).unwrap();
+        let (go, wait) = mpsc::channel::<()>();
+        let (asked, first) = mpsc::channel::<()>();
+        let over = AtomicBool::new(false);
+        thread::scope(|scope| {
+            let idler = scope.spawn(move || {
+                let mut round = 0;
+                let more = || {
+                    round += 1;
+                    if round == 2 {
+                        asked.send(()).unwrap();
+                        wait.recv().unwrap();
+                    }
+                    round < 4
+                };
+                client::exchange(idle, 64, Duration::ZERO, &Progress::shared(), more)
+            });
+            first.recv().unwrap();
+            let (cluster_ref, over_ref) = (&mut cluster, &over);
+            // Connections that open, speak and close all the time, so some do at every moment of the takeover.
+            let host = cluster_ref.lab().host("c").clone();
+            let openers: Vec<_> = (0..4)
+                .map(|_| {
+                    let host = host.clone();
+                    scope.spawn(move || {
+                        let mut conversations = 0;
+                        while !over_ref.load(Ordering::Relaxed) {
+                            let stream = host.enter(connect).unwrap();
+                            let mut round = 0;
+                            let more = || {
+                                round += 1;
+                                round < 3
+                            };
+                            client::exchange(stream, 64, Duration::ZERO, &Progress::shared(), more)
+                                .unwrap();
+                            conversations += 1;
+                        }
+                        conversations
+                    })
+                })
+                .collect();
+            for _ in 0..2 {
+                fail_over(cluster_ref, || {});
+            }
+            over.store(true, Ordering::Relaxed);
+            for opener in openers {
+                assert!(opener.join().unwrap() > 0);
+            }
+            go.send(()).unwrap();
+            idler.join().unwrap().unwrap();
+        });
+        read_all(stuck, 3, length);
+        read_all(half_closed, 4, length);
+        read_all(closed_by_server, 5, 1000);
+    });
+}
+
+fn connect() -> std::io::Result<TcpStream> {
+    let vip = (unbroken_tests::cluster::VIP, 80).into();
+    TcpStream::connect_timeout(&vip, PATIENCE)
+}

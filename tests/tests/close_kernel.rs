@@ -1,0 +1,94 @@
+//! A crash is not a close (R5): what happens to the leader's *server*, under clients of the kernel's that
+//! verify every byte. None of them may notice.
+
+#![allow(clippy::unwrap_used, reason = "a test says plainly what it expects")]
+
+use std::time::{Duration, Instant};
+
+use rustix::process::Signal;
+use unbroken_tests::client::{self, Progress};
+use unbroken_tests::cluster::{Cluster, Options, Service};
+use unbroken_tests::netns::userns;
+use unbroken_tests::traffic::{Kind, Traffic};
+
+const NODE: &str = env!("CARGO_BIN_EXE_lab-node");
+const SERVER: &str = env!("CARGO_BIN_EXE_lab-server");
+/// Connections whose closes are timed.
+const TIMED: usize = 300;
+
+/// The server with a health check that it answers, since the kernel accepts for one that hangs: a
+/// download of one byte.
+fn checked() -> Service {
+    let request = format!("D{}\\u0001", "\\u0000".repeat(15));
+    Service {
+        keys: format!(
+            "health = {{ send = \"{request}\", interval = \"100ms\", timeout = \"200ms\", failures = 2 }}"
+        ),
+        ..Service::lab(SERVER)
+    }
+}
+
+fn divergences(cluster: &Cluster) -> u64 {
+    let statuses = cluster.statuses().into_iter().flatten();
+    statuses
+        .map(|s| s.services[0].counters.close_divergences)
+        .sum()
+}
+
+#[test]
+fn the_leaders_server_dies_or_closes_everything_or_hangs() {
+    userns::privileged(
+        "the_leaders_server_dies_or_closes_everything_or_hangs",
+        || {
+            let mut cluster = Cluster::start(Options::new(NODE, [checked()])).unwrap();
+            let (mut leader, _) = cluster.wait_whole().unwrap();
+            let traffic = Traffic::start(&cluster, 80, &Kind::ALL);
+            for signal in [Signal::KILL, Signal::TERM, Signal::STOP] {
+                // After SIGTERM it closes all connections and lives on.
+                cluster.server(&leader, "lab").signal(signal).unwrap();
+                let was = leader;
+                cluster.wait_other_leader(&was).unwrap();
+                traffic.wait_progress();
+                cluster.server(&was, "lab").kill().unwrap();
+                cluster.start_server(&was, "lab").unwrap();
+                (leader, _) = cluster.wait_whole().unwrap();
+            }
+            traffic.finish();
+            assert_eq!(divergences(&cluster), 0);
+        },
+    );
+}
+
+/// The time from the request to the end of the stream of a brief connection, of [`TIMED`] the median.
+fn median_close(cluster: &Cluster) -> Duration {
+    let mut times: Vec<Duration> = (0..TIMED)
+        .map(|_| {
+            let stream = cluster.connect(80).unwrap();
+            let begun = Instant::now();
+            client::download(stream, 1, 100, None, &Progress::shared()).unwrap();
+            begun.elapsed()
+        })
+        .collect();
+    times.sort_unstable();
+    times[TIMED / 2]
+}
+
+#[test]
+fn a_server_that_closes_is_seen_to_close() {
+    userns::privileged("a_server_that_closes_is_seen_to_close", || {
+        let mut medians = Vec::new();
+        for replicas in [1, 3] {
+            let mut options = Options::new(NODE, [Service::lab(SERVER)]);
+            options.replicas = replicas;
+            let cluster = Cluster::start(options).unwrap();
+            let whole = cluster.wait_whole().unwrap();
+            medians.push(median_close(&cluster));
+            assert_eq!(cluster.wait_whole().unwrap(), whole, "nobody handed over");
+            assert_eq!(divergences(&cluster), 0);
+        }
+        eprintln!(
+            "request to end of stream, median of {TIMED}: {:?} with one replica, {:?} with three",
+            medians[0], medians[1]
+        );
+    });
+}
