@@ -182,6 +182,10 @@ const MANY: [Figure; 4] = [
     ),
 ];
 
+/// Messages to each of many groups before all are waited for: flow control is by group, and the receivers' sockets hold only
+/// so much.
+const OUTSTANDING: u64 = 4;
+
 /// The benchmark under way.
 pub(super) struct Bench<'a> {
     pub(super) lab: &'a Lab,
@@ -310,12 +314,12 @@ impl Bench<'_> {
                     round + 1
                 ));
                 let group = format!("rate{receivers}");
-                let small = self.flood(std::slice::from_ref(&group), 100, receivers)?;
+                let small = self.flood(std::slice::from_ref(&group), 100, receivers, None)?;
                 let [rate, sender, receiver] = MESSAGES[which];
                 self.report.add(rate, small.per_second, None);
                 self.report.add(sender, small.sender_ns, None);
                 self.report.add(receiver, small.receiver_ns, None);
-                let large = self.flood(&[group], 8192, receivers)?;
+                let large = self.flood(&[group], 8192, receivers, None)?;
                 let bytes = large.per_second * 8192.0 / 1e6;
                 for (figure, over) in BYTES[which].into_iter().zip([Over::Udp, Over::Tcp]) {
                     let peer = iperf.then(|| {
@@ -334,7 +338,13 @@ impl Bench<'_> {
 
     /// The first member sends, the next `receivers` take; measured until the last message was taken everywhere.
     #[expect(clippy::cast_precision_loss, reason = "figures to be shown")]
-    fn flood(&mut self, groups: &[String], bytes: usize, receivers: usize) -> Result<Rate> {
+    fn flood(
+        &mut self,
+        groups: &[String],
+        bytes: usize,
+        receivers: usize,
+        outstanding: Option<u64>,
+    ) -> Result<Rate> {
         for link in &mut self.links {
             link.done(&Ask::Reset)?;
         }
@@ -342,6 +352,7 @@ impl Bench<'_> {
             groups: groups.to_vec(),
             bytes,
             milliseconds: self.extent.flood_ms,
+            outstanding,
         })?;
         let (mut last, mut cpu) = (0, 0);
         for link in &mut self.links[1..=receivers] {
@@ -395,7 +406,7 @@ impl Bench<'_> {
         self.report.add(MANY[1], each, None);
         for round in 0..self.extent.rounds {
             show(&format!("{count} groups, round {}", round + 1));
-            let rate = self.flood(&groups, 100, 2)?;
+            let rate = self.flood(&groups, 100, 2, Some(OUTSTANDING))?;
             self.report.add(MANY[2], rate.per_second, None);
         }
         // Its node stops: one change of the view of sites, and of each group's.

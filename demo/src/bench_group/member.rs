@@ -58,11 +58,13 @@ pub(super) enum Ask {
     },
     /// The one-way times of pings or fbcasts that came here since the last time.
     OneWay,
-    /// Send fbcasts for so long, to the groups in turn, and wait until all are stable.
+    /// Send fbcasts for so long, to the groups in turn, and wait until all are stable; and after every so many to each
+    /// group, where that is given.
     Flood {
         groups: Vec<String>,
         bytes: usize,
         milliseconds: u64,
+        outstanding: Option<u64>,
     },
     /// Forget what was counted.
     Reset,
@@ -205,7 +207,8 @@ impl Member {
                 groups,
                 bytes,
                 milliseconds,
-            } => return self.flood(&groups, bytes, milliseconds),
+                outstanding,
+            } => return self.flood(&groups, bytes, milliseconds, outstanding),
             Ask::Reset => {
                 lock(&self.seen).counted = Counted::default();
                 self.cpu_at_reset = cpu();
@@ -257,7 +260,7 @@ impl Member {
             let joins = groups.iter().map(|name| Group::join(node, name));
             let mut joined = Vec::new();
             // All requests are made before the first is waited for.
-            for join in tokio_join_all(joins).await {
+            for join in all(joins).await {
                 joined.push(join?);
             }
             Ok::<_, anyhow::Error>(joined)
@@ -332,14 +335,22 @@ impl Member {
         })
     }
 
-    fn flood(&self, names: &[String], bytes: usize, milliseconds: u64) -> Result<Answer> {
+    fn flood(
+        &self,
+        names: &[String],
+        bytes: usize,
+        milliseconds: u64,
+        outstanding: Option<u64>,
+    ) -> Result<Answer> {
         let groups: Option<Vec<&Group>> = names.iter().map(|name| self.groups.get(name)).collect();
         let groups = groups.context("not a member")?;
         let body = Bytes::from(vec![b'x'; bytes]);
+        let last = Multicast::new(Order::Fifo, body.clone());
         let (began, cpu_began) = (now(), cpu());
         let until = began + milliseconds * 1_000_000;
         let mut messages = 0;
         self.runtime.block_on(async {
+            let mut turns = 0;
             'sending: loop {
                 for group in &groups {
                     group.fbcast(body.clone()).await?;
@@ -349,12 +360,12 @@ impl Member {
                         break 'sending;
                     }
                 }
+                turns += 1;
+                if outstanding.is_some_and(|most| turns % most == 0) {
+                    messages += stable_everywhere(&groups, &last).await?;
+                }
             }
-            for group in &groups {
-                let last = Multicast::new(Order::Fifo, body.clone());
-                group.send_stable(last, Stability::All).await?;
-                messages += 1;
-            }
+            messages += stable_everywhere(&groups, &last).await?;
             Ok::<_, anyhow::Error>(())
         })?;
         Ok(Answer::Flooded(Flooded {
@@ -365,8 +376,19 @@ impl Member {
     }
 }
 
+/// Sends one more to each group and waits until all are stable. How many.
+async fn stable_everywhere(groups: &[&Group], last: &Multicast) -> Result<u64> {
+    let sends = groups
+        .iter()
+        .map(|group| group.send_stable(last.clone(), Stability::All));
+    let sent = all(sends).await;
+    let count = sent.len() as u64;
+    sent.into_iter().collect::<Result<(), _>>()?;
+    Ok(count)
+}
+
 /// Waits for all of them together.
-async fn tokio_join_all<F: Future>(futures: impl Iterator<Item = F>) -> Vec<F::Output> {
+async fn all<F: Future>(futures: impl Iterator<Item = F>) -> Vec<F::Output> {
     let mut waiting: Vec<_> = futures.map(Box::pin).collect();
     let mut done: Vec<Option<F::Output>> = waiting.iter().map(|_| None).collect();
     std::future::poll_fn(|cx| {
