@@ -49,6 +49,7 @@ fn kernels_set_in_every_way() {
         let knobs = [
             ("net/ipv4/tcp_congestion_control", "reno"),
             ("net/ipv4/tcp_congestion_control", "cubic"),
+            ("net/ipv4/tcp_congestion_control", "bbr"),
             ("net/ipv4/tcp_timestamps", "0"),
             ("net/ipv4/tcp_sack", "0"),
             ("net/ipv4/tcp_window_scaling", "0"),
