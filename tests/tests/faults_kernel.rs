@@ -59,7 +59,10 @@ impl Fault {
 
 /// Each fault befalls whoever leads, under the same three connections.
 fn survive(faults: &[Fault]) {
-    let mut cluster = Cluster::start(Options::new(NODE, [Service::lab(SERVER)])).unwrap();
+    let mut service = Service::lab(SERVER);
+    // The whole input of a connection that lives through all of it is replayed to who joins.
+    service.keys = "history = { memory = \"2GiB\" }".to_owned();
+    let mut cluster = Cluster::start(Options::new(NODE, [service])).unwrap();
     let (mut leader, mut view) = cluster.wait_whole().unwrap();
     let clients = Trio::start(&cluster, (faults.len() as u64 * 12) << 20);
     for fault in faults {
