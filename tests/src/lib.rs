@@ -6,4 +6,3 @@ pub mod netns;
 pub mod pattern;
 pub mod server;
 pub mod traffic;
-pub mod trio;

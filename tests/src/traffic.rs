@@ -14,9 +14,9 @@ use crate::cluster::{Cluster, PATIENCE, VIP};
 use crate::netns::{Host, wait_until};
 
 /// What a bulk client moves a second: what lives through a fault shall not be over before it.
-const RATE: u64 = 2 << 20;
+const RATE: u64 = 4 << 20;
 /// Payload of one bulk connection: it lives for some seconds, and the next one follows.
-const BULK_BYTES: u64 = 8 << 20;
+const BULK_BYTES: u64 = 16 << 20;
 /// Payload of a brief connection.
 const BRIEF_BYTES: u64 = 1000;
 
@@ -45,10 +45,14 @@ impl Kind {
         Self::Brief,
     ];
 
+    /// Those whose bytes flow all the time.
+    pub const BUSY: [Self; 3] = [Self::Download, Self::Upload, Self::Exchange];
+
     fn run(
         self,
         host: &Host,
         server: SocketAddr,
+        bulk_bytes: u64,
         progress: &Arc<Progress>,
         stop: &AtomicBool,
     ) -> Result<Vec<Outcome>> {
@@ -60,8 +64,8 @@ impl Kind {
                 .context("connecting")?;
             let seed = outcomes.len() as u64;
             let outcome = match self {
-                Self::Download => client::download(stream, seed, BULK_BYTES, Some(RATE), progress),
-                Self::Upload => client::upload(stream, seed, BULK_BYTES, Some(RATE), progress),
+                Self::Download => client::download(stream, seed, bulk_bytes, Some(RATE), progress),
+                Self::Upload => client::upload(stream, seed, bulk_bytes, Some(RATE), progress),
                 Self::Exchange => {
                     client::exchange(stream, 64, Duration::from_millis(2), progress, more)
                 }
@@ -97,13 +101,21 @@ impl Traffic {
     /// # Panics
     /// One does not, or ends.
     pub fn start(cluster: &Cluster, port: u16, kinds: &[Kind]) -> Self {
+        Self::with_bulk(cluster, port, kinds, BULK_BYTES)
+    }
+
+    /// The same, with so many bytes on one bulk connection, at 4 MiB a second: for one to live through all of a test.
+    ///
+    /// # Panics
+    /// As above.
+    pub fn with_bulk(cluster: &Cluster, port: u16, kinds: &[Kind], bulk_bytes: u64) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let server = SocketAddr::from((VIP, port));
         let clients = kinds.iter().map(|kind| {
             let (kind, host) = (*kind, cluster.lab().host("c").clone());
             let (stop, progress) = (Arc::clone(&stop), Progress::shared());
             let mine = Arc::clone(&progress);
-            let thread = thread::spawn(move || kind.run(&host, server, &mine, &stop));
+            let thread = thread::spawn(move || kind.run(&host, server, bulk_bytes, &mine, &stop));
             Client {
                 kind,
                 progress,

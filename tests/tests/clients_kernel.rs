@@ -17,7 +17,7 @@ use unbroken_tests::cluster::{Cluster, Options, PATIENCE, Service};
 use unbroken_tests::netns::userns;
 use unbroken_tests::pattern;
 use unbroken_tests::server::Request;
-use unbroken_tests::trio::Trio;
+use unbroken_tests::traffic::{Kind, Traffic};
 
 const NODE: &str = env!("CARGO_BIN_EXE_lab-node");
 const SERVER: &str = env!("CARGO_BIN_EXE_lab-server");
@@ -36,10 +36,9 @@ fn fail_over(cluster: &mut Cluster, meanwhile: impl FnOnce()) {
 /// Three connections of clients whose kernel is set as said, under a failover.
 fn survive(cluster: &mut Cluster, what: &str) {
     eprintln!("{what}");
-    let trio = Trio::start(cluster, 12 << 20);
-    trio.wait_progress();
-    fail_over(cluster, || trio.wait_progress());
-    trio.finish();
+    let traffic = Traffic::start(cluster, 80, &Kind::BUSY);
+    fail_over(cluster, || traffic.wait_progress());
+    traffic.finish();
 }
 
 #[test]

@@ -6,7 +6,7 @@ use rustix::process::Signal;
 use unbroken::status::{Redundancy, Role};
 use unbroken_tests::cluster::{Cluster, Options, PATIENCE, Service};
 use unbroken_tests::netns::{userns, wait_until};
-use unbroken_tests::trio::Trio;
+use unbroken_tests::traffic::{Kind, Traffic};
 
 const NODE: &str = env!("CARGO_BIN_EXE_lab-node");
 const SERVER: &str = env!("CARGO_BIN_EXE_lab-server");
@@ -64,35 +64,20 @@ fn survive(faults: &[Fault]) {
     service.keys = "history = { memory = \"2GiB\" }".to_owned();
     let mut cluster = Cluster::start(Options::new(NODE, [service])).unwrap();
     let (mut leader, mut view) = cluster.wait_whole().unwrap();
-    let clients = Trio::start(&cluster, (faults.len() as u64 * 12) << 20);
+    let bytes = (faults.len() as u64 * 12) << 20;
+    let clients = Traffic::with_bulk(&cluster, 80, &Kind::BUSY, bytes);
     for fault in faults {
         clients.wait_progress();
         eprintln!("{leader} leads view {view}: {fault:?}");
         fault.strike(&mut cluster, &leader);
         let victim = leader;
-        let heir = wait_for_another(&cluster, view, &victim);
+        let heir = cluster.wait_other_leader(&victim).unwrap().0;
         clients.wait_progress();
         fault.mend(&mut cluster, &victim);
         (leader, view) = cluster.wait_whole().unwrap();
         assert_eq!(leader, heir, "the mended {victim} disturbed its heir");
     }
     clients.finish();
-}
-
-/// The leader of a view after `view` that is not `victim`, who may still take itself for it.
-fn wait_for_another(cluster: &Cluster, view: u64, victim: &str) -> String {
-    let mut heir = None;
-    wait_until("another node leads", PATIENCE, || {
-        let statuses = cluster.statuses().into_iter().flatten();
-        let mut leaders = statuses.filter(|status| {
-            let mut services = status.services.iter();
-            status.node != victim && services.any(|s| s.role == Role::Leader && s.view.id > view)
-        });
-        heir = leaders.next().map(|status| status.node);
-        heir.is_some()
-    })
-    .unwrap();
-    heir.unwrap()
 }
 
 #[test]
@@ -142,7 +127,7 @@ fn two_of_three_die_at_once() {
     userns::privileged("two_of_three_die_at_once", || {
         let mut cluster = outside();
         let (leader, view) = cluster.wait_whole().unwrap();
-        let clients = Trio::start(&cluster, 24 << 20);
+        let clients = Traffic::start(&cluster, 80, &Kind::BUSY);
         clients.wait_progress();
         let backup = cluster.replicas().into_iter().find(|name| *name != leader);
         let dead = [leader, backup.unwrap()];
@@ -167,10 +152,10 @@ fn the_heir_dies_in_the_takeover() {
     userns::privileged("the_heir_dies_in_the_takeover", || {
         let mut cluster = outside();
         let (leader, view) = cluster.wait_whole().unwrap();
-        let clients = Trio::start(&cluster, 24 << 20);
+        let clients = Traffic::start(&cluster, 80, &Kind::BUSY);
         clients.wait_progress();
         cluster.node(&leader).signal(Signal::KILL).unwrap();
-        let heir = wait_for_another(&cluster, view, &leader);
+        let heir = cluster.wait_other_leader(&leader).unwrap().0;
         cluster.node(&heir).signal(Signal::KILL).unwrap();
         let mut others = cluster.replicas().into_iter();
         let next = others.find(|name| *name != leader && *name != heir);
@@ -196,7 +181,7 @@ fn a_failure_during_joining() {
     userns::privileged("a_failure_during_joining", || {
         let mut cluster = outside();
         let (leader, view) = cluster.wait_whole().unwrap();
-        let clients = Trio::start(&cluster, 32 << 20);
+        let clients = Traffic::start(&cluster, 80, &Kind::BUSY);
         clients.wait_progress();
         let others = cluster.replicas().into_iter();
         let others: Vec<String> = others.filter(|name| *name != leader).collect();
@@ -205,7 +190,7 @@ fn a_failure_during_joining() {
         cluster.start_replica(&others[0]).unwrap();
         // Where it is by now is left to chance: waiting, taking the state, or just in.
         cluster.kill(&leader).unwrap();
-        let heir = wait_for_another(&cluster, view, &leader);
+        let heir = cluster.wait_other_leader(&leader).unwrap().0;
         clients.wait_progress();
         let joiner = [&leader, &others[0]]
             .into_iter()
@@ -235,7 +220,7 @@ fn the_coordinators_lose_their_quorum() {
         options.coordinators = 3;
         let mut cluster = Cluster::start(options).unwrap();
         let (leader, view) = cluster.wait_whole().unwrap();
-        let clients = Trio::start(&cluster, 24 << 20);
+        let clients = Traffic::start(&cluster, 80, &Kind::BUSY);
         clients.wait_progress();
         let coordinators = cluster.coordinators();
         for name in &coordinators[..2] {

@@ -130,6 +130,21 @@ impl std::fmt::Debug for Received {
 }
 
 impl Received {
+    /// One that nobody sent, for tests of what is made of messages.
+    #[cfg(test)]
+    pub(crate) fn made(from: MemberId, order: Option<Order>, body: Bytes) -> Self {
+        Self {
+            group: GroupId(0),
+            message: Message {
+                from,
+                body,
+                order,
+                call: None,
+            },
+            inputs: None,
+        }
+    }
+
     /// Its sender.
     pub fn from(&self) -> &MemberId {
         &self.message.from

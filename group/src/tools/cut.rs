@@ -64,6 +64,12 @@ pub enum CutEvent {
 pub struct CutEvents {
     group: Group,
     events: Events,
+    taker: Taker,
+}
+
+/// What a member's events mean for cuts; sends and receives nothing itself.
+struct Taker {
+    me: MemberId,
     members: Vec<MemberId>,
     /// Each caller's last cut that began here.
     begun: BTreeMap<MemberId, u64>,
@@ -175,15 +181,11 @@ impl Cuts {
             group: group.clone(),
             number: Arc::default(),
         };
+        let taker = Taker::new(group.me().clone());
         let events = CutEvents {
             group,
             events,
-            members: Vec::new(),
-            begun: BTreeMap::new(),
-            open: BTreeMap::new(),
-            early: BTreeMap::new(),
-            ready: VecDeque::new(),
-            markers: VecDeque::new(),
+            taker,
         };
         (cuts, events)
     }
@@ -223,16 +225,30 @@ impl CutEvents {
     /// The next event; `None` when this member is out.
     pub async fn next(&mut self) -> Option<CutEvent> {
         loop {
-            while let Some((to, key)) = self.markers.front() {
+            while let Some((to, key)) = self.taker.markers.front() {
                 // One that is out needs none. (Sent twice, if this future is dropped at the wrong moment, it does no harm.)
                 let _ = self.group.send_to(to, marker(key)).await;
-                self.markers.pop_front();
+                self.taker.markers.pop_front();
             }
-            if let Some(event) = self.ready.pop_front() {
+            if let Some(event) = self.taker.ready.pop_front() {
                 return Some(event);
             }
             let event = self.events.next().await?;
-            self.take(event);
+            self.taker.take(event);
+        }
+    }
+}
+
+impl Taker {
+    fn new(me: MemberId) -> Self {
+        Self {
+            me,
+            members: Vec::new(),
+            begun: BTreeMap::new(),
+            open: BTreeMap::new(),
+            early: BTreeMap::new(),
+            ready: VecDeque::new(),
+            markers: VecDeque::new(),
         }
     }
 
@@ -303,8 +319,7 @@ impl CutEvents {
     /// The marker came: the cut is here.
     fn begin(&mut self, key: Key, call: Received) {
         self.begun.insert(key.caller.clone(), key.number);
-        let me = self.group.me();
-        let others = self.members.iter().filter(|m| *m != me);
+        let others = self.members.iter().filter(|m| **m != self.me);
         let mut awaited: BTreeSet<MemberId> = others.cloned().collect();
         let to = awaited.iter().map(|m| (m.clone(), key.clone()));
         self.markers.extend(to);
@@ -340,5 +355,112 @@ impl CutEvents {
     /// Nothing more is recorded of those that wait for no marker.
     fn close(&mut self) {
         self.open.retain(|_, open| !lock(open).awaited.is_empty());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::process::GroupView;
+
+    fn member(name: &str) -> MemberId {
+        MemberId::new(name, 1)
+    }
+
+    /// One of three, told who they are.
+    fn taker(me: &str) -> Taker {
+        let mut taker = Taker::new(member(me));
+        let view = GroupView {
+            id: 1,
+            members: ["a", "b", "c"].map(member).into(),
+            joined: Vec::new(),
+            departed: Vec::new(),
+        };
+        taker.take(Event::View(view));
+        assert!(matches!(
+            taker.ready.pop_front(),
+            Some(CutEvent::Event(Event::View(_)))
+        ));
+        taker
+    }
+
+    fn from(name: &str, order: Option<Order>, body: Bytes) -> Event {
+        Event::Message(Received::made(member(name), order, body))
+    }
+
+    fn cut(number: u64) -> Key {
+        Key {
+            caller: member("a"),
+            number,
+        }
+    }
+
+    /// What the program is told next, in words.
+    fn told(taker: &mut Taker) -> Option<String> {
+        Some(match taker.ready.pop_front()? {
+            CutEvent::Record(record) => {
+                record.give("");
+                "record".to_owned()
+            }
+            CutEvent::Event(Event::Message(m)) => String::from_utf8_lossy(m.body()).into_owned(),
+            CutEvent::Event(other) => panic!("{other:?}"),
+        })
+    }
+
+    fn channels(taker: &Taker, key: &Key) -> BTreeMap<MemberId, Vec<Bytes>> {
+        lock(&taker.open[key]).channels.clone()
+    }
+
+    #[test]
+    fn what_was_sent_after_its_senders_cut_comes_after_ours() {
+        let mut c = taker("c");
+        // b's marker and what b sent after it are here before the cut is.
+        c.take(from("b", None, marker(&cut(1))));
+        c.take(from("b", None, "after".into()));
+        assert_eq!(told(&mut c), None);
+        c.take(from("a", Some(Order::View), marker(&cut(1))));
+        assert!(
+            channels(&c, &cut(1)).is_empty(),
+            "not on its way at the cut"
+        );
+        assert_eq!(told(&mut c).as_deref(), Some("record"));
+        assert_eq!(told(&mut c).as_deref(), Some("after"));
+        assert_eq!(told(&mut c), None);
+    }
+
+    #[test]
+    fn what_was_sent_before_its_senders_cut_and_comes_after_ours_was_on_its_way() {
+        let mut c = taker("c");
+        c.take(from("b", None, "before".into()));
+        c.take(from("a", Some(Order::View), marker(&cut(1))));
+        for (sender, body) in [("a", "one"), ("b", "two")] {
+            c.take(from(sender, None, body.into()));
+        }
+        c.take(from("a", None, marker(&cut(1))));
+        c.take(from("a", None, "three".into()));
+        let on_its_way = [("a", "one"), ("b", "two")];
+        let on_its_way = on_its_way.map(|(from, body)| (member(from), vec![Bytes::from(body)]));
+        assert_eq!(channels(&c, &cut(1)), BTreeMap::from(on_its_way));
+        let order: Vec<String> = std::iter::from_fn(|| told(&mut c)).collect();
+        assert_eq!(order, ["before", "record", "one", "two", "three"]);
+        c.take(from("b", None, marker(&cut(1))));
+        assert!(c.open.is_empty(), "nothing more is recorded");
+        let to: Vec<_> = c.markers.iter().map(|(to, _)| to.clone()).collect();
+        assert_eq!(to, ["a", "b"].map(member));
+    }
+
+    #[test]
+    fn what_a_departed_member_sent_after_a_cut_that_nobody_began_is_given() {
+        let mut c = taker("c");
+        c.take(from("b", None, marker(&cut(1))));
+        c.take(from("b", None, "last".into()));
+        let view = GroupView {
+            id: 2,
+            members: ["a", "c"].map(member).into(),
+            joined: Vec::new(),
+            departed: vec![member("b")],
+        };
+        c.take(Event::View(view));
+        assert_eq!(told(&mut c).as_deref(), Some("last"));
     }
 }
