@@ -19,6 +19,10 @@ use std::time::Duration;
 const MAGIC: [u8; 16] = *b"\0unbroken cut 1\0";
 /// More than this on its way to one member does not fit its answer, and its part is missing.
 const CHANNELS_BYTES_MAX: usize = 128 << 10;
+/// Bytes of one sender that are held back for a cut that has not begun here.
+const EARLY_BYTES_MAX: usize = 1 << 20;
+/// What each of them costs besides its body.
+const HELD_BYTES: usize = 64;
 
 /// What a member had.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -75,7 +79,7 @@ struct Taker {
     begun: BTreeMap<MemberId, u64>,
     open: BTreeMap<Key, Arc<Mutex<Open>>>,
     /// By sender: markers of cuts that have not begun here, and what was sent after them.
-    early: BTreeMap<MemberId, VecDeque<Early>>,
+    early: BTreeMap<MemberId, Held>,
     /// Given next.
     ready: VecDeque<CutEvent>,
     /// Sent next.
@@ -89,8 +93,44 @@ struct Key {
 }
 
 enum Early {
-    Marker(Key),
+    /// `false`: messages after it could not be held back, and this member has no part in the cut.
+    Marker(Key, bool),
     Message(Received),
+}
+
+impl Early {
+    fn bytes(&self) -> usize {
+        HELD_BYTES
+            + match self {
+                Self::Marker(key, _) => key.caller.name.len(),
+                Self::Message(m) => m.body().len(),
+            }
+    }
+}
+
+/// What one sender sent from a marker on.
+#[derive(Default)]
+struct Held {
+    queue: VecDeque<Early>,
+    bytes: usize,
+}
+
+impl Held {
+    fn push(&mut self, early: Early) {
+        self.bytes += early.bytes();
+        self.queue.push_back(early);
+    }
+
+    fn pop(&mut self) -> Option<Early> {
+        let early = self.queue.pop_front()?;
+        self.bytes -= early.bytes();
+        Some(early)
+    }
+
+    fn has(&self, key: &Key) -> bool {
+        let same = |early: &Early| matches!(early, Early::Marker(k, _) if k == key);
+        self.queue.iter().any(same)
+    }
 }
 
 /// A cut that has begun here.
@@ -269,7 +309,7 @@ impl Taker {
                         open.settle();
                     }
                     // It began a cut that nobody else did.
-                    for early in self.early.remove(member).unwrap_or_default() {
+                    for early in self.early.remove(member).unwrap_or_default().queue {
                         if let Early::Message(m) = early {
                             self.give(m);
                         }
@@ -294,14 +334,40 @@ impl Taker {
                     open.awaited.remove(&from);
                     open.settle();
                 } else if let Some(held) = held {
-                    held.push_back(Early::Marker(key));
+                    // It may come twice; a second one would keep back what follows for ever.
+                    if key.number > begun && !held.has(&key) {
+                        held.push(Early::Marker(key, true));
+                    }
                 } else if key.number > begun && self.members.contains(&key.caller) {
-                    self.early.insert(from, [Early::Marker(key)].into());
+                    let held = self.early.entry(from.clone()).or_default();
+                    held.push(Early::Marker(key, true));
                 }
                 self.close();
             }
-            (None, Some(held)) => held.push_back(Early::Message(m)),
+            (None, Some(held)) => held.push(Early::Message(m)),
             (None, None) => self.give(m),
+        }
+        self.bound(&from);
+    }
+
+    /// Gives what is too much to be held back: this member's part of those cuts will be missing.
+    fn bound(&mut self, from: &MemberId) {
+        let too_much = |held: &&mut Held| held.bytes > EARLY_BYTES_MAX;
+        let Some(held) = self.early.get_mut(from).filter(too_much) else {
+            return;
+        };
+        let mut markers = Held::default();
+        for early in std::mem::take(held).queue {
+            match early {
+                Early::Marker(key, _) => markers.push(Early::Marker(key, false)),
+                Early::Message(m) => self.give(m),
+            }
+        }
+        // Nobody's cuts are so many: it is at fault.
+        if markers.bytes > EARLY_BYTES_MAX / 2 {
+            self.early.remove(from);
+        } else {
+            self.early.insert(from.clone(), markers);
         }
     }
 
@@ -324,19 +390,22 @@ impl Taker {
         let to = awaited.iter().map(|m| (m.clone(), key.clone()));
         self.markers.extend(to);
         let mut after = Vec::new();
+        let mut whole = true;
         self.early.retain(|from, held| {
-            let here = matches!(held.front(), Some(Early::Marker(k)) if *k == key);
-            if here {
-                held.pop_front();
+            if let Some(Early::Marker(k, w)) = held.queue.front()
+                && *k == key
+            {
+                whole &= w;
+                held.pop();
                 awaited.remove(from);
-                while let Some(Early::Message(_)) = held.front() {
-                    after.extend(held.pop_front());
+                while let Some(Early::Message(_)) = held.queue.front() {
+                    after.extend(held.pop());
                 }
             }
-            !held.is_empty()
+            !held.queue.is_empty()
         });
         let open = Arc::new(Mutex::new(Open {
-            call: Some(call),
+            call: whole.then_some(call),
             state: None,
             awaited,
             channels: BTreeMap::new(),
@@ -447,6 +516,35 @@ mod tests {
         assert!(c.open.is_empty(), "nothing more is recorded");
         let to: Vec<_> = c.markers.iter().map(|(to, _)| to.clone()).collect();
         assert_eq!(to, ["a", "b"].map(member));
+    }
+
+    #[test]
+    fn a_marker_that_comes_twice_holds_nothing_back() {
+        let mut c = taker("c");
+        for _ in 0..2 {
+            c.take(from("b", None, marker(&cut(1))));
+        }
+        c.take(from("a", Some(Order::View), marker(&cut(1))));
+        c.take(from("b", None, "later".into()));
+        let order: Vec<String> = std::iter::from_fn(|| told(&mut c)).collect();
+        assert_eq!(order, ["record", "later"]);
+        assert!(c.early.is_empty());
+    }
+
+    #[test]
+    fn what_is_too_much_to_be_held_back_is_given_and_the_part_is_missing() {
+        let mut c = taker("c");
+        c.take(from("b", None, marker(&cut(1))));
+        let large = Bytes::from(vec![b'x'; 100 << 10]);
+        for _ in 0..30 {
+            c.take(from("b", None, large.clone()));
+            assert!(c.early[&member("b")].bytes <= EARLY_BYTES_MAX);
+        }
+        c.take(from("a", Some(Order::View), marker(&cut(1))));
+        assert!(lock(&c.open[&cut(1)]).call.is_none(), "declined");
+        let order: Vec<String> = std::iter::from_fn(|| told(&mut c)).collect();
+        assert_eq!(order.len(), 31);
+        assert!(c.early.is_empty());
     }
 
     #[test]
