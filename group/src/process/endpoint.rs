@@ -398,11 +398,11 @@ impl Endpoint {
         self.begin(cx, begun);
         let again = std::mem::take(&mut self.own_gbcasts);
         for (_, m) in again.into_iter().rev() {
-            self.queue_bytes += m.body.len() as u64;
             self.queue.push_front(m);
         }
-        while let Some(m) = self.queue.pop_front() {
-            self.queue_bytes = self.queue_bytes.saturating_sub(m.body.len() as u64);
+        // Taken out first: one with a thread too many goes back, and waits for the view after this.
+        self.queue_bytes = 0;
+        for m in std::mem::take(&mut self.queue) {
             self.send(cx, m);
         }
         true
@@ -572,7 +572,9 @@ impl Endpoint {
 mod tests {
     use super::*;
     use crate::config::Config;
+    use crate::process::cbcast::THREADS_MAX;
     use crate::process::ledger::Loading;
+    use crate::process::types::ThreadId;
 
     fn site(i: u128) -> MemberId {
         MemberId::new(format!("r{i}"), i)
@@ -606,6 +608,37 @@ mod tests {
             init: init.map(site),
             loading: loading.collect(),
         }
+    }
+
+    /// More threads than a view may have wait for the next view: it takes as many as it may, and asks once for one more.
+    #[test]
+    fn what_has_a_thread_too_many_waits_for_the_view_after_the_next() {
+        let me = site(1);
+        let config = ProcessConfig::new(Config::new(1, me.clone(), vec!["r1".into()], 9));
+        let (mut out, mut requests) = (VecDeque::new(), Vec::new());
+        let mut cx = Cx {
+            now: Instant::from_micros(1),
+            config: &config,
+            out: &mut out,
+            requests: &mut requests,
+        };
+        let view = |id| {
+            let mut view = begun(id, &[1], &[], (id == 1).then_some(1));
+            view.cut = Some(vec![0]);
+            view
+        };
+        let mut endpoint = Endpoint::new(&mut cx, &me, &view(1));
+        endpoint.block();
+        for thread in 0..THREADS_MAX + 2 {
+            let thread = ThreadId(u16::try_from(thread).unwrap());
+            let message = Multicast::new(Order::Causal(thread), vec![b'x'; 10]);
+            endpoint.multicast(&mut cx, message).unwrap();
+        }
+        assert!(endpoint.install(&mut cx, &view(2)));
+        assert_eq!((endpoint.queue.len(), endpoint.queue_bytes), (2, 20));
+        assert_eq!(cx.requests.len(), 1);
+        assert!(endpoint.install(&mut cx, &view(3)));
+        assert_eq!((endpoint.queue.len(), endpoint.queue_bytes), (0, 0));
     }
 
     /// The last that had the state departs when this member has just got it and nobody knows: another begins the state anew,

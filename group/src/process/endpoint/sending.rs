@@ -72,13 +72,16 @@ impl Endpoint {
         };
         // Too many threads in this view: it waits for the next.
         let Some(kind) = kind else {
+            // What is there already while the view lasts has asked for it.
+            if self.queue.is_empty() {
+                cx.requests.push(Op::Gbcast {
+                    group: self.id,
+                    view: self.view.id,
+                    number: 0,
+                });
+            }
             self.queue_bytes += m.body.len() as u64;
             self.queue.push_back(m);
-            cx.requests.push(Op::Gbcast {
-                group: self.id,
-                view: self.view.id,
-                number: 0,
-            });
             return;
         };
         let urgent = m.safe || m.done.is_some() || m.calling.is_some();
