@@ -242,6 +242,16 @@ impl Core {
 
     /// A datagram's body, from a member that the driver has authenticated.
     pub fn handle_datagram(&mut self, now: Instant, from: &MemberId, body: &[u8]) {
+        self.begin_datagram();
+        self.handle_body(now, from, body);
+    }
+
+    /// The bodies that follow came in one datagram.
+    pub(crate) fn begin_datagram(&mut self) {
+        self.resend_left = crate::receiving::RESEND_BYTES;
+    }
+
+    pub(crate) fn handle_body(&mut self, now: Instant, from: &MemberId, body: &[u8]) {
         self.enter(now);
         if matches!(self.phase, Phase::Idle | Phase::Gone) || *from == self.config.me {
             return;
@@ -251,7 +261,6 @@ impl Core {
             return;
         };
         self.clock.observe(header.clock_us);
-        self.resend_left = crate::receiving::RESEND_BYTES;
         for item in items.by_ref() {
             self.on_item(from, &header, item);
             if self.phase == Phase::Gone {

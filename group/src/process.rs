@@ -106,6 +106,9 @@ pub struct Process {
     /// The core's outputs are being carried out; what they cause in the core comes after them.
     #[serde(skip)]
     draining: bool,
+    /// Bytes that may be sent again because of the datagram that is being taken.
+    #[serde(skip)]
+    resend_left: usize,
     image: Vec<u8>,
     /// Empty whenever an image is taken.
     #[serde(skip)]
@@ -141,6 +144,7 @@ impl Process {
             reported: BTreeMap::new(),
             speak: false,
             draining: false,
+            resend_left: 0,
             image: Vec::new(),
             out: VecDeque::new(),
             gone: false,
@@ -151,9 +155,28 @@ impl Process {
 
     /// A datagram's body, from a member that the driver has authenticated.
     pub fn handle_datagram(&mut self, now: Instant, from: &MemberId, body: &[u8]) {
+        self.handle_bodies(now, from, [body]);
+    }
+
+    /// As [`Process::handle_datagram`], of a datagram with several bodies: what it makes this process send again is bounded for
+    /// all of them together.
+    pub fn handle_bodies<'a>(
+        &mut self,
+        now: Instant,
+        from: &MemberId,
+        bodies: impl IntoIterator<Item = &'a [u8]>,
+    ) {
+        self.core.begin_datagram();
+        self.resend_left = lane::RESEND_BYTES;
+        for body in bodies {
+            self.handle_body(now, from, body);
+        }
+    }
+
+    fn handle_body(&mut self, now: Instant, from: &MemberId, body: &[u8]) {
         self.now = now;
         if body.first() != Some(&wire::FORMAT) {
-            self.core.handle_datagram(now, from, body);
+            self.core.handle_body(now, from, body);
             return self.drain_core();
         }
         // One copy for all messages in it.
@@ -317,6 +340,7 @@ impl Process {
             config: &self.config,
             out: &mut self.out,
             requests: &mut requests,
+            resend_left: &mut self.resend_left,
         };
         let result = f(endpoint, &mut cx);
         self.touched.insert(id);
@@ -580,6 +604,7 @@ impl Process {
             config: &self.config,
             out: &mut self.out,
             requests: &mut requests,
+            resend_left: &mut self.resend_left,
         };
         let endpoint = Endpoint::new(&mut cx, &self.me, begun);
         self.endpoints.insert(begun.group, endpoint);

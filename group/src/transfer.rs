@@ -196,10 +196,12 @@ fn window(limits: &Limits) -> u64 {
 impl Core {
     pub(crate) fn on_pieces_wanted(&mut self, from: &MemberId, since: u64, offset: u64, len: u32) {
         let header = self.header();
-        let Some(Some(donor)) = self.donors.get_mut(from) else {
+        let Some(Some(donor)) = self.donors.get_mut(from).filter(|_| self.resend_left > 0) else {
             return;
         };
         let bodies = donor.pieces(&header.bytes(), since, offset, len, &self.config.limits);
+        let sent = bodies.iter().map(Bytes::len).sum();
+        self.resend_left = self.resend_left.saturating_sub(sent);
         self.send_bodies(from, bodies);
     }
 

@@ -87,12 +87,14 @@ impl Bundles {
         }
         let max = self.datagram_bytes_max;
         let mut bundles: Vec<Bytes> = Vec::new();
-        let mut bundle: Vec<u8> = Vec::with_capacity(max);
+        let mut left = 1 + open.bytes;
+        let mut bundle: Vec<u8> = Vec::with_capacity(max.min(left));
         for body in &open.bodies {
             if !bundle.is_empty() && bundle.len() + LENGTH_BYTES + body.len() > max {
                 // All but the last are of one size, so that one system call sends them.
                 bundle.resize(max, 0);
-                bundles.push(std::mem::replace(&mut bundle, Vec::with_capacity(max)).into());
+                let next = Vec::with_capacity(max.min(left));
+                bundles.push(std::mem::replace(&mut bundle, next).into());
             }
             if bundle.is_empty() {
                 bundle.push(FORMAT);
@@ -100,28 +102,27 @@ impl Bundles {
             let length = u16::try_from(body.len()).expect("a small body");
             bundle.extend_from_slice(&length.to_le_bytes());
             bundle.extend_from_slice(body);
+            left -= LENGTH_BYTES + body.len();
         }
         bundles.push(bundle.into());
         send(&open.to, &bundles);
     }
 }
 
-/// Gives each body that a datagram holds; what is damaged ends it.
-pub(super) fn each(datagram: &[u8], mut f: impl FnMut(&[u8])) {
-    let Some((&FORMAT, mut rest)) = datagram.split_first() else {
-        return f(datagram);
+/// The bodies that a datagram holds; what is damaged ends it.
+pub(super) fn bodies(datagram: &[u8]) -> impl Iterator<Item = &[u8]> {
+    let (mut alone, mut rest) = match datagram.split_first() {
+        Some((&FORMAT, rest)) => (None, rest),
+        _ => (Some(datagram), &[][..]),
     };
-    while let Some((length, after)) = rest.split_first_chunk() {
+    let mut next = move || {
+        let (length, after) = rest.split_first_chunk()?;
         let length = usize::from(u16::from_le_bytes(*length));
-        let Some((body, after)) = after.split_at_checked(length) else {
-            return;
-        };
-        if body.is_empty() {
-            return;
-        }
-        f(body);
+        let (body, after) = after.split_at_checked(length)?;
         rest = after;
-    }
+        (length > 0).then_some(body)
+    };
+    std::iter::from_fn(move || alone.take().or_else(&mut next)).fuse()
 }
 
 #[cfg(test)]
@@ -152,12 +153,11 @@ mod tests {
         bundles.put(to(&["a", "b"]), vec![body(61, MAX), body(62, 9)], &mut send);
         bundles.flush(&mut send);
         let mut got = Vec::new();
-        for (_, bodies) in sent.iter().filter(|(receivers, _)| *receivers == 2) {
-            let (last, full) = bodies.split_last().unwrap();
+        for (_, sent_bodies) in sent.iter().filter(|(receivers, _)| *receivers == 2) {
+            let (last, full) = sent_bodies.split_last().unwrap();
             assert!(full.iter().all(|b| b.len() == MAX) && last.len() <= MAX);
-            bodies
-                .iter()
-                .for_each(|b| each(b, |b| got.push((b[0], b.len()))));
+            let parts = sent_bodies.iter().flat_map(|b| bodies(b));
+            got.extend(parts.map(|b| (b[0], b.len())));
         }
         let small = (0..40).map(|n: u8| (n.max(4), 50));
         let wanted = small.chain([(60, 200), (61, MAX), (62, 9)]);
@@ -187,11 +187,7 @@ mod tests {
 
     #[test]
     fn what_is_damaged_ends_and_harms_nothing() {
-        let bodies = |datagram: &[u8]| {
-            let mut count = 0;
-            each(datagram, |_| count += 1);
-            count
-        };
+        let bodies = |datagram: &[u8]| bodies(datagram).count();
         assert_eq!(bodies(&[]), 1, "for others to judge");
         assert_eq!(bodies(&[FORMAT]), 0);
         assert_eq!(bodies(&[FORMAT, 1, 0, 7, 9]), 1);

@@ -239,10 +239,8 @@ impl Worker {
             let at = now();
             self.driver.receiver.receive(|_, from, body| {
                 idle = false;
-                bundle::each(body, |body| {
-                    process.handle_datagram(at, from, body);
-                    outputs.extend(std::iter::from_fn(|| process.poll_ready()));
-                });
+                process.handle_bodies(at, from, bundle::bodies(body));
+                outputs.extend(std::iter::from_fn(|| process.poll_ready()));
             })?;
             for output in outputs {
                 self.execute(inputs, output)?;

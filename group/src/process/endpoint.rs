@@ -36,6 +36,8 @@ pub(crate) struct Cx<'a> {
     pub(crate) out: &'a mut VecDeque<Output>,
     /// Requests for the ledger.
     pub(crate) requests: &'a mut Vec<Op>,
+    /// Bytes that may be sent again because of the datagram that is being taken.
+    pub(crate) resend_left: &'a mut usize,
 }
 
 /// What a waiting message costs besides its body.
@@ -573,8 +575,11 @@ mod tests {
     use super::*;
     use crate::config::Config;
     use crate::process::cbcast::THREADS_MAX;
+    use crate::process::lane;
     use crate::process::ledger::Loading;
     use crate::process::types::ThreadId;
+    use crate::process::wire::{Header, Small};
+    use crate::wire::{Pos, Reader};
 
     fn site(i: u128) -> MemberId {
         MemberId::new(format!("r{i}"), i)
@@ -610,6 +615,49 @@ mod tests {
         }
     }
 
+    /// However many requests for what is missing one datagram holds: they are answered together, not each as if it were alone.
+    #[test]
+    fn what_one_datagram_makes_us_send_again_is_bounded() {
+        let (me, other) = (site(1), site(2));
+        let config = ProcessConfig::new(Config::new(1, me.clone(), vec!["r1".into()], 9));
+        let (mut out, mut requests) = (VecDeque::new(), Vec::new());
+        let mut cx = Cx {
+            now: Instant::from_micros(1),
+            config: &config,
+            out: &mut out,
+            requests: &mut requests,
+            resend_left: &mut 0,
+        };
+        let mut endpoint = Endpoint::new(&mut cx, &me, &begun(1, &[1, 2], &[], Some(1)));
+        for _ in 0..100 {
+            let message = Multicast::new(Order::Fifo, vec![b'x'; 1000]);
+            endpoint.multicast(&mut cx, message).unwrap();
+        }
+        endpoint.flush(&mut cx);
+        *cx.resend_left = 50_000;
+        cx.out.clear();
+        let header = Header {
+            flags: 0,
+            lane: 0,
+            group: 1,
+            view: 1,
+            sent: 0,
+            stable: 0,
+            trim: 0,
+        };
+        let nak = Small::Nak(vec![(Pos::start(1), Pos::start(101))]);
+        for body in vec![lane::body(&header, &[nak]); 9] {
+            let (header, items) = Header::read(&body).unwrap();
+            endpoint.on_datagram(&mut cx, &other, &header, Reader::over(items), None);
+        }
+        let sent = cx.out.iter().map(|o| match o {
+            Output::Send { bodies, .. } => bodies.iter().map(Bytes::len).sum(),
+            _ => 0,
+        });
+        let sent: usize = sent.sum();
+        assert!((40_000..60_000).contains(&sent), "{sent}");
+    }
+
     /// More threads than a view may have wait for the next view: it takes as many as it may, and asks once for one more.
     #[test]
     fn what_has_a_thread_too_many_waits_for_the_view_after_the_next() {
@@ -621,6 +669,7 @@ mod tests {
             config: &config,
             out: &mut out,
             requests: &mut requests,
+            resend_left: &mut 0,
         };
         let view = |id| {
             let mut view = begun(id, &[1], &[], (id == 1).then_some(1));
@@ -654,6 +703,7 @@ mod tests {
             config: &config,
             out: &mut out,
             requests: &mut requests,
+            resend_left: &mut 0,
         };
         let mut first = begun(2, &[1, 2, 3], &[(2, 2, 1), (3, 2, 1)], None);
         first.view.joined = vec![site(2), site(3)];

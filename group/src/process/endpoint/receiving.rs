@@ -3,7 +3,6 @@
 use super::{Cx, Direct, Endpoint};
 use crate::config::planted;
 use crate::fbcast::NAK_RANGES_MAX;
-use crate::process::lane::RESEND_BYTES;
 use crate::process::types::{GroupEvent, Message};
 use crate::process::wire::{BLOCKED, DIRECT, Envelope, Header, Kind, Op, Small};
 use crate::view::MemberId;
@@ -11,8 +10,9 @@ use crate::wire::{Chunk, Item, Piece, Pos, Reader};
 use bytes::Bytes;
 use std::sync::Arc;
 
-fn spend(budget: &mut usize, bodies: &[Bytes]) {
-    *budget = budget.saturating_sub(bodies.iter().map(Bytes::len).sum());
+fn spend(cx: &mut Cx<'_>, bodies: &[Bytes]) {
+    let sent = bodies.iter().map(Bytes::len).sum();
+    *cx.resend_left = cx.resend_left.saturating_sub(sent);
 }
 
 impl Endpoint {
@@ -34,7 +34,6 @@ impl Endpoint {
         if direct && !ours && !planted!(cx.config.core, OldDirects) {
             return;
         }
-        let mut resend = RESEND_BYTES;
         for item in items {
             match item {
                 Item::Chunk(chunk) if direct => {
@@ -44,7 +43,7 @@ impl Endpoint {
                     self.on_chunk(cx, rank, header.lane, &chunk, within);
                 }
                 Item::Piece(piece) => self.on_piece(cx, from, &piece),
-                Item::Message(small) => self.on_small(cx, (from, rank), header, small, &mut resend),
+                Item::Message(small) => self.on_small(cx, (from, rank), header, small),
                 Item::Chunk(_) | Item::Unicast(_) => {}
             }
         }
@@ -134,7 +133,6 @@ impl Endpoint {
         (from, rank): (&MemberId, usize),
         header: &Header,
         small: Small,
-        resend: &mut usize,
     ) {
         let here = header.view == self.view.id;
         match small {
@@ -162,13 +160,13 @@ impl Endpoint {
                 let mut bodies = Vec::new();
                 for range in ranges.iter().take(NAK_RANGES_MAX) {
                     let limits = &cx.config.core.limits;
-                    let again = direct.out.again(&header, *range, *resend, limits);
-                    spend(resend, &again);
+                    let again = direct.out.again(&header, *range, *cx.resend_left, limits);
+                    spend(cx, &again);
                     bodies.extend(again);
                 }
                 Self::send_bodies(cx, Arc::from([from.clone()]), bodies);
             }
-            Small::Nak(ranges) if here => self.on_nak(cx, from, header.lane, &ranges, resend),
+            Small::Nak(ranges) if here => self.on_nak(cx, from, header.lane, &ranges),
             Small::StateWanted {
                 since,
                 offset,
@@ -203,14 +201,7 @@ impl Endpoint {
         }
     }
 
-    fn on_nak(
-        &mut self,
-        cx: &mut Cx<'_>,
-        from: &MemberId,
-        lane: u8,
-        ranges: &[(Pos, Pos)],
-        resend: &mut usize,
-    ) {
+    fn on_nak(&mut self, cx: &mut Cx<'_>, from: &MemberId, lane: u8, ranges: &[(Pos, Pos)]) {
         let mut header = self.header();
         header.lane = lane;
         let rank = usize::from(lane);
@@ -221,17 +212,17 @@ impl Endpoint {
         let mut bodies = Vec::new();
         for (a, b) in ranges.iter().take(NAK_RANGES_MAX) {
             let again = if rank == self.rank {
-                self.out.again(&header, (*a, *b), *resend, limits)
+                self.out.again(&header, (*a, *b), *cx.resend_left, limits)
             } else if let Some(inc) = self.ins.get(rank)
                 && a.number >= inc.log.first()
             {
                 let until = (*b).min(Pos::start(inc.log.next()));
                 let head = header.bytes();
-                inc.log.pack(&head, *a, until, *resend, limits).0
+                inc.log.pack(&head, *a, until, *cx.resend_left, limits).0
             } else {
                 continue;
             };
-            spend(resend, &again);
+            spend(cx, &again);
             bodies.extend(again);
         }
         Self::send_bodies(cx, Arc::from([from.clone()]), bodies);
@@ -250,7 +241,7 @@ impl Endpoint {
         let Some(donating) = self.donating.get_mut(&since) else {
             return;
         };
-        if !donating.joiners.contains(from) {
+        if !donating.joiners.contains(from) || *cx.resend_left == 0 {
             return;
         }
         let Some((checksum, donor)) = donating.image() else {
@@ -259,6 +250,7 @@ impl Endpoint {
         if image == Some(checksum) {
             let limits = &cx.config.core.limits;
             let bodies = donor.pieces(&header.bytes(), since, offset, len, limits);
+            spend(cx, &bodies);
             Self::send_bodies(cx, Arc::from([from.clone()]), bodies);
         } else {
             let is = Small::StateIs {
