@@ -12,7 +12,7 @@ use crate::node::{Group, JoinError, Node};
 use crate::process::GroupView;
 use crate::view::MemberId;
 use bytes::Bytes;
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::future::poll_fn;
 use std::pin::pin;
 use std::sync::Arc;
@@ -46,8 +46,8 @@ impl Machine for State {
                     .ask(id, body, |place| Self::dealt(members, place));
                 asked.bytes()
             }
-            Ok(Update::Answer(place, outcome, _)) => {
-                self.requests.answer(place, outcome);
+            Ok(Update::Answer(place, id, outcome, _)) => {
+                self.requests.answer(place, &id, outcome);
                 Bytes::new()
             }
             Err(_) => Asked::Refused.bytes(),
@@ -71,7 +71,7 @@ impl Machine for State {
 
     fn restore(bytes: &Bytes) -> Option<Self> {
         Some(Self {
-            requests: postcard::from_bytes(bytes).ok()?,
+            requests: Requests::restore(bytes)?,
             members: Vec::new(),
         })
     }
@@ -173,19 +173,21 @@ where
     let me = replicated.group().me().clone();
     let (compute, replicated) = (&compute, &replicated);
     let mut computing = Tasks::new();
-    let mut begun: BTreeSet<u64> = BTreeSet::new();
+    // With their ids: in a state that was begun anew, others have the same places.
+    let mut begun: BTreeMap<u64, RequestId> = BTreeMap::new();
     loop {
         // What is answered does not come again.
         if let Some(first) = replicated.read(|m| m.requests.pending().next().map(|(p, _)| p)) {
-            begun = first.map_or_else(BTreeSet::new, |first| begun.split_off(&first));
+            begun = first.map_or_else(BTreeMap::new, |first| begun.split_off(&first));
         }
         let next = {
             let mut next = pin!(replicated.when(|m| {
                 let mine = |(place, p): &(u64, &requests::Pending<Option<MemberId>>)| {
-                    p.more.as_ref() == Some(&me) && !begun.contains(place)
+                    p.more.as_ref() == Some(&me) && begun.get(place) != Some(&p.id)
                 };
                 let mut pending = m.requests.pending();
-                pending.find(mine).map(|(place, p)| (place, p.body.clone()))
+                let found = pending.find(mine);
+                found.map(|(place, p)| (place, p.id.clone(), p.body.clone()))
             }));
             poll_fn(|cx| {
                 let _ = computing.poll(cx);
@@ -196,15 +198,16 @@ where
             })
             .await
         };
-        let Ok((place, body)) = next else {
+        let Ok((place, id, body)) = next else {
             return;
         };
-        begun.insert(place);
+        begun.insert(place, id.clone());
         computing.push(async move {
+            let request = (place, id);
             let answer = compute(body).await;
             // The same answer once more does nothing.
             while let Err(UpdateError::Unknown) =
-                requests::conclude(replicated, place, answer.clone(), Bytes::new()).await
+                requests::conclude(replicated, &request, answer.clone(), Bytes::new()).await
             {
             }
         });

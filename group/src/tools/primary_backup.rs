@@ -50,9 +50,9 @@ impl<S: Service> Machine for State<S> {
     fn apply(&mut self, _: &MemberId, update: &Bytes) -> Bytes {
         match postcard::from_bytes(update) {
             Ok(Update::Ask(id, body)) => self.requests.ask(id, body, |_| ()).bytes(),
-            Ok(Update::Answer(place, outcome, change)) => {
+            Ok(Update::Answer(place, id, outcome, change)) => {
                 let changes = outcome.is_some();
-                if self.requests.answer(place, outcome).is_some() && changes {
+                if self.requests.answer(place, &id, outcome).is_some() && changes {
                     self.service.apply(&change);
                 }
                 Bytes::new()
@@ -82,7 +82,7 @@ impl<S: Service> Machine for State<S> {
             return None;
         }
         Some(Self {
-            requests: postcard::from_bytes(&rest.split_to(table)).ok()?,
+            requests: Requests::restore(&rest.split_to(table))?,
             primary: None,
             service: S::restore(&rest)?,
         })
@@ -200,12 +200,13 @@ async fn execute<S: Service>(replicated: Replicated<State<S>>) {
         let next = replicated.when(|m| {
             let first = m.requests.pending().next();
             let (place, pending) = first.filter(|_| m.primary.as_ref() == Some(&me))?;
-            Some((place, m.service.execute(&pending.body)))
+            let request = (place, pending.id.clone());
+            Some((request, m.service.execute(&pending.body)))
         });
-        let Ok((place, done)) = next.await else {
+        let Ok((request, done)) = next.await else {
             return;
         };
-        let told = requests::conclude(&replicated, place, done.answer, done.change).await;
+        let told = requests::conclude(&replicated, &request, done.answer, done.change).await;
         // In a state that came anew the request waits or not: it is looked at again.
         if !matches!(told, Ok(()) | Err(UpdateError::Unknown)) {
             return;

@@ -7,6 +7,7 @@ use super::{Machine, Replicated, UpdateError};
 use crate::node::SendError;
 use crate::view::MemberId;
 use bytes::Bytes;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use thiserror::Error;
@@ -56,7 +57,7 @@ fn bytes_of(outcome: &Outcome) -> usize {
 /// One that waits for its answer.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct Pending<T> {
-    id: RequestId,
+    pub(super) id: RequestId,
     pub(super) body: Bytes,
     /// What else the tool has to know of it.
     pub(super) more: T,
@@ -138,8 +139,15 @@ impl<T> Requests<T> {
         Asked::Waits
     }
 
-    /// The one at this place is answered; gives it. `None`: it was before.
-    pub(super) fn answer(&mut self, place: u64, outcome: Outcome) -> Option<Pending<T>> {
+    /// This one at this place is answered; gives it. `None`: it was before, or the state was begun anew and another has its
+    /// place.
+    pub(super) fn answer(
+        &mut self,
+        place: u64,
+        id: &RequestId,
+        outcome: Outcome,
+    ) -> Option<Pending<T>> {
+        self.pending.get(&place).filter(|p| p.id == *id)?;
         let pending = self.pending.remove(&place)?;
         let id = &pending.id;
         let last = self.clients.get_mut(&id.client);
@@ -170,6 +178,17 @@ impl<T> Requests<T> {
         Some(outcome.clone().ok_or(RequestError::TooLarge))
     }
 
+    /// The table from a member's bytes; `None` for what is none.
+    pub(super) fn restore(bytes: &[u8]) -> Option<Self>
+    where
+        T: DeserializeOwned,
+    {
+        let mut requests: Self = postcard::from_bytes(bytes).ok()?;
+        let answers = requests.clients.values().filter_map(|l| l.answer.as_ref());
+        requests.answers_bytes = answers.map(|(_, outcome)| bytes_of(outcome)).sum();
+        Some(requests)
+    }
+
     /// Those that wait, with their places in the order.
     pub(super) fn pending(&self) -> impl Iterator<Item = (u64, &Pending<T>)> {
         self.pending.iter().map(|(place, p)| (*place, p))
@@ -190,8 +209,8 @@ pub(super) trait Answers: Machine {
 #[derive(Serialize, Deserialize)]
 pub(super) enum Update {
     Ask(RequestId, Bytes),
-    /// The request at this place has this outcome; for all, the change of the state that it makes.
-    Answer(u64, Outcome, Bytes),
+    /// This request at this place has this outcome; for all, the change of the state that it makes.
+    Answer(u64, RequestId, Outcome, Bytes),
 }
 
 impl Update {
@@ -225,15 +244,15 @@ pub(super) async fn request<M: Answers>(
 /// Tells all how a request ended, and waits until that is so here.
 pub(super) async fn conclude<M: Answers>(
     replicated: &Replicated<M>,
-    place: u64,
+    (place, id): &(u64, RequestId),
     answer: Bytes,
     change: Bytes,
 ) -> Result<(), UpdateError> {
-    let mut update = Update::Answer(place, Some(answer), change);
+    let mut update = Update::Answer(*place, id.clone(), Some(answer), change);
     loop {
         match replicated.update_safe(&update.bytes()).await {
             Err(UpdateError::Send(SendError::TooLarge)) => {
-                update = Update::Answer(place, None, Bytes::new());
+                update = Update::Answer(*place, id.clone(), None, Bytes::new());
             }
             done => return done.map(|_| ()),
         }
@@ -287,14 +306,40 @@ mod tests {
         assert_eq!(ask(&mut r, 5), Asked::Waits);
         assert_eq!(r.pending().count(), 1);
         assert_eq!(r.outcome(&id("c", 5)), None);
-        assert!(r.answer(0, Some("five".into())).is_some());
-        assert!(r.answer(0, Some("again".into())).is_none());
+        assert!(r.answer(0, &id("c", 5), Some("five".into())).is_some());
+        assert!(r.answer(0, &id("c", 5), Some("again".into())).is_none());
         assert_eq!(ask(&mut r, 5), Asked::Answered(Some("five".into())));
         assert_eq!(ask(&mut r, 4), Asked::Stale);
         assert_eq!(ask(&mut r, 6), Asked::Waits);
         assert_eq!(r.outcome(&id("c", 5)), Some(Err(RequestError::Stale)));
-        assert!(r.answer(1, None).is_some());
+        assert!(r.answer(1, &id("c", 6), None).is_some());
         assert_eq!(r.outcome(&id("c", 6)), Some(Err(RequestError::TooLarge)));
+    }
+
+    #[test]
+    fn an_answer_is_for_the_request_that_was_computed_and_not_for_its_place() {
+        let mut r = Requests::<()>::default();
+        r.ask(id("of the old state", 1), Bytes::new(), |_| ());
+        // Begun anew: another request has the place.
+        r = Requests::default();
+        r.ask(id("c", 1), Bytes::new(), |_| ());
+        let old = r.answer(0, &id("of the old state", 1), Some("another's".into()));
+        assert!(old.is_none());
+        assert_eq!(r.outcome(&id("c", 1)), None, "it waits for its own");
+        assert_eq!(r.pending().count(), 1);
+    }
+
+    #[test]
+    fn what_a_peer_says_of_its_answers_size_is_not_believed() {
+        let mut r = Requests::<()>::default();
+        r.ask(id("c", 1), Bytes::new(), |_| ());
+        r.answer(0, &id("c", 1), Some("four".into()));
+        r.answers_bytes = 0;
+        let image = postcard::to_stdvec(&r).unwrap();
+        let mut r = Requests::<()>::restore(&image).unwrap();
+        assert_eq!(r.answers_bytes, 4);
+        r.ask(id("c", 2), Bytes::new(), |_| ());
+        assert_eq!(r.answers_bytes, 0);
     }
 
     #[test]
@@ -304,8 +349,9 @@ mod tests {
         for client in ["a", "b", "c", "d", "e"] {
             assert_eq!(r.ask(id(client, 1), Bytes::new(), |_| ()), Asked::Waits);
         }
-        for place in 0..5 {
-            r.answer(place, Some(large.clone())).unwrap();
+        for (place, client) in (0..).zip(["a", "b", "c", "d", "e"]) {
+            r.answer(place, &id(client, 1), Some(large.clone()))
+                .unwrap();
         }
         assert_eq!(r.outcome(&id("a", 1)), Some(Err(RequestError::Stale)));
         assert_eq!(r.outcome(&id("b", 1)), Some(Ok(large.clone())));
