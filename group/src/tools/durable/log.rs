@@ -73,8 +73,8 @@ pub(super) struct Disk {
     checkpoint_bytes: u64,
 }
 
-fn frame(number: u64, salt: u32, payload: &[u8], out: &mut Vec<u8>) {
-    let len = u32::try_from(payload.len()).expect("records are bounded");
+fn frame(number: u64, salt: u32, payload: &[u8], out: &mut Vec<u8>) -> io::Result<()> {
+    let len = u32::try_from(payload.len()).map_err(|_| io::ErrorKind::FileTooLarge)?;
     let mut head = [0; HEAD];
     head[..4].copy_from_slice(&len.to_le_bytes());
     head[4..12].copy_from_slice(&number.to_le_bytes());
@@ -82,17 +82,18 @@ fn frame(number: u64, salt: u32, payload: &[u8], out: &mut Vec<u8>) {
     head[12..].copy_from_slice(&sum.to_le_bytes());
     out.extend_from_slice(&head);
     out.extend_from_slice(payload);
+    Ok(())
 }
 
-/// The payload of the frame at the beginning of these bytes, if it is whole and has this number.
-fn whole(bytes: &[u8], number: Option<u64>, salt: u32) -> Option<&[u8]> {
+/// The payload of the frame at the beginning of these bytes, if it is whole and may have its number.
+fn whole(bytes: &[u8], may: impl Fn(u64) -> bool, salt: u32) -> Option<&[u8]> {
     let (head, rest) = bytes.split_at_checked(HEAD)?;
     let len = u32::from_le_bytes(head[..4].try_into().ok()?) as usize;
     let is = u64::from_le_bytes(head[4..12].try_into().ok()?);
-    let payload = rest.get(..len)?;
+    // Before the checksum: this is tried at every byte behind a broken frame.
+    let payload = rest.get(..len).filter(|_| may(is))?;
     let sum = crc32c::crc32c_append(crc32c::crc32c_append(salt, &head[..12]), payload);
-    let right = head[12..] == sum.to_le_bytes() && number.is_none_or(|n| n == is);
-    right.then_some(payload)
+    (head[12..] == sum.to_le_bytes()).then_some(payload)
 }
 
 fn begin(number: u64) -> Vec<u8> {
@@ -134,7 +135,7 @@ impl Disk {
             return Err(damaged(&path, 0, "not written by this program"));
         };
         let salt = crc32c::crc32c(&bytes[..HEAD]);
-        let Some(state) = whole(payload, Some(0), salt) else {
+        let Some(state) = whole(payload, |n| n == 0, salt) else {
             return Err(damaged(&path, HEAD, "its checksum is wrong"));
         };
         let state = bytes.slice_ref(state);
@@ -177,15 +178,16 @@ impl Disk {
         } else if !bytes.starts_with(&head) {
             return Err(damaged(&path, 0, "not the log of this checkpoint"));
         } else {
-            while let Some(record) = whole(&bytes[end..], Some(self.frames), salt) {
+            while let Some(record) = whole(&bytes[end..], |n| n == self.frames, salt) {
                 let batch = postcard::from_bytes::<Vec<Bytes>>(record);
                 records.extend(batch.map_err(|_| damaged(&path, end, "not records"))?);
                 end += HEAD + record.len();
                 self.frames += 1;
             }
             let rest = &bytes[end..];
-            let later = |n: &usize| whole(&rest[*n..], None, salt).is_some();
-            if (1..rest.len()).any(|n| later(&n)) {
+            let last = self.frames + (rest.len() / HEAD) as u64;
+            let later = |n: u64| n > self.frames && n <= last;
+            if (1..rest.len()).any(|at| whole(&rest[at..], later, salt).is_some()) {
                 return Err(damaged(&path, end, "a whole record follows"));
             }
         }
@@ -203,8 +205,8 @@ impl Disk {
         let number = self.number + 1;
         let mut bytes = begin(number);
         let salt = crc32c::crc32c(&bytes);
-        frame(0, salt, state, &mut bytes);
         let new = self.directory.join("checkpoint.new");
+        at(&new, frame(0, salt, state, &mut bytes))?;
         let path = self.directory.join("checkpoint");
         let mut file = at(&new, File::create(&new))?;
         at(&new, file.write_all(&bytes))?;
@@ -235,7 +237,7 @@ impl Disk {
         let mut bytes = Vec::new();
         // One frame: what was torn is all of it.
         let records = postcard::to_stdvec(records).expect("bytes can be serialised");
-        frame(self.frames, salt, &records, &mut bytes);
+        at(&path, frame(self.frames, salt, &records, &mut bytes))?;
         self.frames += 1;
         at(&path, log.write_all(&bytes))?;
         at(&path, log.sync_data())?;
@@ -340,6 +342,16 @@ mod tests {
             std::fs::write(&path, &bytes[..end]).unwrap();
             assert_eq!(Disk::open(&dir.0).unwrap().1.records.len(), 0);
         }
+    }
+
+    #[test]
+    fn what_is_within_a_torn_end_is_no_record_that_follows() {
+        let dir = Dir::new("within");
+        let (path, bytes) = written(&dir);
+        // The end that was being written holds a frame of this log, as a program's bytes may.
+        let torn = [&bytes[..], &[0xff; HEAD], &bytes[HEAD..]].concat();
+        std::fs::write(&path, torn).unwrap();
+        assert_eq!(Disk::open(&dir.0).unwrap().1.records, records(6));
     }
 
     #[test]
