@@ -100,10 +100,30 @@ impl Drop for Seat {
 
 #[derive(Default)]
 struct Shared {
-    subscribers: BTreeMap<u64, mpsc::Sender<Publication>>,
+    /// Shared with the publication that is being given.
+    subscribers: Arc<BTreeMap<u64, mpsc::Sender<Publication>>>,
     next: u64,
     retained: Option<Publication>,
     out: bool,
+}
+
+impl Shared {
+    fn subscribe(&mut self) -> mpsc::Receiver<Publication> {
+        let (sender, publications) = mpsc::channel(QUEUE_MAX);
+        if let Some(retained) = self.retained.clone() {
+            let _ = sender.try_send(retained);
+        }
+        let number = self.next;
+        self.next += 1;
+        // A membership that ended meanwhile gives nothing: its queue ends at once.
+        if !self.out {
+            let subscribers = Arc::make_mut(&mut self.subscribers);
+            // Where nothing is published, nothing else forgets them.
+            subscribers.retain(|_, s| !s.is_closed());
+            subscribers.insert(number, sender);
+        }
+        publications
+    }
 }
 
 fn lock<T>(shared: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -201,18 +221,7 @@ impl Topics {
     /// [`JoinError`].
     pub async fn subscribe(&self, topic: &str) -> Result<Subscription, JoinError> {
         let publisher = self.publisher(topic).await?;
-        let (sender, publications) = mpsc::channel(QUEUE_MAX);
-        let mut shared = lock(&publisher.0.shared);
-        if let Some(retained) = shared.retained.clone() {
-            let _ = sender.try_send(retained);
-        }
-        let number = shared.next;
-        shared.next += 1;
-        // A membership that ended meanwhile gives nothing: its queue ends at once.
-        if !shared.out {
-            shared.subscribers.insert(number, sender);
-        }
-        drop(shared);
+        let publications = lock(&publisher.0.shared).subscribe();
         Ok(Subscription {
             publications,
             publisher,
@@ -305,7 +314,7 @@ async fn pump(mut events: Events, shared: Arc<Mutex<Shared>>, end: oneshot::Send
     }
     let mut shared = lock(&shared);
     shared.out = true;
-    shared.subscribers.clear();
+    shared.subscribers = Arc::default();
     drop(shared);
     let _ = end.send(());
 }
@@ -313,12 +322,28 @@ async fn pump(mut events: Events, shared: Arc<Mutex<Shared>>, end: oneshot::Send
 /// Gives a publication to those who had subscribed when it came.
 async fn give(
     shared: &Mutex<Shared>,
-    subscribers: BTreeMap<u64, mpsc::Sender<Publication>>,
+    subscribers: Arc<BTreeMap<u64, mpsc::Sender<Publication>>>,
     publication: &Publication,
 ) {
-    for (number, subscriber) in subscribers {
+    for (number, subscriber) in &*subscribers {
         if subscriber.send(publication.clone()).await.is_err() {
-            lock(shared).subscribers.remove(&number);
+            Arc::make_mut(&mut lock(shared).subscribers).remove(number);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn subscriptions_that_ended_are_forgotten_where_nothing_is_published() {
+        let mut shared = Shared::default();
+        let stays = shared.subscribe();
+        for _ in 0..100 {
+            drop(shared.subscribe());
+        }
+        assert!(shared.subscribers.len() <= 2);
+        assert!(!stays.is_closed() && shared.subscribers.contains_key(&0));
     }
 }
