@@ -7,14 +7,16 @@
 mod client;
 mod page;
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use anyhow::Context as _;
+use axum::extract::connect_info::Connected;
 use axum::extract::{ConnectInfo, State};
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{Html, IntoResponse};
 use axum::routing::{get, post as on_post};
+use axum::serve::IncomingStream;
 use axum::{Json, Router};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
@@ -63,7 +65,7 @@ pub async fn serve(
         .route("/handover", on_post(handover))
         .route("/maintenance", on_post(maintenance))
         .with_state(admin)
-        .into_make_service_with_connect_info::<SocketAddr>();
+        .into_make_service_with_connect_info::<Ends>();
     // Connections are dropped, not drained, when the node stops: every answer is short.
     tokio::select! {
         result = async { axum::serve(listener, router).await } => result.context("serving the admin page"),
@@ -93,12 +95,37 @@ async fn metrics(State(admin): State<Admin>) -> impl IntoResponse {
     )
 }
 
+/// The two ends of a connection to the page.
+#[derive(Debug, Clone, Copy)]
+struct Ends {
+    peer: IpAddr,
+    /// `None`: the connection was gone before it could be asked.
+    local: Option<IpAddr>,
+}
+
+impl Connected<IncomingStream<'_, TcpListener>> for Ends {
+    fn connect_info(stream: IncomingStream<'_, TcpListener>) -> Self {
+        let local = stream.io().local_addr().ok();
+        Self {
+            peer: stream.remote_addr().ip().to_canonical(),
+            local: local.map(|address| address.ip().to_canonical()),
+        }
+    }
+}
+
+impl Ends {
+    /// A process that connects to an address of its own machine does so from that very address.
+    fn same_machine(self) -> bool {
+        self.peer.is_loopback() || self.local == Some(self.peer)
+    }
+}
+
 type Refusal = (StatusCode, String);
 
 /// Who may change something: processes of this machine, and no web page through a browser on it.
-fn operator(admin: Admin, from: SocketAddr, headers: &HeaderMap) -> Result<Operator, Refusal> {
-    if !from.ip().to_canonical().is_loopback() {
-        let why = format!("only from the node's own machine, not from {}\n", from.ip());
+fn operator(admin: Admin, ends: Ends, headers: &HeaderMap) -> Result<Operator, Refusal> {
+    if !ends.same_machine() {
+        let why = format!("only from the node's own machine, not from {}\n", ends.peer);
         return Err((StatusCode::FORBIDDEN, why));
     }
     if !headers.contains_key(client::OPERATOR_HEADER) {
@@ -116,11 +143,11 @@ fn refused(why: String) -> Refusal {
 
 async fn handover(
     State(admin): State<Admin>,
-    ConnectInfo(from): ConnectInfo<SocketAddr>,
+    ConnectInfo(ends): ConnectInfo<Ends>,
     headers: HeaderMap,
     Json(request): Json<HandOver>,
 ) -> Result<Json<Outcome>, Refusal> {
-    let operator = operator(admin, from, &headers)?;
+    let operator = operator(admin, ends, &headers)?;
     operator
         .hand_over(&request)
         .await
@@ -130,11 +157,11 @@ async fn handover(
 
 async fn maintenance(
     State(admin): State<Admin>,
-    ConnectInfo(from): ConnectInfo<SocketAddr>,
+    ConnectInfo(ends): ConnectInfo<Ends>,
     headers: HeaderMap,
     Json(request): Json<Maintenance>,
 ) -> Result<Json<Outcome>, Refusal> {
-    let operator = operator(admin, from, &headers)?;
+    let operator = operator(admin, ends, &headers)?;
     operator.maintain(request).await.map(Json).map_err(refused)
 }
 
@@ -214,6 +241,23 @@ mod tests {
         let html = page::render(&status);
         assert!(html.contains("&lt;script&gt;alert(1)"));
         assert!(!html.contains("<script>"));
+    }
+
+    #[test]
+    fn a_machine_is_known_by_any_of_its_addresses() {
+        let ends = |peer: &str, local: &str| Ends {
+            peer: peer.parse().unwrap(),
+            local: Some(local.parse().unwrap()),
+        };
+        assert!(ends("10.98.0.11", "10.98.0.11").same_machine());
+        assert!(ends("127.0.0.1", "127.0.0.2").same_machine());
+        assert!(ends("fd00::11", "fd00::11").same_machine());
+        assert!(!ends("10.98.0.12", "10.98.0.11").same_machine());
+        let unknown = Ends {
+            local: None,
+            ..ends("10.98.0.11", "10.98.0.11")
+        };
+        assert!(!unknown.same_machine());
     }
 
     #[tokio::test]
