@@ -62,11 +62,9 @@ fn request(
     (|| {
         stream.set_read_timeout(Some(patience))?;
         stream.set_write_timeout(Some(patience))?;
-        // HTTP/1.0: the server closes behind its answer.
-        write!(
-            stream,
-            "{method} {path} HTTP/1.0\r\nHost: {address}\r\n{rest}"
-        )?;
+        // HTTP/1.0: the server closes behind its answer. It takes orders by its address, by no name.
+        let host = stream.peer_addr()?;
+        write!(stream, "{method} {path} HTTP/1.0\r\nHost: {host}\r\n{rest}")?;
         stream.take(RESPONSE_BYTES_MAX).read_to_end(&mut response)
     })()
     .with_context(|| format!("asking {address} for {path}"))?;

@@ -128,12 +128,30 @@ fn operator(admin: Admin, ends: Ends, headers: &HeaderMap) -> Result<Operator, R
         let why = format!("only from the node's own machine, not from {}\n", ends.peer);
         return Err((StatusCode::FORBIDDEN, why));
     }
+    let text = |name| headers.get(name).and_then(|value| value.to_str().ok());
+    let Some(host) = text(header::HOST).filter(|host| is_numeric(host)) else {
+        let why = "the header Host is neither an address nor localhost\n".to_owned();
+        return Err((StatusCode::FORBIDDEN, why));
+    };
+    let origin = text(header::ORIGIN).and_then(|origin| origin.split_once("://"));
+    if headers.contains_key(header::ORIGIN) && origin.is_none_or(|(_, origin)| origin != host) {
+        let why = "the header Origin names another site\n".to_owned();
+        return Err((StatusCode::FORBIDDEN, why));
+    }
     if !headers.contains_key(client::OPERATOR_HEADER) {
         let why = format!("the header {} is missing\n", client::OPERATOR_HEADER);
         return Err((StatusCode::FORBIDDEN, why));
     }
     let none = || (StatusCode::NOT_FOUND, "no services here\n".to_owned());
     admin.operator.ok_or_else(none)
+}
+
+/// Whether a `Host` says where the page is by itself. A name may be one that a web site has pointed at
+/// this machine, and then a browser takes the page for a part of that site.
+fn is_numeric(host: &str) -> bool {
+    host.parse::<SocketAddr>().is_ok()
+        || format!("{host}:80").parse::<SocketAddr>().is_ok()
+        || host.split(':').next() == Some("localhost")
 }
 
 /// A request that makes no sense on this node.
@@ -304,17 +322,47 @@ mod tests {
         assert!(code == 404 && body.contains("no services"), "{code} {body}");
         let (code, body) = put("/maintenance", r#"{"off": true}"#).await.unwrap();
         assert!(code == 422 && body.contains("off"), "{code} {body}");
-        let browser = "POST /handover HTTP/1.0\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}";
-        let answer = tokio::task::spawn_blocking(move || {
-            use std::io::{Read as _, Write as _};
-            let mut stream = std::net::TcpStream::connect(address).unwrap();
-            stream.write_all(browser.as_bytes()).unwrap();
-            let mut answer = String::new();
-            stream.read_to_string(&mut answer).unwrap();
-            answer
-        });
-        let answer = answer.await.unwrap();
-        assert!(answer.starts_with("HTTP/1.0 403"), "{answer}");
+        let raw = |headers: String| {
+            let request = format!(
+                "POST /handover HTTP/1.0\r\nContent-Type: application/json\r\n{headers}Content-Length: 2\r\n\r\n{{}}"
+            );
+            tokio::task::spawn_blocking(move || {
+                use std::io::{Read as _, Write as _};
+                let mut stream = std::net::TcpStream::connect(address).unwrap();
+                stream.write_all(request.as_bytes()).unwrap();
+                let mut answer = String::new();
+                stream.read_to_string(&mut answer).unwrap();
+                answer
+            })
+        };
+        let header = client::OPERATOR_HEADER;
+        for (headers, code) in [
+            (format!("Host: {address}\r\n"), 403),
+            (format!("Host: {address}\r\n{header}: 1\r\n"), 404),
+            (format!("Host: localhost:9600\r\n{header}: 1\r\n"), 404),
+            (format!("Host: [::1]\r\n{header}: 1\r\n"), 404),
+            (format!("Host: evil.test:9600\r\n{header}: 1\r\n"), 403),
+            (format!("Host: localhost.evil.test\r\n{header}: 1\r\n"), 403),
+            (format!("{header}: 1\r\n"), 403),
+            (
+                format!("Host: {address}\r\nOrigin: http://{address}\r\n{header}: 1\r\n"),
+                404,
+            ),
+            (
+                format!("Host: {address}\r\nOrigin: http://evil.test\r\n{header}: 1\r\n"),
+                403,
+            ),
+            (
+                format!("Host: {address}\r\nOrigin: null\r\n{header}: 1\r\n"),
+                403,
+            ),
+        ] {
+            let answer = raw(headers.clone()).await.unwrap();
+            assert!(
+                answer.starts_with(&format!("HTTP/1.0 {code}")),
+                "{headers}{answer}"
+            );
+        }
 
         stop.send(true).unwrap();
         server.await.unwrap().unwrap();
