@@ -86,9 +86,12 @@ impl Plane {
 
     /// Leader: hands over if there is a reason that can wait.
     pub(super) fn yield_if_due(&mut self, now: BootTime) {
-        let leads = !self.wedged && matches!(self.role, Role::Leader(_));
-        if leads
-            && now >= self.hand_over_at
+        if self.wedged || !matches!(self.role, Role::Leader(_)) {
+            // The next time as leader begins its own wait.
+            self.preferred_since = None;
+            return;
+        }
+        if now >= self.hand_over_at
             && let Some(to) = self.yields(now)
         {
             self.hand_over_at = now + HAND_OVER_EVERY;
