@@ -6,6 +6,7 @@
 use std::process::Stdio;
 use std::time::Duration;
 
+use rustix::process::{Pid, Signal, kill_process_group};
 use tokio::process::Command;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
@@ -93,7 +94,7 @@ async fn serve(node: String, service: ServiceConfig, mut standings: watch::Recei
                     .env("UNBROKEN_VIP", service.vip.to_string())
                     .env("UNBROKEN_INTERFACE", &service.interface)
                     .env("UNBROKEN_VIEW", standing.view.to_string());
-                run(&service.name, event, command).await;
+                run(&service.name, event, command, RUN_MAX).await;
             }
         }
         if standings.changed().await.is_err() {
@@ -102,21 +103,33 @@ async fn serve(node: String, service: ServiceConfig, mut standings: watch::Recei
     }
 }
 
-/// Runs a command to its end; what it writes goes where the node's own output goes.
-async fn run(service: &str, event: &str, mut command: Command) {
-    command.stdin(Stdio::null()).kill_on_drop(true);
-    let ended = match command.spawn() {
-        Ok(mut child) => tokio::time::timeout(RUN_MAX, child.wait()).await,
+/// Runs a command to its end, or kills it after `max`, with what it started; what it writes goes where
+/// the node's own output goes.
+async fn run(service: &str, event: &str, mut command: Command, max: Duration) {
+    command.stdin(Stdio::null()).process_group(0);
+    let mut child = match command.kill_on_drop(true).spawn() {
+        Ok(child) => child,
         Err(error) => {
             warn!(service, event, %error, "the hook cannot be started");
             return;
         }
     };
-    match ended {
+    match tokio::time::timeout(max, child.wait()).await {
         Ok(Ok(status)) if status.success() => info!(service, event, "the hook has run"),
         Ok(Ok(status)) => warn!(service, event, %status, "the hook failed"),
         Ok(Err(error)) => warn!(service, event, %error, "the hook failed"),
-        Err(_) => warn!(service, event, after = ?RUN_MAX, "the hook took too long and is killed"),
+        Err(_) => {
+            warn!(service, event, after = ?max, "the hook took too long and is killed");
+            // It has no id once it is reaped, so the group is still its own.
+            let id = child.id().and_then(|id| i32::try_from(id).ok());
+            if let Some(group) = id.and_then(Pid::from_raw) {
+                let _ = kill_process_group(group, Signal::KILL);
+            }
+            // The next one is not to run beside it.
+            if let Err(error) = child.wait().await {
+                warn!(service, event, %error, "waiting for the hook's end");
+            }
+        }
     }
 }
 
@@ -156,13 +169,28 @@ mod tests {
         hooks.turn(0, true, 7);
         hooks.turn(7, true, 7);
         let notes = || std::fs::read_to_string(folder.join("notes")).unwrap_or_default();
-        while notes().lines().count() < 1 {
-            tokio::task::yield_now().await;
-        }
+        let promoted = async {
+            while notes().lines().count() < 1 {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(RUN_MAX, promoted).await.unwrap();
         hooks.turn(0, true, 8);
         hooks.end().await;
         let said = notes();
         std::fs::remove_dir_all(&folder).unwrap();
         assert_eq!(said, "promote 10.98.0.100 7\ndemote 10.98.0.100 8\n");
+    }
+
+    #[tokio::test]
+    async fn one_that_takes_too_long_is_killed_with_what_it_started() {
+        // What it started holds the pipe: the end is read when that is gone too.
+        let (reader, writer) = std::io::pipe().unwrap();
+        let mut command = Command::new("sh");
+        command.args(["-c", "sleep 600 & wait"]).stdout(writer);
+        run("web", "promote", command, Duration::from_millis(50)).await;
+        let read = tokio::task::spawn_blocking(move || std::io::read_to_string(reader));
+        let read = tokio::time::timeout(RUN_MAX, read).await.unwrap();
+        assert_eq!(read.unwrap().unwrap(), "");
     }
 }
