@@ -6,20 +6,24 @@
 //! state of a checkpoint. A thread of its own does it all: the data plane only looks at [`State`].
 
 use std::fs;
-use std::io::{self, BufRead as _, BufReader};
+use std::io::{self, Read as _};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use bytes::Bytes;
 use mio::Waker;
-use rustix::process::{Pid, Signal, kill_process_group};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{
+    Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, kill_process_group, pidfd_open,
+    setpriority_process, waitid,
+};
 use tracing::{debug, error, info, warn};
 
 use super::liveness::{self, Liveness, start_time};
@@ -30,7 +34,11 @@ use super::upstream::Target;
 const LOOK_EVERY: Duration = Duration::from_millis(10);
 /// Between two attempts to start a program that ended by itself.
 const START_AGAIN_AFTER: Duration = Duration::from_millis(500);
-/// What a program is given to end after SIGTERM when the node stops.
+/// `ready` is asked again when it has not answered by then.
+const READY_MAX: Duration = Duration::from_secs(10);
+/// A line of `checkpoint` is looked at up to here.
+const LINE_BYTES_MAX: usize = 1024;
+/// What a program is given to end after SIGTERM when the node stops, or after SIGKILL.
 const END_MAX: Duration = Duration::from_secs(3);
 /// The line with which `checkpoint` says that the server may go on.
 const TAKEN: &str = "taken";
@@ -88,7 +96,7 @@ pub(crate) enum Progress {
     Failed,
 }
 
-/// A checkpoint being taken by the user's command.
+/// A checkpoint being taken by the user's command, which is killed if this is dropped before.
 #[derive(Debug)]
 pub(crate) struct Attempt(Arc<Mutex<Progress>>);
 
@@ -134,13 +142,15 @@ impl Runner {
             liveness,
             state: Arc::clone(&state),
             waker: Arc::clone(&waker),
+            orders,
+            order: None,
             child: None,
             number: 0,
             checkpoint: None,
         };
         let thread = thread::Builder::new()
             .name("server".into())
-            .spawn(move || run.serve(&orders))?;
+            .spawn(move || run.serve())?;
         Ok(Self {
             orders: sender,
             state,
@@ -176,32 +186,39 @@ impl Runner {
     /// Takes a checkpoint of the server's state, by the user's command.
     pub(crate) fn checkpoint(&self) -> Attempt {
         let progress = Arc::new(Mutex::new(Progress::Running));
-        let attempt = Attempt(Arc::clone(&progress));
+        let weak = Arc::downgrade(&progress);
         let (program, waker) = (self.program.clone(), Arc::clone(&self.waker));
-        let set = move |now| {
+        let set = move |progress: &Weak<Mutex<Progress>>, now| {
+            let Some(progress) = progress.upgrade() else {
+                return;
+            };
             *progress.lock().unwrap_or_else(PoisonError::into_inner) = now;
             if let Err(error) = waker.wake() {
                 error!(%error, "waking the data plane");
             }
         };
-        let refused = set.clone();
+        let (refused, wanted) = (set.clone(), weak.clone());
         let busy = Arc::clone(&self.busy);
         busy.store(true, Ordering::Release);
         let thread = thread::Builder::new().name("checkpoint".into());
         let spawned = thread.spawn(move || {
-            let end = take_checkpoint(&program, || set(Progress::Taken)).unwrap_or_else(|error| {
+            // The data plane, whose thread this one comes from, is more urgent.
+            let _ = setpriority_process(None, 0);
+            let taken = || set(&wanted, Progress::Taken);
+            let given_up = || wanted.strong_count() == 0;
+            let end = take_checkpoint(&program, taken, given_up).unwrap_or_else(|error| {
                 warn!(service = %program.name, "taking a checkpoint: {error:#}");
                 Progress::Failed
             });
             busy.store(false, Ordering::Release);
-            set(end);
+            set(&wanted, end);
         });
         if let Err(error) = spawned {
             warn!(%error, "starting a thread for a checkpoint");
             self.busy.store(false, Ordering::Release);
-            refused(Progress::Failed);
+            refused(&weak, Progress::Failed);
         }
-        attempt
+        Attempt(progress)
     }
 
     /// Kills the server and begins another, with the state of a checkpoint or with none.
@@ -229,26 +246,52 @@ struct Run {
     liveness: Liveness,
     state: Arc<Mutex<State>>,
     waker: Arc<Waker>,
-    child: Option<Child>,
+    orders: Receiver<Order>,
+    /// One that cut a command short and is to be carried out.
+    order: Option<Order>,
+    child: Option<Running>,
     number: u64,
     checkpoint: Option<Bytes>,
 }
 
 impl Run {
-    fn serve(&mut self, orders: &Receiver<Order>) {
+    fn serve(&mut self) {
         self.kill_leftover();
         let mut wait = self.begin();
         loop {
-            match orders.recv_timeout(wait) {
-                Ok(Order::Restart(number, checkpoint)) => {
+            match self.next_order(wait) {
+                Some(Order::Restart(number, checkpoint)) => {
                     self.kill();
                     (self.number, self.checkpoint) = (number, checkpoint);
                     wait = self.begin();
                 }
-                Ok(Order::Stop) | Err(RecvTimeoutError::Disconnected) => return self.end(),
-                Err(RecvTimeoutError::Timeout) => wait = self.look(),
+                Some(Order::Stop) => return self.end(),
+                None => wait = self.look(),
             }
         }
+    }
+
+    fn next_order(&mut self, wait: Duration) -> Option<Order> {
+        if self.order.is_some() {
+            return self.order.take();
+        }
+        match self.orders.recv_timeout(wait) {
+            Ok(order) => Some(order),
+            Err(RecvTimeoutError::Disconnected) => Some(Order::Stop),
+            Err(RecvTimeoutError::Timeout) => None,
+        }
+    }
+
+    /// Runs a command to its end. An order, or its time, ends it before, and what it started.
+    fn run(&mut self, command: &mut Command, max: Duration) -> anyhow::Result<ExitStatus> {
+        let mut running = Running::spawn(command)?;
+        let begun = Instant::now();
+        while !running.has_ended()? {
+            self.order = self.next_order(LOOK_EVERY);
+            anyhow::ensure!(self.order.is_none(), "cut short by an order");
+            anyhow::ensure!(begun.elapsed() < max, "not at its end after {max:?}");
+        }
+        Ok(running.reap()?)
     }
 
     /// Starts the program. Gives the time until the next look.
@@ -257,6 +300,7 @@ impl Run {
         match self.try_begin() {
             Ok(()) => LOOK_EVERY,
             Err(error) => {
+                self.kill();
                 let name = &self.program.name;
                 error!(service = %name, "starting the server: {error:#}");
                 self.set(State::Down(self.number));
@@ -266,7 +310,7 @@ impl Run {
     }
 
     fn try_begin(&mut self) -> anyhow::Result<()> {
-        let program = &self.program;
+        let program = self.program.clone();
         if program.shared_state {
             empty(&program.folder).context("emptying its folder")?;
         }
@@ -278,26 +322,21 @@ impl Run {
                 path = program.folder.with_extension("restore");
                 fs::write(&path, bytes).with_context(|| format!("writing {}", path.display()))?;
             }
-            let status = prepare(restore, &program.folder)
-                .env(CHECKPOINT_VARIABLE, &path)
-                .status()
-                .with_context(|| format!("running {}", restore[0]))?;
+            let mut command = prepare(restore, &program.folder);
+            let status = self.run(command.env(CHECKPOINT_VARIABLE, &path), Duration::MAX);
             // The state is in the server's folder now, if anywhere.
             let _ = fs::remove_file(&path);
+            let status = status.with_context(|| format!("running {}", restore[0]))?;
             anyhow::ensure!(status.success(), "`restore` ended with {status}");
         }
         if let Some(command) = &program.command {
-            let mut child = prepare(command, &program.folder)
-                .spawn()
+            let child = Running::spawn(&mut prepare(command, &program.folder))
                 .with_context(|| format!("running {}", command[0]))?;
-            let pid = child.id();
+            let pid = child.child.id();
+            self.child = Some(child);
             info!(service = %program.name, pid, run = self.number, "server started");
             let started = start_time(pid).unwrap_or(0);
-            if let Err(error) = fs::write(self.pid_file(), format!("{pid} {started}\n")) {
-                let _ = child.kill();
-                return Err(error).context("noting its pid");
-            }
-            self.child = Some(child);
+            fs::write(self.pid_file(), format!("{pid} {started}\n")).context("noting its pid")?;
         }
         Ok(())
     }
@@ -306,10 +345,12 @@ impl Run {
     fn look(&mut self) -> Duration {
         let now = *self.state.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(child) = &mut self.child {
-            match child.try_wait() {
-                Ok(None) => {}
-                Ok(Some(status)) => {
-                    warn!(service = %self.program.name, %status, "the server ended");
+            match child.has_ended() {
+                Ok(false) => {}
+                Ok(true) => {
+                    // What it started must not answer in its place.
+                    let status = child.kill();
+                    warn!(service = %self.program.name, ?status, "the server ended");
                     self.child = None;
                     self.set(State::Down(self.number));
                     return START_AGAIN_AFTER;
@@ -338,14 +379,19 @@ impl Run {
         liveness::listens(target) || (self.program.command.is_none() && liveness::accepts(target))
     }
 
-    fn says_ready(&self) -> bool {
-        self.program.ready.as_ref().is_none_or(|words| {
-            let ended = prepare(words, &self.program.folder)
-                .stdout(Stdio::null())
-                .stderr(Stdio::null())
-                .status();
-            ended.is_ok_and(|status| status.success())
-        })
+    fn says_ready(&mut self) -> bool {
+        let Some(words) = &self.program.ready else {
+            return true;
+        };
+        let mut command = prepare(words, &self.program.folder);
+        command.stdout(Stdio::null()).stderr(Stdio::null());
+        match self.run(&mut command, READY_MAX) {
+            Ok(status) => status.success(),
+            Err(error) => {
+                debug!(service = %self.program.name, "asking `ready`: {error:#}");
+                false
+            }
+        }
     }
 
     fn set(&self, state: State) {
@@ -358,9 +404,9 @@ impl Run {
     /// The program gets SIGTERM, and SIGKILL if that does not do.
     fn end(&mut self) {
         if let Some(child) = &mut self.child {
-            signal(child.id(), Signal::TERM);
+            child.signal(Signal::TERM);
             let mut left = END_MAX;
-            while matches!(child.try_wait(), Ok(None)) && !left.is_zero() {
+            while matches!(child.has_ended(), Ok(false)) && !left.is_zero() {
                 thread::sleep(LOOK_EVERY);
                 left = left.saturating_sub(LOOK_EVERY);
             }
@@ -369,11 +415,10 @@ impl Run {
     }
 
     fn kill(&mut self) {
-        if let Some(mut child) = self.child.take() {
-            signal(child.id(), Signal::KILL);
-            if let Err(error) = child.wait() {
-                warn!(service = %self.program.name, %error, "waiting for the server's end");
-            }
+        if let Some(mut child) = self.child.take()
+            && let Err(error) = child.kill()
+        {
+            warn!(service = %self.program.name, %error, "waiting for the server's end");
         }
         // Nothing of it is left that could be killed.
         let _ = fs::remove_file(self.pid_file());
@@ -391,24 +436,78 @@ impl Run {
         let mut words = text.split_ascii_whitespace();
         let pid: Option<u32> = words.next().and_then(|w| w.parse().ok());
         let started: Option<u64> = words.next().and_then(|w| w.parse().ok());
-        let Some(pid) = pid else { return };
-        if started.is_none() || start_time(pid) != started {
+        let Some(pid) = pid.and_then(|pid| Pid::from_raw(i32::try_from(pid).ok()?)) else {
+            return;
+        };
+        let number = pid.as_raw_nonzero().get().unsigned_abs();
+        // It is not our child: only this tells when it has ended.
+        let Ok(process) = pidfd_open(pid, PidfdFlags::empty()) else {
+            return;
+        };
+        if started.is_none() || start_time(number) != started {
             return;
         }
-        info!(service = %self.program.name, pid, "killing the server of an earlier node");
-        signal(pid, Signal::KILL);
-        // It is not our child: it is gone when its start time is.
-        while start_time(pid) == started {
-            thread::sleep(Duration::from_millis(1));
+        info!(service = %self.program.name, number, "killing the server of an earlier node");
+        // It may have ended meanwhile.
+        let _ = kill_process_group(pid, Signal::KILL);
+        let max = Timespec::try_from(END_MAX).expect("a few seconds");
+        let mut end = [PollFd::new(&process, PollFlags::IN)];
+        if !matches!(poll(&mut end, Some(&max)), Ok(1)) {
+            warn!(service = %self.program.name, number, "it does not end");
         }
     }
 }
 
-/// Signals a program and everything that it has started.
-fn signal(pid: u32, signal: Signal) {
-    if let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) {
-        // It may have ended meanwhile.
-        let _ = kill_process_group(pid, signal);
+/// A program with everything that it has started, as far as that is in its process group. Dropped before
+/// it is reaped it is killed.
+struct Running {
+    child: Child,
+    /// The number of its group may be another's now.
+    reaped: bool,
+}
+
+impl Running {
+    fn spawn(command: &mut Command) -> io::Result<Self> {
+        // The terminal's signals are the node's: it decides when its server ends.
+        let child = command.process_group(0).spawn()?;
+        Ok(Self {
+            child,
+            reaped: false,
+        })
+    }
+
+    /// Whether the program has ended; it is not reaped by that.
+    fn has_ended(&self) -> io::Result<bool> {
+        let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+        let ended = waitid(WaitId::Pid(Pid::from_child(&self.child)), options)?;
+        Ok(ended.is_some())
+    }
+
+    fn signal(&self, signal: Signal) {
+        if !self.reaped {
+            // There may be nobody left in it who could be signalled.
+            let _ = kill_process_group(Pid::from_child(&self.child), signal);
+        }
+    }
+
+    /// Waits for the program's end; what else is in its group goes on.
+    fn reap(&mut self) -> io::Result<ExitStatus> {
+        let status = self.child.wait();
+        self.reaped = true;
+        status
+    }
+
+    fn kill(&mut self) -> io::Result<ExitStatus> {
+        self.signal(Signal::KILL);
+        self.reap()
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if !self.reaped {
+            let _ = self.kill();
+        }
     }
 }
 
@@ -417,39 +516,85 @@ fn prepare(words: &[String], folder: &Path) -> Command {
     command
         .args(&words[1..])
         .current_dir(folder)
-        .stdin(Stdio::null())
-        // The terminal's signals are the node's: it decides when its server ends.
-        .process_group(0);
+        .stdin(Stdio::null());
     command
 }
 
 /// Runs the user's command. It has the state in its file when it ends; and it may say `taken` before,
 /// when the state can no longer change.
-fn take_checkpoint(program: &Program, taken: impl Fn()) -> anyhow::Result<Progress> {
+fn take_checkpoint(
+    program: &Program,
+    taken: impl Fn(),
+    given_up: impl Fn() -> bool,
+) -> anyhow::Result<Progress> {
     let words = program.checkpoint.as_ref().context("there is no command")?;
     let path = program.folder.with_extension("checkpoint");
     // Of an attempt that was cut short.
     let _ = fs::remove_file(&path);
-    let mut child = prepare(words, &program.folder)
+    let mut command = prepare(words, &program.folder);
+    command
         .env(CHECKPOINT_VARIABLE, &path)
-        .stdout(Stdio::piped())
-        .spawn()
-        .with_context(|| format!("running {}", words[0]))?;
-    let output = child.stdout.take().context("its output is a pipe")?;
-    for line in BufReader::new(output).lines().map_while(Result::ok) {
-        if line.trim() == TAKEN {
-            taken();
-        } else {
-            debug!(service = %program.name, line, "checkpoint");
+        .stdout(Stdio::piped());
+    let mut running =
+        Running::spawn(&mut command).with_context(|| format!("running {}", words[0]))?;
+    let mut output = running.child.stdout.take();
+    let mut line = Vec::new();
+    loop {
+        // Asked before its output is read: then that is all. Who else holds the pipe is not waited for.
+        let ended = running.has_ended()?;
+        read_output(&mut output, &mut line, |line| {
+            if line.trim_ascii() == TAKEN.as_bytes() {
+                taken();
+            } else {
+                let line = String::from_utf8_lossy(line);
+                debug!(service = %program.name, %line, "checkpoint");
+            }
+        })?;
+        if ended {
+            break;
         }
+        anyhow::ensure!(!given_up(), "{} is killed: it took too long", words[0]);
     }
-    let status = child.wait().context("waiting for its end")?;
+    let status = running.reap().context("waiting for its end")?;
     if status.code() == Some(NOT_NOW) {
         return Ok(Progress::NotNow);
     }
     anyhow::ensure!(status.success(), "{} ended with {status}", words[0]);
     let bytes = mapped::take(&path).with_context(|| format!("reading {}", path.display()))?;
     Ok(Progress::Done(bytes))
+}
+
+/// Reads what is there, and waits for a moment if nothing is. `None` in place of the output: its end.
+fn read_output(
+    output: &mut Option<ChildStdout>,
+    line: &mut Vec<u8>,
+    mut each: impl FnMut(&[u8]),
+) -> io::Result<()> {
+    let Some(pipe) = output else {
+        thread::sleep(LOOK_EVERY);
+        return Ok(());
+    };
+    let wait = Timespec::try_from(LOOK_EVERY).expect("a few milliseconds");
+    match poll(&mut [PollFd::new(pipe, PollFlags::IN)], Some(&wait)) {
+        Ok(0) | Err(rustix::io::Errno::INTR) => return Ok(()),
+        Ok(_) => {}
+        Err(error) => return Err(error.into()),
+    }
+    // As much as a pipe holds.
+    let mut buffer = vec![0; 64 * 1024];
+    let n = pipe.read(&mut buffer)?;
+    if n == 0 {
+        *output = None;
+    }
+    for byte in &buffer[..n] {
+        if *byte == b'\n' {
+            each(line);
+            line.clear();
+        } else if line.len() < LINE_BYTES_MAX {
+            line.push(*byte);
+        }
+    }
+    Ok(())
 }
 
 fn empty(folder: &Path) -> io::Result<()> {
@@ -467,7 +612,6 @@ fn empty(folder: &Path) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use std::net::TcpListener;
-    use std::time::Instant;
 
     use mio::{Poll, Token};
 
@@ -549,7 +693,8 @@ mod tests {
             let text = fs::read_to_string(folder.with_extension("pid")).unwrap();
             text.split(' ').next().unwrap().parse().unwrap()
         };
-        signal(pid(), Signal::KILL);
+        let master = Pid::from_raw(i32::try_from(pid()).unwrap()).unwrap();
+        rustix::process::kill_process(master, Signal::KILL).unwrap();
         wait("its end", || runner.down());
         runner.restart(None);
         wait("the fourth", || runner.up());
@@ -562,5 +707,118 @@ mod tests {
         drop(runner);
         assert!(!liveness::accepts(&Target::Tcp(address)));
         fs::remove_dir_all(&base).unwrap();
+    }
+
+    /// A runner of shell lines, in a folder of its own; the target listens if one is given.
+    struct Lines {
+        base: PathBuf,
+        program: Program,
+        _poll: Poll,
+        waker: Arc<Waker>,
+    }
+
+    impl Lines {
+        fn new(name: &str, address: std::net::SocketAddr) -> Self {
+            let poll = Poll::new().unwrap();
+            let waker = Arc::new(Waker::new(poll.registry(), Token(0)).unwrap());
+            let base = std::env::temp_dir().join(format!("unbroken-{name}-{}", std::process::id()));
+            let program = Program {
+                name: name.to_owned(),
+                target: Target::Tcp(address),
+                command: None,
+                restore: None,
+                ready: None,
+                checkpoint: None,
+                folder: base.join("s"),
+                shared_state: true,
+            };
+            Self {
+                base,
+                program,
+                _poll: poll,
+                waker,
+            }
+        }
+
+        fn start(&self) -> Runner {
+            let liveness = Liveness::watch([self.program.target.clone()]).unwrap();
+            Runner::start(self.program.clone(), liveness, Arc::clone(&self.waker)).unwrap()
+        }
+
+        /// What a command has written, once it has.
+        fn read(&self, name: &str) -> String {
+            let mut text = String::new();
+            wait(name, || {
+                text = fs::read_to_string(self.program.folder.join(name)).unwrap_or_default();
+                text.ends_with('\n')
+            });
+            text
+        }
+
+        fn end(self, runner: Runner) {
+            let ending = thread::spawn(move || drop(runner));
+            wait("the runner's end", || ending.is_finished());
+            ending.join().unwrap();
+            fs::remove_dir_all(&self.base).unwrap();
+        }
+    }
+
+    fn sh(line: &str) -> Option<Vec<String>> {
+        Some(["sh", "-c", line].map(str::to_owned).to_vec())
+    }
+
+    const NOWHERE: std::net::SocketAddr =
+        std::net::SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 9);
+
+    #[test]
+    fn a_checkpoint_that_is_given_up_is_killed_whoever_holds_its_output() {
+        let mut lines = Lines::new("given-up", NOWHERE);
+        lines.program.restore = sh("echo > restored");
+        lines.program.checkpoint =
+            sh("setsid sh -c 'echo $$ > apart; exec sleep 600' & echo taken; wait");
+        let runner = lines.start();
+        lines.read("restored");
+        let attempt = runner.checkpoint();
+        wait("its word", || matches!(attempt.progress(), Progress::Taken));
+        let apart = lines.read("apart");
+        assert!(!runner.has_checkpoints());
+        drop(attempt);
+        wait("the next may begin", || runner.has_checkpoints());
+        let apart = Pid::from_raw(apart.trim().parse().unwrap()).unwrap();
+        rustix::process::kill_process(apart, Signal::KILL).unwrap();
+        lines.end(runner);
+    }
+
+    #[test]
+    fn an_order_does_not_wait_for_a_command() {
+        let mut lines = Lines::new("restore", NOWHERE);
+        lines.program.restore = sh("echo > begun; sleep 600 & wait");
+        let runner = lines.start();
+        lines.read("begun");
+        lines.end(runner);
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut lines = Lines::new("ready", listener.local_addr().unwrap());
+        lines.program.command = sh("sleep 600 & wait");
+        lines.program.ready = sh("echo > begun; sleep 600 & wait");
+        let runner = lines.start();
+        lines.read("begun");
+        lines.end(runner);
+    }
+
+    #[test]
+    fn what_a_server_started_ends_with_it() {
+        let mut lines = Lines::new("workers", NOWHERE);
+        lines.program.command = sh("sleep 600 & echo $$ $! > pids; wait");
+        let runner = lines.start();
+        let pids: Vec<i32> = lines
+            .read("pids")
+            .split_whitespace()
+            .map(|w| w.parse().unwrap())
+            .collect();
+        rustix::process::kill_process(Pid::from_raw(pids[0]).unwrap(), Signal::KILL).unwrap();
+        wait("its end", || runner.down());
+        let worker = pids[1].unsigned_abs();
+        wait("the worker's end", || start_time(worker).is_none());
+        lines.end(runner);
     }
 }
