@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
+use tokio::task::JoinSet;
 use tracing::info;
 
 use crate::config::Config;
@@ -75,6 +76,8 @@ pub struct Operator {
     board: Board,
     /// Names of the services of each VIP, as the data plane has them.
     planes: Vec<Vec<String>>,
+    /// Who there is, by the configuration.
+    members: Vec<String>,
     mark: PathBuf,
 }
 
@@ -88,6 +91,7 @@ impl Operator {
             handle,
             board,
             planes: config.vips().iter().map(of_vip).collect(),
+            members: config.group.members.keys().cloned().collect(),
             mark: config.node.data_dir.join(MARK),
         }
     }
@@ -138,13 +142,9 @@ impl Operator {
                 "this node leads nothing: name a service, or the node that shall lead".to_owned(),
             );
         }
-        if let Some(to) = &request.to
-            && let Some(service) = self.service(planes[0])
-            && !service.members.is_empty()
-            && !service.members.iter().any(|m| m.name == *to)
-        {
-            let names: Vec<&str> = service.members.iter().map(|m| m.name.as_str()).collect();
-            return Err(format!("no node \"{to}\", only: {}", names.join(", ")));
+        if let Some(to) = request.to.as_ref().filter(|to| !self.members.contains(to)) {
+            let names = self.members.join(", ");
+            return Err(format!("no node \"{to}\", only: {names}"));
         }
         Ok(self.move_all(&planes, request.to.as_deref()).await)
     }
@@ -172,13 +172,21 @@ impl Operator {
         Ok(self.move_all(&self.led(), None).await)
     }
 
+    /// All at once: whoever asked waits for the slowest, and not for all in turn.
     async fn move_all(&self, planes: &[usize], to: Option<&str>) -> Outcome {
+        let mut moves = JoinSet::new();
+        for plane in planes.iter().copied() {
+            let (operator, to) = (self.clone(), to.map(str::to_owned));
+            moves.spawn(async move { (plane, operator.move_one(plane, to.as_deref()).await) });
+        }
+        let mut ended = moves.join_all().await;
+        ended.sort_by_key(|(plane, _)| *plane);
         let mut outcome = Outcome::default();
-        for plane in planes {
-            match self.move_one(*plane, to).await {
+        for (plane, end) in ended {
+            match end {
                 Ok(moved) => outcome.moved.extend(moved),
                 Err(why) => {
-                    let names = self.planes[*plane].join(", ");
+                    let names = self.planes[plane].join(", ");
                     outcome.failed.push(format!("{names}: {why}"));
                 }
             }
