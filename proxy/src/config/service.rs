@@ -144,7 +144,31 @@ fn service_section(section: Section<'_, '_>) -> Option<ServiceSection> {
         .help("a replica whose server has seen what others have not must begin again from nothing");
         document.problem(&found.key, &found.span, true, complaint);
     }
+    if let Some(found) = stall.as_ref().filter(|_| !total) {
+        let complaint = Complaint::new(
+            "each connection goes at its own pace",
+            "ordering = \"total\" beside it, or neither",
+        );
+        document.problem(&found.key, &found.span, true, complaint);
+    }
+    if let Some(found) = restore.as_ref().filter(|_| !total) {
+        let complaint = Complaint::new(
+            "there is no state of which a server could begin",
+            "ordering = \"total\" beside it, or neither",
+        );
+        document.problem(&found.key, &found.span, true, complaint);
+    }
     let ready = section.optional("ready", value::command);
+    if let Some(found) = &ready
+        && command.is_none()
+        && restore.is_none()
+    {
+        let complaint = Complaint::new(
+            "the node begins no server that could become ready",
+            "command = [...] beside it, or restore = [...]",
+        );
+        document.problem(&found.key, &found.span, true, complaint);
+    }
     let checkpoint = section.optional("checkpoint", value::command);
     if let Some(found) = &checkpoint
         && (restore.is_none() || !total)
@@ -299,6 +323,15 @@ fn health(section: &Section<'_, '_>) -> Option<HealthConfig> {
     let inner = section.section("health", EXPECTED)?;
     let send = inner.optional("send", value::text);
     let expect = inner.optional("expect", value::text);
+    if let Some(found) = expect.as_ref().filter(|found| found.value.is_empty()) {
+        let complaint = Complaint::new(
+            "a server that says nothing would pass",
+            "a part of its answer; without it, any answer will do",
+        );
+        inner
+            .document
+            .problem(&found.key, &found.span, true, complaint);
+    }
     let command = inner.optional("command", value::command);
     let span = value::duration(Duration::from_millis(10), Duration::from_secs(3600));
     let interval = inner.optional("interval", &span);
@@ -401,6 +434,15 @@ fn check_services(document: &Document<'_>, services: &[ServiceSection]) {
             let complaint = Complaint::new(
                 format!("service \"{other}\" has the same VIP with another ordering"),
                 "services of one VIP in one order, or each in the order of its connections",
+            );
+            document.problem(key, span, true, complaint);
+        }
+        let total = service.config.ordering == Ordering::Total;
+        if total && service.config.checkpoint.is_some() != first.config.checkpoint.is_some() {
+            let (key, span) = (&service.vip.key, &service.vip.span);
+            let complaint = Complaint::new(
+                format!("of \"{other}\" and \"{name}\", which share a VIP, one has no checkpoint"),
+                "checkpoint = [...] in all services of a VIP, or in none: their states go together",
             );
             document.problem(key, span, true, complaint);
         }

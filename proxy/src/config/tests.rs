@@ -667,6 +667,21 @@ const WRONG: &[(&str, &str, &str)] = &[
         "checkpoint = [\"/usr/bin/save\"]",
     ),
     (
+        "a stall and a restore without total ordering",
+        "close_wait = \"1s\"",
+        "stall = \"1s\"\nrestore = [\"/usr/bin/load\"]",
+    ),
+    (
+        "a server that somebody else begins is ready",
+        "close_wait = \"1s\"",
+        "ready = [\"/usr/bin/ask\"]",
+    ),
+    (
+        "a health check that nothing fails",
+        "close_wait = \"1s\"",
+        "health = { expect = \"\" }",
+    ),
+    (
         "hooks",
         "close_wait = \"1s\"",
         "on_promote = \"/bin/true\"\non_demote = []",
@@ -770,6 +785,15 @@ fn every_mistake_is_explained() {
     show("one vip with two prefixes", &second("/24", "/16"));
     let total = "ports = [7]\nordering = \"total\"\ncommand = [\"/usr/bin/server\"]";
     show("one vip with two orderings", &second("ports = [7]", total));
+    let both = EXAMPLE.replace(
+        "\"connection\"  ",
+        "\"total\"\ncommand = [\"/usr/bin/server\"]",
+    );
+    let saves = format!("{total}\nrestore = [\"/usr/bin/load\"]\ncheckpoint = [\"/usr/bin/save\"]");
+    show(
+        "one vip of which a part has checkpoints",
+        &format!("{both}{}", SECOND.replace("ports = [7]", &saves)),
+    );
     let fence = "[7]\nfence = \"process\"";
     let address = "[7]\naddress = \"vmac\"";
     show("one vip with two address modes", &second("[7]", address));
