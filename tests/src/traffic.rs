@@ -20,6 +20,9 @@ const BULK_BYTES: u64 = 16 << 20;
 /// Payload of a brief connection.
 const BRIEF_BYTES: u64 = 1000;
 
+/// Bytes of a request of an exchange, and of its answer.
+pub const EXCHANGE_BYTES: u32 = 64;
+
 /// What a client does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
@@ -66,12 +69,20 @@ impl Kind {
             let outcome = match self {
                 Self::Download => client::download(stream, seed, bulk_bytes, Some(RATE), progress),
                 Self::Upload => client::upload(stream, seed, bulk_bytes, Some(RATE), progress),
-                Self::Exchange => {
-                    client::exchange(stream, 64, Duration::from_millis(2), progress, more)
-                }
-                Self::Idle => {
-                    client::exchange(stream, 64, Duration::from_millis(700), progress, more)
-                }
+                Self::Exchange => client::exchange(
+                    stream,
+                    EXCHANGE_BYTES,
+                    Duration::from_millis(2),
+                    progress,
+                    more,
+                ),
+                Self::Idle => client::exchange(
+                    stream,
+                    EXCHANGE_BYTES,
+                    Duration::from_millis(700),
+                    progress,
+                    more,
+                ),
                 Self::Brief => client::download(stream, seed, BRIEF_BYTES, None, progress),
             };
             outcomes.push(outcome?);

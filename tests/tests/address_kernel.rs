@@ -343,37 +343,39 @@ fn route(cluster: &Cluster, router: &str) {
 
 const AFAR: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 99, 0, 10));
 
+/// A download from afar goes on when the way changes, and when the leader dies: the successor knows the way.
+fn served_across(cluster: &mut Cluster, change: impl FnOnce(&Cluster)) {
+    let (leader, view) = cluster.wait_whole().unwrap();
+    let stream = connect(cluster, VIP.into(), Some(AFAR));
+    let progress = Progress::shared();
+    let moved = || progress.sample().bytes;
+    let wait_for = |what: &str, more: u64| {
+        let then = moved();
+        wait_until(what, PATIENCE, || moved() > then + more).unwrap();
+    };
+    std::thread::scope(|scope| {
+        let download =
+            scope.spawn(|| client::download(stream, 1, 60 << 20, Some(12 << 20), &progress));
+        wait_for("the first bytes", 1 << 20);
+        change(cluster);
+        wait_for("bytes by the other way", 4 << 20);
+        cluster.node(&leader).signal(Signal::KILL).unwrap();
+        cluster.wait_leader(view).unwrap();
+        wait_for("bytes from the successor", 4 << 20);
+        download.join().unwrap().unwrap();
+    });
+}
+
 #[test]
 fn clients_behind_routers_are_served_whichever_they_use() {
     userns::privileged(
         "clients_behind_routers_are_served_whichever_they_use",
         || {
             let mut cluster = behind_routers();
-            let (leader, view) = cluster.wait_whole().unwrap();
-            let stream = connect(&cluster, VIP.into(), Some(AFAR));
-            let progress = Progress::shared();
-            let moved = || progress.sample().bytes;
-            std::thread::scope(|scope| {
-                let download = scope
-                    .spawn(|| client::download(stream, 1, 60 << 20, Some(12 << 20), &progress));
-                wait_until("the first bytes", PATIENCE, || moved() > 1 << 20).unwrap();
+            served_across(&mut cluster, |cluster| {
                 // The next hop changes: the other router, and the first is gone.
-                route(&cluster, "r5");
+                route(cluster, "r5");
                 cluster.lab().cut("r4").unwrap();
-                let then = moved();
-                wait_until("bytes by the other router", PATIENCE, || {
-                    moved() > then + (4 << 20)
-                })
-                .unwrap();
-                // And the successor knows the way.
-                cluster.node(&leader).signal(Signal::KILL).unwrap();
-                cluster.wait_leader(view).unwrap();
-                let then = moved();
-                wait_until("bytes from the successor", PATIENCE, || {
-                    moved() > then + (4 << 20)
-                })
-                .unwrap();
-                download.join().unwrap().unwrap();
             });
         },
     );
@@ -383,31 +385,11 @@ fn clients_behind_routers_are_served_whichever_they_use() {
 fn segments_fit_a_path_that_shrinks() {
     userns::privileged("segments_fit_a_path_that_shrinks", || {
         let mut cluster = behind_routers();
-        let (leader, view) = cluster.wait_whole().unwrap();
-        let stream = connect(&cluster, VIP.into(), Some(AFAR));
-        let progress = Progress::shared();
-        let moved = || progress.sample().bytes;
-        std::thread::scope(|scope| {
-            let download =
-                scope.spawn(|| client::download(stream, 1, 60 << 20, Some(12 << 20), &progress));
-            wait_until("the first bytes", PATIENCE, || moved() > 1 << 20).unwrap();
+        served_across(&mut cluster, |cluster| {
             let router = cluster.lab().host("r4");
             router
                 .ip("route replace 10.99.0.10/32 via 10.98.0.10 mtu lock 1100")
                 .unwrap();
-            let then = moved();
-            wait_until("bytes in small segments", PATIENCE, || {
-                moved() > then + (4 << 20)
-            })
-            .unwrap();
-            cluster.node(&leader).signal(Signal::KILL).unwrap();
-            cluster.wait_leader(view).unwrap();
-            let then = moved();
-            wait_until("bytes from the successor", PATIENCE, || {
-                moved() > then + (4 << 20)
-            })
-            .unwrap();
-            download.join().unwrap().unwrap();
         });
     });
 }

@@ -11,6 +11,7 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
+use rustix::net::sockopt::tcp_congestion;
 use rustix::process::Signal;
 use unbroken_tests::client::{self, Progress};
 use unbroken_tests::cluster::{Cluster, Options, PATIENCE, Service};
@@ -45,10 +46,11 @@ fn survive(cluster: &mut Cluster, what: &str) {
 fn kernels_set_in_every_way() {
     userns::privileged("kernels_set_in_every_way", || {
         let mut cluster = Cluster::start(Options::new(NODE, [Service::lab(SERVER)])).unwrap();
+        for algorithm in ["reno", "cubic", "bbr"] {
+            choose_congestion_control(&cluster, algorithm);
+            survive(&mut cluster, algorithm);
+        }
         let knobs = [
-            ("net/ipv4/tcp_congestion_control", "reno"),
-            ("net/ipv4/tcp_congestion_control", "cubic"),
-            ("net/ipv4/tcp_congestion_control", "bbr"),
             ("net/ipv4/tcp_timestamps", "0"),
             ("net/ipv4/tcp_sack", "0"),
             ("net/ipv4/tcp_window_scaling", "0"),
@@ -58,6 +60,8 @@ fn kernels_set_in_every_way() {
             let file = std::path::Path::new("/proc/sys").join(knob);
             let usual = host.enter(|| std::fs::read_to_string(&file)).unwrap();
             host.sysctl(knob, value);
+            let taken = host.enter(|| std::fs::read_to_string(&file)).unwrap();
+            assert_eq!(taken.trim(), value, "{knob}: this kernel does not take it");
             survive(&mut cluster, &format!("{knob} = {value}"));
             host.sysctl(knob, usual.trim());
         }
@@ -65,6 +69,19 @@ fn kernels_set_in_every_way() {
         offloads_off(&cluster);
         survive(&mut cluster, "offloads off");
     });
+}
+
+/// By the route, and not by the default, which a namespace may choose from some algorithms only.
+fn choose_congestion_control(cluster: &Cluster, algorithm: &str) {
+    let host = cluster.lab().host("c");
+    let address = host.address();
+    host.ip(&format!(
+        "route replace 10.98.0.0/24 dev eth0 proto kernel scope link src {address} congctl {algorithm}"
+    ))
+    .unwrap();
+    let stream = cluster.connect(80).unwrap();
+    let taken = tcp_congestion(&stream).unwrap();
+    assert_eq!(taken, algorithm, "what the kernel took");
 }
 
 /// Every frame is one segment, with its checksum in it.

@@ -5,22 +5,16 @@
 use std::fs;
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::{self, JoinHandle};
-use std::time::Duration;
 
 use unbroken::status::{DivergenceStatus, Role, ServiceStatus};
-use unbroken_tests::client::{self, ClientError, Outcome, Progress};
 use unbroken_tests::cluster::{Cluster, Options, PATIENCE, Service};
 use unbroken_tests::netns::{userns, wait_until};
 use unbroken_tests::server::{FLIP, Request};
+use unbroken_tests::traffic::{EXCHANGE_BYTES, Kind, Traffic};
 
 const NODE: &str = env!("CARGO_BIN_EXE_lab-node");
 const SERVER: &str = env!("CARGO_BIN_EXE_lab-server");
 
-/// Bytes of a request, and of its answer.
-const SIZE: u32 = 64;
 /// The output byte that a faulty server gets wrong: in the sixteenth answer.
 const WRONG_AT: u64 = 1000;
 /// The answer that it is in.
@@ -65,44 +59,6 @@ fn others(cluster: &Cluster, name: &str) -> [String; 2] {
     names.try_into().unwrap()
 }
 
-/// A client that verifies what it is answered, for as long as it is wanted.
-struct Client {
-    stop: Arc<AtomicBool>,
-    progress: Arc<Progress>,
-    thread: JoinHandle<Result<Outcome, ClientError>>,
-}
-
-impl Client {
-    fn start(cluster: &Cluster) -> Self {
-        let stream = cluster.connect(80).unwrap();
-        let (stop, progress) = (Arc::new(AtomicBool::new(false)), Progress::shared());
-        let (stopped, mine) = (Arc::clone(&stop), Arc::clone(&progress));
-        let thread = thread::spawn(move || {
-            client::exchange(stream, SIZE, Duration::from_millis(2), &mine, || {
-                !stopped.load(Ordering::Relaxed)
-            })
-        });
-        Self {
-            stop,
-            progress,
-            thread,
-        }
-    }
-
-    fn wait_progress(&self) {
-        let before = self.progress.sample().operations;
-        wait_until("the client moves on", PATIENCE, || {
-            self.progress.sample().operations > before
-        })
-        .unwrap();
-    }
-
-    fn finish(self) {
-        self.stop.store(true, Ordering::Relaxed);
-        self.thread.join().unwrap().unwrap();
-    }
-}
-
 #[test]
 fn a_flipped_byte_of_a_backup_is_found_before_it_can_lead() {
     userns::privileged(
@@ -112,7 +68,7 @@ fn a_flipped_byte_of_a_backup_is_found_before_it_can_lead() {
             let (leader, view) = cluster.wait_whole().unwrap();
             let [faulty, sound] = others(&cluster, &leader);
             break_server(&cluster, &faulty);
-            let client = Client::start(&cluster);
+            let client = Traffic::start(&cluster, 80, &[Kind::Exchange]);
             let found = wait_divergence(&cluster, &faulty);
             assert_eq!((found.port, found.first), (80, Some(WRONG_AT)), "{found:?}");
             assert!(
@@ -154,7 +110,7 @@ fn with_stop_it_stays_out_and_with_warn_it_stays() {
             let (leader, _) = cluster.wait_whole().unwrap();
             let [faulty, _] = others(&cluster, &leader);
             break_server(&cluster, &faulty);
-            let client = Client::start(&cluster);
+            let client = Traffic::start(&cluster, 80, &[Kind::Exchange]);
             wait_divergence(&cluster, &faulty);
             if policy == "stop" {
                 wait_until("it is out and says why", PATIENCE, || {
@@ -188,9 +144,14 @@ fn a_leader_that_two_others_contradict_hands_over() {
         let mut client = cluster.connect(80).unwrap();
         client.set_read_timeout(Some(PATIENCE)).unwrap();
         client
-            .write_all(&Request::Exchange { size: SIZE }.encode())
+            .write_all(
+                &Request::Exchange {
+                    size: EXCHANGE_BYTES,
+                }
+                .encode(),
+            )
             .unwrap();
-        for _ in 0..2 * WRONG_ANSWER.end / u64::from(SIZE) {
+        for _ in 0..2 * WRONG_ANSWER.end / u64::from(EXCHANGE_BYTES) {
             exchange(&mut client);
         }
         let (next, _) = cluster.wait_leader(view).unwrap();
@@ -210,7 +171,7 @@ fn a_leader_that_two_others_contradict_hands_over() {
 
 /// One request and its answer.
 fn exchange(client: &mut TcpStream) {
-    let mut bytes = [b'x'; SIZE as usize];
+    let mut bytes = [b'x'; EXCHANGE_BYTES as usize];
     client.write_all(&bytes).unwrap();
     client.read_exact(&mut bytes).unwrap();
 }

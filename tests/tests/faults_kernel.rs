@@ -151,7 +151,7 @@ fn two_of_three_die_at_once() {
 fn the_heir_dies_in_the_takeover() {
     userns::privileged("the_heir_dies_in_the_takeover", || {
         let mut cluster = outside();
-        let (leader, view) = cluster.wait_whole().unwrap();
+        let (leader, _) = cluster.wait_whole().unwrap();
         let clients = Traffic::start(&cluster, 80, &Kind::BUSY);
         clients.wait_progress();
         cluster.node(&leader).signal(Signal::KILL).unwrap();
@@ -180,7 +180,7 @@ fn the_heir_dies_in_the_takeover() {
 fn a_failure_during_joining() {
     userns::privileged("a_failure_during_joining", || {
         let mut cluster = outside();
-        let (leader, view) = cluster.wait_whole().unwrap();
+        let (leader, _) = cluster.wait_whole().unwrap();
         let clients = Traffic::start(&cluster, 80, &Kind::BUSY);
         clients.wait_progress();
         let others = cluster.replicas().into_iter();

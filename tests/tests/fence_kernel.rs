@@ -8,6 +8,7 @@ use std::time::Duration;
 use rustix::thread::{CapabilitySet, CapabilitySets};
 use unbroken::config::FenceMode;
 use unbroken::wire::{BootTime, Flushed, KernelFenceError, Options, Wire, WireError};
+use unbroken_tests::cluster;
 use unbroken_tests::netns::{Capture, Host, Lab, LabOptions, userns};
 
 const VIP4: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 98, 0, 100));
@@ -172,8 +173,13 @@ fn a_renewal_extends_and_is_seldom() {
         let begun = BootTime::now();
         // As under load: something is to be sent all the time, and the lease is always fresh.
         let mut flushes = 0u64;
-        while BootTime::now().since(begun) < 5 * lease {
+        // Each lasts for less than a lease, so more come, however slow this machine is.
+        while wire.fence().renewals() < 5 {
             let now = BootTime::now();
+            assert!(
+                now.since(begun) < cluster::PATIENCE,
+                "no renewal comes any more"
+            );
             if renew(&mut wire, now + lease) == Flushed::Fenced {
                 continue;
             }
@@ -183,10 +189,6 @@ fn a_renewal_extends_and_is_seldom() {
         assert_eq!(counters.send_errors, 0, "{counters:?}");
         let (renewals, most) = (wire.fence().renewals(), BootTime::now().since(begun));
         println!("{flushes} flushes, {renewals} renewals in {most:?}");
-        assert!(
-            renewals >= 5,
-            "each lasts for less than a lease: {renewals}"
-        );
         let most = most.as_millis() / (lease.as_millis() / 4);
         assert!(
             u128::from(renewals) <= most,
