@@ -24,6 +24,9 @@
 //! **Nothing that a program does can stop the delivery to others.** The node's thread calls no code of the program and waits
 //! for nothing it does: events go into a queue. A program that does not take them makes its node take no more messages, which
 //! pushes back on the senders, and is made to leave when that lasts (`slow_after`).
+//!
+//! What a member itself sends to its group comes back to it outside that bound: a program that sends and takes no events fills
+//! its own queue. Whoever sends must take.
 
 mod bundle;
 mod events;

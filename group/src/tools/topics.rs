@@ -131,7 +131,8 @@ fn lock<T>(shared: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 /// A subscription: a queue of publications. Dropped, it ends. One that is not read holds up the topic, and is made to leave when
-/// that lasts.
+/// that lasts. What this process publishes itself is outside that bound: whoever publishes to a topic and subscribes to it must
+/// read.
 pub struct Subscription {
     publications: mpsc::Receiver<Publication>,
     publisher: Publisher,
