@@ -92,6 +92,8 @@ pub struct Process {
     /// This process's requests that are not in the ledger, and the number of the first.
     requests: VecDeque<Op>,
     first_request: u64,
+    /// Groups that had a gbcast refused because too many requests wait, and were not told yet that there is room.
+    refused: BTreeSet<GroupId>,
     /// Groups whose view is being left.
     changing: BTreeSet<GroupId>,
     repeat_at: Option<Instant>,
@@ -135,6 +137,7 @@ impl Process {
             flushes: Flushes::default(),
             requests: VecDeque::new(),
             first_request: 1,
+            refused: BTreeSet::new(),
             changing: BTreeSet::new(),
             repeat_at: None,
             endpoints: BTreeMap::new(),
@@ -240,7 +243,9 @@ impl Process {
                 Ok(())
             }),
             Command::Multicast { group, message } => {
-                if message.order == Order::View && self.requests.len() >= REQUESTS_MAX {
+                let there = self.endpoints.contains_key(&group);
+                if there && !self.room_for_entries(message.order) {
+                    self.refused.insert(group);
                     return Err(Refused::Backlog);
                 }
                 self.member(group, |e, cx| e.multicast(cx, message))
@@ -272,8 +277,11 @@ impl Process {
     /// Whether the group takes a multicast of this order now, or refuses it at once for another reason than room.
     pub fn room(&self, group: GroupId, order: Order) -> bool {
         let endpoint = self.endpoints.get(&group);
-        let entries = order != Order::View || self.requests.len() < REQUESTS_MAX;
-        entries && endpoint.is_none_or(|e| e.has_room(&self.config))
+        self.room_for_entries(order) && endpoint.is_none_or(|e| e.has_room(&self.config))
+    }
+
+    fn room_for_entries(&self, order: Order) -> bool {
+        order != Order::View || self.requests.len() < REQUESTS_MAX
     }
 
     /// A timer: harmless when early, late or repeated. Drain the sockets first, as for [`Core::handle_timeout`].
@@ -549,6 +557,12 @@ impl Process {
         {
             while self.first_request <= *number && self.requests.pop_front().is_some() {
                 self.first_request += 1;
+            }
+            if self.requests.len() <= REQUESTS_MAX / 2 {
+                for group in std::mem::take(&mut self.refused) {
+                    let event = GroupEvent::Room;
+                    self.out.push_back(Output::Group { group, event });
+                }
             }
         }
         let effects = self.ledger.apply(entry);

@@ -14,7 +14,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 use tokio::time::timeout;
 use unbroken_group::MemberId;
-use unbroken_group::node::{Event, Events, Group, JoinError, Node};
+use unbroken_group::node::{Event, Events, Group, JoinError, Node, SendError};
 use unbroken_group::process::{GroupView, Order, ThreadId, Want};
 
 /// One member with what it was told.
@@ -404,4 +404,41 @@ async fn leaving_expelling_and_many_groups_of_one_node() {
     }
     soon("stop", one.stop()).await;
     soon("stop", two.stop()).await;
+}
+
+/// The group keeps its number while a member is in it, so an old handle names the same group; it must not act on the membership
+/// that came after its own.
+#[tokio::test]
+async fn an_old_handle_does_nothing_to_a_later_membership() {
+    let site = Site::new(2);
+    let mut all = members(&site, 2).await;
+    let (mut second, mut first) = (all.pop().unwrap(), all.pop().unwrap());
+    let old = second.group.clone();
+    old.leave().await.unwrap();
+    let left = async { while !matches!(second.take().await, Some(Event::Left { .. })) {} };
+    tokio::select! {
+        () = left => {}
+        () = first.until(|_| false) => {}
+    }
+    let mut again = tokio::select! {
+        again = Member::join(second.node, "g") => again,
+        () = first.until(|_| false) => unreachable!("without end"),
+    };
+    assert_eq!(again.group.id(), old.id());
+    let sent = tokio::join!(
+        soon("fbcast", old.fbcast_sync("from before")),
+        soon("send", old.send_to(&first.me(), "from before")),
+    );
+    assert_eq!(
+        sent,
+        (Err(SendError::NotAMember), Err(SendError::NotAMember))
+    );
+    let call = old.call(Order::Fifo, "from before", Want::All, None);
+    assert_eq!(soon("call", call).await.err(), Some(SendError::NotAMember));
+    let expelled = soon("expel", old.expel(&first.me())).await;
+    assert_eq!(expelled, Err(SendError::NotAMember));
+    assert_eq!(soon("leave", old.leave()).await, Err(SendError::NotAMember));
+    again.group.abcast("now").await.unwrap();
+    again.until(|m| m.log.last() == Some(&"now".into())).await;
+    first.until(|m| m.log.last() == Some(&"now".into())).await;
 }

@@ -175,7 +175,11 @@ impl Received {
     fn answer(&self, to: CallRef, body: Option<Bytes>) {
         let group = self.group;
         if let Some(inputs) = &self.inputs {
-            inputs.put(Input::Command(Command::Reply { group, to, body }, None));
+            inputs.put(Input::Command(
+                Command::Reply { group, to, body },
+                None,
+                None,
+            ));
         }
     }
 }
@@ -210,6 +214,6 @@ impl StateWanted {
             view: self.view,
             segments,
         };
-        self.inputs.put(Input::Command(command, None));
+        self.inputs.put(Input::Command(command, None, None));
     }
 }

@@ -1,6 +1,6 @@
 //! A program's handle of a group.
 
-use super::worker::{Input, Joined, ReplyEvent, Sending};
+use super::worker::{Input, Joined, Membership, ReplyEvent, Sending};
 use super::{Events, Inputs, Node, Room};
 use crate::process::{
     Calling, Command, GroupId, GroupView, Multicast, Order, Refused, Stability, ThreadId, Want,
@@ -196,7 +196,6 @@ impl Group {
         want: Want,
         timeout: Option<Duration>,
     ) -> Result<Replies, CallError> {
-        let group = self.id;
         let mut message = Multicast::new(order, body);
         message.calling = Some(Calling {
             call: 0,
@@ -205,7 +204,7 @@ impl Group {
         });
         let (replies, events) = mpsc::unbounded_channel();
         self.ask(|| Sending {
-            group,
+            of: self.membership(),
             message: message.clone(),
             done: None,
             replies: Some(replies.clone()),
@@ -265,12 +264,23 @@ impl Group {
     /// As [`Group::leave`], by one that cannot wait.
     pub(crate) fn begin_to_leave(&self) {
         let command = Command::Leave { group: self.id };
-        self.inputs.put(Input::Command(command, None));
+        self.inputs
+            .put(Input::Command(command, Some(self.membership()), None));
+    }
+
+    fn membership(&self) -> Membership {
+        Membership {
+            group: self.id,
+            room: Arc::clone(&self.room),
+        }
     }
 
     async fn command(&self, command: Command) -> Result<Result<(), Refused>, SendError> {
         let (done, result) = oneshot::channel();
-        if !self.inputs.put(Input::Command(command, Some(done))) {
+        if !self
+            .inputs
+            .put(Input::Command(command, Some(self.membership()), Some(done)))
+        {
             return Err(SendError::Gone);
         }
         result.await.map_err(|_| SendError::Gone)
@@ -281,11 +291,10 @@ impl Group {
         message: Multicast,
         done: Option<oneshot::Sender<()>>,
     ) -> Result<(), SendError> {
-        let group = self.id;
         self.room.wait(message.body.len()).await?;
         let large = message.body.len() > SURELY_TAKEN_BYTES;
         let sending = Sending {
-            group,
+            of: self.membership(),
             message,
             done,
             replies: None,

@@ -38,16 +38,28 @@ pub(crate) enum Input {
     Join(String, oneshot::Sender<Result<Joined, JoinError>>),
     /// Without a sender for the answer: it is not too large, and who sends waits for nothing.
     Send(Sending, Option<oneshot::Sender<Result<(), Refused>>>),
-    Command(Command, Option<oneshot::Sender<Result<(), Refused>>>),
+    /// Of this membership; `None`: it names what no later one has.
+    Command(
+        Command,
+        Option<Membership>,
+        Option<oneshot::Sender<Result<(), Refused>>>,
+    ),
     /// The program has taken what held up this group.
     Resume(GroupId),
     Stop(oneshot::Sender<()>),
     End,
 }
 
+/// Which of this node's memberships, one after the other in the same group, a handle is of.
+#[derive(Clone)]
+pub(crate) struct Membership {
+    pub(crate) group: GroupId,
+    pub(crate) room: Arc<Room>,
+}
+
 /// A message, and where its fate is told.
 pub(crate) struct Sending {
-    pub(crate) group: GroupId,
+    pub(crate) of: Membership,
     pub(crate) message: Multicast,
     pub(crate) done: Option<oneshot::Sender<()>>,
     pub(crate) replies: Option<UnboundedSender<ReplyEvent>>,
@@ -399,8 +411,13 @@ impl Worker {
                 }
             }
             Input::Send(sending, answer) => self.on_sending(sending, answer),
-            Input::Command(Command::Leave { group }, done) => self.on_leave(group, done),
-            Input::Command(command, done) => {
+            Input::Command(_, Some(of), done) if !self.is_seated(&of) => {
+                if let Some(done) = done {
+                    let _ = done.send(Err(Refused::NotAMember));
+                }
+            }
+            Input::Command(Command::Leave { .. }, Some(of), done) => self.on_leave(of, done),
+            Input::Command(command, _, done) => {
                 let result = self.process.handle_command(now(), command);
                 if let Some(done) = done {
                     let _ = done.send(result);
@@ -423,6 +440,11 @@ impl Worker {
         }
     }
 
+    fn is_seated(&self, of: &Membership) -> bool {
+        let seat = self.seats.get(&of.group);
+        seat.is_some_and(|s| Arc::ptr_eq(&s.room, &of.room))
+    }
+
     fn pause(&mut self, group: GroupId, paused: bool) {
         let command = Command::Pause { group, paused };
         // A member that is out by now has nothing to take.
@@ -435,7 +457,13 @@ impl Worker {
         sending: Sending,
         answer: Option<oneshot::Sender<Result<(), Refused>>>,
     ) {
-        let (group, order) = (sending.group, sending.message.order);
+        if !self.is_seated(&sending.of) {
+            if let Some(answer) = answer {
+                let _ = answer.send(Err(Refused::NotAMember));
+            }
+            return;
+        }
+        let (group, order) = (sending.of.group, sending.message.order);
         let is_call = sending.replies.is_some();
         if !is_call && let Some(seat) = self.seats.get_mut(&group) {
             if !seat.held.is_empty() || !self.process.room(group, order) {
@@ -451,12 +479,13 @@ impl Worker {
         }
     }
 
-    fn on_leave(&mut self, group: GroupId, done: Option<oneshot::Sender<Result<(), Refused>>>) {
+    fn on_leave(&mut self, of: Membership, done: Option<oneshot::Sender<Result<(), Refused>>>) {
+        let group = of.group;
         let command = Command::Leave { group };
         if let Some(seat) = self.seats.get_mut(&group) {
             seat.room.close();
             if !seat.held.is_empty() {
-                seat.held.push_back(Input::Command(command, done));
+                seat.held.push_back(Input::Command(command, Some(of), done));
                 return;
             }
         }
@@ -497,7 +526,7 @@ impl Worker {
 
     fn on_send(&mut self, sending: Sending) -> Result<(), Refused> {
         let Sending {
-            group,
+            of: Membership { group, .. },
             mut message,
             done,
             replies,

@@ -7,7 +7,7 @@ use crate::time::Instant;
 
 const MAGIC: [u8; 3] = *b"UBP";
 /// Raised with every change to what a process holds.
-const FORMAT: u8 = 1;
+const FORMAT: u8 = 2;
 
 /// Of the configuration, an image holds what says whose it is; that stands in the core.
 pub(super) mod identity {
@@ -103,7 +103,10 @@ mod tests {
     use super::*;
     use crate::config::Config;
     use crate::output::{CasResult, ReadResult, RegistryReply};
-    use crate::process::{Command, Multicast, Order, ThreadId};
+    use crate::process::wire::{Entry, Op};
+    use crate::process::{
+        Command, GroupEvent, GroupId, Multicast, Order, Output, REQUESTS_MAX, Refused, ThreadId,
+    };
     use crate::view::MemberId;
 
     fn at(us: u64) -> Instant {
@@ -113,6 +116,30 @@ mod tests {
     fn config() -> ProcessConfig {
         let me = MemberId::new("r1", 0x1234);
         ProcessConfig::new(Config::new(1, me, vec!["r1".into(), "r2".into()], 42))
+    }
+
+    /// Who was refused a gbcast because too many requests wait is told when they do not any more, by a restored process too.
+    #[test]
+    fn who_was_refused_an_entry_hears_of_room() {
+        let mut p = member();
+        let group = *p.endpoints.keys().next().unwrap();
+        for _ in 0..REQUESTS_MAX {
+            p.ask(Op::Join { name: "h".into() });
+        }
+        let message = Multicast::new(Order::View, "call");
+        let refused = p.handle_command(at(100), Command::Multicast { group, message });
+        assert_eq!(refused, Err(Refused::Backlog));
+        let mut p = Process::restore(config(), &p.snapshot(at(100)), at(100)).unwrap();
+        let entered = Entry::Asked {
+            by: p.me.clone(),
+            number: p.first_request + REQUESTS_MAX as u64,
+            op: Op::Leave {
+                group: GroupId(999),
+            },
+        };
+        p.apply(p.applied + 1, &entered);
+        let room = |o: &Output| matches!(o, Output::Group { group: g, event: GroupEvent::Room } if *g == group);
+        assert!(p.out.iter().any(room));
     }
 
     /// The first of its site, in a group, with messages that wait.
