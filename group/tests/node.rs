@@ -425,9 +425,10 @@ async fn an_old_handle_does_nothing_to_a_later_membership() {
         () = first.until(|_| false) => unreachable!("without end"),
     };
     assert_eq!(again.group.id(), old.id());
+    let other = first.me();
     let sent = tokio::join!(
         soon("fbcast", old.fbcast_sync("from before")),
-        soon("send", old.send_to(&first.me(), "from before")),
+        soon("send", old.send_to(&other, "from before")),
     );
     assert_eq!(
         sent,
@@ -435,10 +436,15 @@ async fn an_old_handle_does_nothing_to_a_later_membership() {
     );
     let call = old.call(Order::Fifo, "from before", Want::All, None);
     assert_eq!(soon("call", call).await.err(), Some(SendError::NotAMember));
-    let expelled = soon("expel", old.expel(&first.me())).await;
+    let expelled = soon("expel", old.expel(&other)).await;
     assert_eq!(expelled, Err(SendError::NotAMember));
     assert_eq!(soon("leave", old.leave()).await, Err(SendError::NotAMember));
     again.group.abcast("now").await.unwrap();
-    again.until(|m| m.log.last() == Some(&"now".into())).await;
-    first.until(|m| m.log.last() == Some(&"now".into())).await;
+    // Together: the first still owes the other its state.
+    let now = |m: &Member| m.log.last() == Some(&"now".into());
+    tokio::join!(again.until(now), first.until(now));
+    assert_eq!(
+        (&again.log, &first.log),
+        (&vec!["now".into()], &vec!["now".into()])
+    );
 }
