@@ -26,6 +26,8 @@ use crate::status::DivergenceStatus;
 const GRID_BYTES: u64 = 64 * 1024;
 /// The longest burst of which the place is computed, in bits.
 const BURST_BITS_MAX: u32 = 32;
+/// Places that are remembered of a connection that has diverged until they are taken.
+const VOTES_MAX: usize = 32;
 /// Bytes that are searched for it.
 const SEARCH_BYTES_MAX: u64 = 4 * GRID_BYTES;
 
@@ -44,8 +46,10 @@ pub(crate) struct Answer {
     awaited: VecDeque<OutputMark>,
     /// Up to here the leader has told, or this replica has agreed.
     settled: u64,
-    /// It has said something else than the leader's: what follows is not compared.
+    /// It has said something else than the leader's, which is found once.
     diverged: bool,
+    /// What this server's hash is where it is not the leader's, until somebody takes it.
+    votes: VecDeque<OutputMark>,
     /// Leader: it stands in the list of those to tell of.
     pub(crate) listed: bool,
 }
@@ -69,8 +73,6 @@ pub(crate) struct Found {
     pub(crate) before: u64,
     /// The first byte that differs, where the hashes tell.
     pub(crate) first: Option<u64>,
-    /// The hash at `before` here.
-    pub(crate) ours: u64,
 }
 
 /// A connection on which this replica's server has answered otherwise than the leader's.
@@ -106,6 +108,7 @@ impl Answer {
             awaited: VecDeque::new(),
             settled: 0,
             diverged: false,
+            votes: VecDeque::new(),
             listed: false,
         }
     }
@@ -121,7 +124,14 @@ impl Answer {
     /// Another leads: what it says is compared, and what the last one said no more.
     pub(crate) fn judge_anew(&mut self) {
         self.awaited.clear();
+        self.votes.clear();
         self.diverged = false;
+    }
+
+    /// Hashes of what this server said, at marks of the leader's that differ, since this was last asked.
+    /// Two servers that pause at different places have some of them in common sooner or later.
+    pub(crate) fn take_votes(&mut self) -> impl Iterator<Item = OutputMark> {
+        self.votes.drain(..)
     }
 
     /// The server said this.
@@ -229,7 +239,7 @@ impl Answer {
 
     /// Backup: the leader's server has said this.
     pub(crate) fn handle_mark(&mut self, theirs: OutputMark) -> Option<Found> {
-        if self.diverged || theirs.offset <= self.settled {
+        if theirs.offset <= self.settled {
             return None;
         }
         if theirs.offset > self.offset {
@@ -259,10 +269,7 @@ impl Answer {
 
     /// `ours` is at the offset of `theirs`, or beyond if lines end elsewhere here.
     fn compare(&mut self, ours: OutputMark, theirs: OutputMark) -> Option<Found> {
-        if self.diverged {
-            return None;
-        }
-        if ours == theirs {
+        if ours == theirs && !self.diverged {
             self.settled = ours.offset;
             while self
                 .marks
@@ -275,9 +282,16 @@ impl Answer {
             }
             return None;
         }
-        self.diverged = true;
-        self.marks = VecDeque::new();
-        self.awaited = VecDeque::new();
+        if self.votes.len() == VOTES_MAX {
+            self.votes.pop_front();
+        }
+        self.votes.push_back(OutputMark {
+            offset: theirs.offset,
+            hash: ours.hash,
+        });
+        if std::mem::replace(&mut self.diverged, true) {
+            return None;
+        }
         let length = (theirs.offset - self.settled).min(SEARCH_BYTES_MAX);
         let back = (ours.offset == theirs.offset)
             .then(|| locate(ours.hash ^ theirs.hash, length))
@@ -286,7 +300,6 @@ impl Answer {
             agreed: self.settled,
             before: theirs.offset,
             first: back.map(|back| theirs.offset - back),
-            ours: ours.hash,
         })
     }
 }
@@ -461,6 +474,35 @@ mod tests {
     }
 
     #[test]
+    fn two_that_pause_at_different_places_have_a_mark_in_common() {
+        let mut leader = answer(&[]);
+        let [mut one, mut other] = [answer(&[]), answer(&[])];
+        for (step, right) in [b"first", b"wrong", b"third"].into_iter().enumerate() {
+            leader.read(right);
+            for backup in [&mut one, &mut other] {
+                backup.read(if step == 1 { b"right" } else { right });
+            }
+            one.pause();
+            // The other is read when the next answer is there already.
+            if step != 1 {
+                other.pause();
+            }
+            leader.pause();
+        }
+        let marks = leader.announce();
+        let found = [&mut one, &mut other].map(|backup| hear(backup, &marks).unwrap().before);
+        assert_eq!(found, [10, 15]);
+        let votes = [&mut one, &mut other].map(|backup| backup.take_votes().collect::<Vec<_>>());
+        assert_eq!(votes[0].len(), 2);
+        assert_eq!(votes[0].last(), votes[1].last());
+        // What follows never agrees again.
+        leader.read(b"more");
+        one.read(b"more");
+        assert_eq!(hear(&mut one, &leader.announce()), None);
+        assert_eq!(one.take_votes().count(), 1);
+    }
+
+    #[test]
     fn what_is_harmless_is_not_compared_unless_its_length_differs() {
         let text =
             |date: &str| format!("HTTP/1.0 200 OK\r\nDate: {date}\r\n\r\nbody without an end");
@@ -514,5 +556,13 @@ mod tests {
         }
         assert_eq!(ahead.marks.len(), OUTPUT_MARKS_MAX);
         assert!(ahead.announce().len() <= OUTPUT_MARKS_MAX);
+        let mut diverged = answer(&[]);
+        for offset in 1..10_000 {
+            diverged.read(b"x");
+            diverged.pause();
+            diverged.handle_mark(OutputMark { offset, hash: 0 });
+        }
+        assert_eq!(diverged.votes.len(), VOTES_MAX);
+        assert_eq!(diverged.marks.len(), OUTPUT_MARKS_MAX);
     }
 }

@@ -532,7 +532,7 @@ impl Plane {
                             warn!(vip = %self.config.vip, %from, why, "asked to hand over");
                         }
                     }
-                    Ok(Report::Diverged(report)) => self.handle_divergence(now, &from, report),
+                    Ok(Report::Diverged(reports)) => self.handle_divergence(now, &from, &reports),
                     Err(error) => debug!(vip = %self.config.vip, %from, %error, "a report"),
                 },
                 GroupOutput::Notice(notice) => cx.notice(self.config.vip, notice),

@@ -8,13 +8,13 @@ use unbroken_tcpstate::ConnId;
 use super::closes::Closed;
 use super::verdict::DivergenceReport;
 
-const VERSION: u8 = 1;
+const VERSION: u8 = 2;
 
 /// One message to the leader.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Report {
-    /// The server behind this member answered otherwise than the leader's.
-    Diverged(DivergenceReport),
+    /// The server behind this member answered otherwise than the leader's, at these places.
+    Diverged(Vec<DivergenceReport>),
     /// The server behind this member closed these connections, and lived afterwards (R5). `run` counts
     /// the deaths of servers on this member: a report voids all those of earlier runs.
     Closes { run: u64, closes: Vec<CloseReport> },

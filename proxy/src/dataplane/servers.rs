@@ -17,6 +17,7 @@ use tracing::{debug, warn};
 use unbroken_tcpstate::{ConnId, Event, EventNo};
 
 use self::answers::Answers;
+pub(crate) use self::answers::VOTES_MAX;
 pub(crate) use self::total::{Order, OrderHeader, Outlook};
 use super::closes::Closes;
 use super::divergence::Answer;

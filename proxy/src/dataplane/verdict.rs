@@ -3,15 +3,18 @@
 //! A backup judges itself. It is unfit at once, which its wedge-acknowledgements say too, so that the verdict
 //! outlives the leader, and it reports to the leader. If a second one reports the same answer, the
 //! leader is the odd one and hands over; else the backup does by itself what the service's
-//! `divergence` says.
+//! `divergence` says. Reported is every mark at which the hashes differ, and not the first alone: two servers
+//! that answer alike may be read at different moments, and so find the first difference at different marks.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use unbroken_group::MemberId;
+use unbroken_tcpstate::{ConnId, OutputMark};
 
 use super::divergence::Divergence;
+use super::servers::VOTES_MAX;
 use crate::clock::BootTime;
 use crate::config;
 
@@ -25,7 +28,7 @@ const REJOIN_WAIT: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(
 /// One that was in step for so long is forgiven.
 const FORGIVEN_AFTER: Duration = Duration::from_secs(600);
 /// Reports that a leader keeps.
-const REPORTS_MAX: usize = 256;
+const REPORTS_MAX: usize = 1024;
 
 /// What a backup tells the leader.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -67,6 +70,8 @@ pub(crate) struct Verdict {
     /// The policy of the latest that calls for action.
     stop: bool,
     report_at: BootTime,
+    /// Where this replica's hashes differ from the leader's, the newest at the end.
+    votes: VecDeque<DivergenceReport>,
     evictions: u32,
     evicted_at: BootTime,
     /// Leader: what members reported, by where it was.
@@ -84,6 +89,7 @@ impl Verdict {
             latest: None,
             stop: false,
             report_at: BootTime::default(),
+            votes: VecDeque::new(),
             evictions: 0,
             evicted_at: BootTime::default(),
             reports: BTreeMap::new(),
@@ -114,6 +120,18 @@ impl Verdict {
         }
     }
 
+    /// The hash of what the server here said differs from the leader's at this mark.
+    pub(crate) fn handle_vote(&mut self, conn: ConnId, ours: OutputMark) {
+        if self.votes.len() == VOTES_MAX {
+            self.votes.pop_front();
+        }
+        self.votes.push_back(DivergenceReport {
+            conn: conn.0,
+            before: ours.offset,
+            hash: ours.hash,
+        });
+    }
+
     /// Whether this replica should not lead.
     pub(crate) fn unfit(&self) -> bool {
         self.state != State::Fit
@@ -125,6 +143,7 @@ impl Verdict {
             self.state = State::Fit;
             self.stop = false;
         }
+        self.votes.clear();
         self.reports.clear();
         self.accusers.clear();
     }
@@ -135,29 +154,22 @@ impl Verdict {
     }
 
     /// Backup: what is reported to the leader now.
-    pub(crate) fn poll_report(&mut self, now: BootTime) -> Option<DivergenceReport> {
-        let State::Diverged(_) = self.state else {
+    pub(crate) fn poll_reports(&mut self, now: BootTime) -> Option<Vec<DivergenceReport>> {
+        if !matches!(self.state, State::Diverged(_)) || now < self.report_at {
             return None;
-        };
-        let latest = self.latest.filter(|_| now >= self.report_at)?;
+        }
         self.report_at = now + REPORT_EVERY;
-        Some(DivergenceReport {
-            conn: latest.conn.0,
-            before: latest.found.before,
-            hash: latest.found.ours,
-        })
+        Some(self.votes.iter().copied().collect())
     }
 
     /// Leader: a member's report. True if it is the second that says the same.
     pub(crate) fn handle_report(&mut self, from: &MemberId, report: DivergenceReport) -> bool {
         self.accusers.insert(from.clone());
-        if self.reports.len() >= REPORTS_MAX {
+        let key = (report.conn, report.before);
+        if self.reports.len() >= REPORTS_MAX && !self.reports.contains_key(&key) {
             self.reports.pop_first();
         }
-        let place = self
-            .reports
-            .entry((report.conn, report.before))
-            .or_default();
+        let place = self.reports.entry(key).or_default();
         place.insert(from.clone(), report.hash);
         place.values().filter(|hash| **hash == report.hash).count() >= 2
     }
@@ -188,6 +200,7 @@ impl Verdict {
         }
         self.evicted_at = now;
         self.evictions += 1;
+        self.votes.clear();
         if self.evictions == 1 {
             self.state = State::Fit;
             return Some(Action::Renew);
@@ -249,8 +262,6 @@ impl Verdict {
 
 #[cfg(test)]
 mod tests {
-    use unbroken_tcpstate::ConnId;
-
     use super::super::divergence::Found;
     use super::*;
 
@@ -266,7 +277,6 @@ mod tests {
                 agreed: 10,
                 before: 20,
                 first: Some(12),
-                ours: 99,
             },
         }
     }
@@ -281,9 +291,13 @@ mod tests {
         let mut verdict = verdict();
         verdict.handle_divergence(at(1000), divergence(80), true);
         assert!(verdict.unfit());
-        assert!(verdict.poll_report(at(1000)).is_some());
-        assert_eq!(verdict.poll_report(at(1001)), None);
-        assert!(verdict.poll_report(at(1050)).is_some());
+        let vote = |offset| OutputMark { offset, hash: 99 };
+        (1..=40).for_each(|offset| verdict.handle_vote(ConnId(7), vote(offset)));
+        let reports = verdict.poll_reports(at(1000)).unwrap();
+        let places: Vec<_> = reports.iter().map(|report| report.before).collect();
+        assert_eq!(places, (9..=40).collect::<Vec<_>>(), "the newest");
+        assert_eq!(verdict.poll_reports(at(1001)), None);
+        assert!(verdict.poll_reports(at(1050)).is_some());
         assert_eq!(verdict.poll_action(at(1499)), None);
         assert_eq!(verdict.poll_action(at(1500)), Some(Action::Renew));
         assert!(!verdict.unfit());

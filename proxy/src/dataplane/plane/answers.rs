@@ -7,6 +7,7 @@ use unbroken_group::Command;
 use super::super::context::Context;
 use super::super::reports::Report;
 use super::super::role::Role;
+use super::super::servers::VOTES_MAX;
 use super::super::verdict::Action;
 use super::super::verdict::DivergenceReport;
 use super::moves::HAND_OVER_EVERY;
@@ -41,8 +42,11 @@ impl Plane {
             self.progress_at = now;
             self.changed = true;
         }
-        if let Some(report) = self.verdict.poll_report(now) {
-            let report = Report::Diverged(report).encode();
+        for (conn, vote) in self.servers.take_votes() {
+            self.verdict.handle_vote(conn, vote);
+        }
+        if let Some(reports) = self.verdict.poll_reports(now) {
+            let report = Report::Diverged(reports).encode();
             // One that is lost, or comes between two views, is repeated.
             let _ = self.group.send_to_leader(group_time(now), &report);
             self.settle(now, cx);
@@ -66,10 +70,16 @@ impl Plane {
         &mut self,
         now: BootTime,
         from: &group::MemberId,
-        report: DivergenceReport,
+        reports: &[DivergenceReport],
     ) {
         self.changed = true;
-        if self.verdict.handle_report(from, report)
+        let mut outvoted = None;
+        for report in reports.iter().take(VOTES_MAX) {
+            if self.verdict.handle_report(from, *report) {
+                outvoted = Some(report);
+            }
+        }
+        if let Some(report) = outvoted
             && matches!(self.role, Role::Leader(_))
             && now >= self.hand_over_at
             && !planted!(OutvotedLeads)

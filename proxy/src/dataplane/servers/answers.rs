@@ -16,6 +16,8 @@ use crate::fault::planted;
 const ANNOUNCE_EVERY: Duration = Duration::from_millis(10);
 /// Connections told of at once; the others wait for the next time.
 const ANNOUNCE_MAX: usize = 64;
+/// Places of divergence, the newest, that are kept until they are taken.
+pub(crate) const VOTES_MAX: usize = 32;
 
 /// What is shared by all connections' [`Answer`]s.
 #[derive(Debug, Default)]
@@ -31,6 +33,8 @@ pub(super) struct Answers {
     /// How many of them still this time.
     left: usize,
     found: Vec<Divergence>,
+    /// Hashes that differ from the leader's, for those who vote on who is right.
+    votes: VecDeque<(ConnId, OutputMark)>,
 }
 
 impl Answers {
@@ -62,8 +66,18 @@ impl Answers {
                 self.left = self.left.max(self.news.len());
             }
         } else {
-            let found = found.map(|found| Divergence { conn, port, found });
-            self.found.extend(found);
+            self.judge((conn, port), answer, found);
+        }
+    }
+
+    fn judge(&mut self, (conn, port): (ConnId, u16), answer: &mut Answer, found: Option<Found>) {
+        let found = found.map(|found| Divergence { conn, port, found });
+        self.found.extend(found);
+        for vote in answer.take_votes() {
+            if self.votes.len() == VOTES_MAX {
+                self.votes.pop_front();
+            }
+            self.votes.push_back((conn, vote));
         }
     }
 }
@@ -90,6 +104,7 @@ impl Servers {
     /// Another leads: what was compared with the last leader's answers says nothing now.
     pub(crate) fn judge_answers_anew(&mut self) {
         self.answers.found.clear();
+        self.answers.votes.clear();
         for server in self.servers.values_mut() {
             server.answer.judge_anew();
         }
@@ -130,10 +145,9 @@ impl Servers {
         }
         if let Some(server) = self.servers.get_mut(&conn) {
             for mark in marks {
-                if let Some(found) = server.answer.handle_mark(*mark) {
-                    let port = server.port;
-                    self.answers.found.push(Divergence { conn, port, found });
-                }
+                let found = server.answer.handle_mark(*mark);
+                let what = (conn, server.port);
+                self.answers.judge(what, &mut server.answer, found);
             }
         }
     }
@@ -141,6 +155,11 @@ impl Servers {
     /// Where this replica's servers were found to differ from the leader's since this was last asked.
     pub(crate) fn take_divergences(&mut self) -> Vec<Divergence> {
         std::mem::take(&mut self.answers.found)
+    }
+
+    /// Hashes that differ from the leader's since this was last asked, with their offsets.
+    pub(crate) fn take_votes(&mut self) -> impl Iterator<Item = (ConnId, OutputMark)> {
+        self.answers.votes.drain(..)
     }
 
     /// This node leads no more: it judges, and does not tell.
@@ -152,5 +171,6 @@ impl Servers {
     pub(super) fn forget_answers(&mut self) {
         self.answers.news.clear();
         self.answers.found.clear();
+        self.answers.votes.clear();
     }
 }
