@@ -1,6 +1,6 @@
 //! Leaving a view: suspicion, pre-vote, wedge, copying up to the cut, waiting for the old lease, writing the successor.
 //!
-//! BSS91 §8, with the agreement done by a compare-and-set instead of a protocol of our own (DESIGN §4).
+//! BSS91 §8, with the agreement done by a compare-and-set instead of a protocol of our own.
 
 use crate::config::{Config, planted};
 use crate::core::{Core, Phase};
@@ -421,7 +421,7 @@ impl Core {
         }
     }
 
-    /// Steps 3 and 4 of DESIGN §4: enough promises, every proposed member holds up to the cut, the old lease is over.
+    /// The way to a new view is open: enough promises, every proposed member holds up to the cut, the old lease is over.
     fn advance_flush(&mut self, may_copy: bool) {
         let view = self.view().clone();
         let (me, now) = (self.config.me.clone(), self.now);

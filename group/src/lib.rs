@@ -10,7 +10,7 @@
 //! ```
 //!
 //! [`Core`] does no I/O and reads no clock: it is handed the time, datagrams, the coordinator's answers and news of the
-//! control connections, and hands back [`Output`]s to execute in order. The rules it keeps (DESIGN R2, section 4):
+//! control connections, and hands back [`Output`]s to execute in order. The rules it keeps (R2 in ARCHITECTURE.md):
 //!
 //! - A member that promised to leave a view (*wedged*) acknowledges, answers and delivers nothing more in it.
 //! - Every event that was ever stable is at or below the cut of every later view of its generation.

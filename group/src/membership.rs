@@ -303,7 +303,7 @@ impl Core {
         (member.name == me.name && member != me) || self.proofs.gone(member)
     }
 
-    /// DESIGN §4, total failure: can nobody of this view go on?
+    /// Total failure: can nobody of this view go on?
     fn lost(&mut self, view: &View) -> Lost {
         let leader = view.leader();
         let leader_gone = self.proved_gone(leader);

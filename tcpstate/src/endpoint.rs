@@ -33,7 +33,7 @@ const ACKED_LATE_MAX: Duration = Duration::from_millis(5);
 const CHALLENGE_INTERVAL: Duration = Duration::from_millis(100);
 
 /// A client is given up when it was silent at this many looks in a row. A clock that jumped, or a
-/// process that slept, makes for one look and not for eight (DESIGN §5: timers are inputs).
+/// process that slept, makes for one look and not for eight.
 const SILENCES_MAX: u32 = 8;
 /// After a takeover, a client tells within this time what an earlier leader has sent it.
 const ADOPTED_ACK_TIME: Duration = Duration::from_secs(300);

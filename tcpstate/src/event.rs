@@ -117,7 +117,7 @@ pub enum Event {
         conn: ConnId,
     },
     /// Our server leaves this connection's input untaken: with one order for all connections, no
-    /// replica waits for it any more until it is taken (DESIGN §6).
+    /// replica waits for it any more until it is taken.
     Skip {
         /// Which connection.
         conn: ConnId,

@@ -19,7 +19,7 @@ use crate::time::{Instant, ServiceClock};
 use crate::timer::Timers;
 
 /// Connections taken up in one call: a takeover of thousands must not keep the thread from answering
-/// heartbeats (DESIGN §4: slices of a millisecond; one costs about 6 us, its buffer's mapping
+/// heartbeats (slices of a millisecond; one costs about 6 us, its buffer's mapping
 /// included).
 const ADOPT_SLICE: usize = 64;
 /// Deadlines served in one call, for the same reason.

@@ -52,7 +52,7 @@ pub(crate) fn micros_of(d: Duration) -> u64 {
     u64::try_from(d.as_micros()).unwrap_or(u64::MAX)
 }
 
-/// The group's **service clock** (DESIGN R4): one clock for TSval, ISS and cookies across all leaders.
+/// The group's **service clock** (R4): one clock for TSval, ISS and cookies across all leaders.
 /// It read `value_us` at `at`, and runs on from there at the pace of [`Instant`]. A successor's must
 /// start strictly above anything that an earlier leader can have emitted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -19,7 +19,7 @@ use crate::server::{DIGEST_LEN, Request};
 /// Bytes moved by one read or write.
 const CHUNK: usize = 64 * 1024;
 
-/// How long a client waits for the next byte before it gives up (DESIGN: 30 s without progress fail).
+/// How long a client waits for the next byte before it gives up (30 s without progress fail).
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Why a client is not content.

@@ -1,4 +1,4 @@
-//! The view change (DESIGN §4, R1 and R2) as a model, checked in every state that three nodes can reach with two crashes and
+//! The view change (R1 and R2 in ARCHITECTURE.md) as a model, checked in every state that three nodes can reach with two crashes and
 //! any partition: any number of view changes, joins and total failures in a row, members any number of views behind.
 //!
 //! The model is written from the code by hand. It shows that the *protocol* is sound, and the simulator (`src/sim`) that

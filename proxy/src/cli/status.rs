@@ -301,7 +301,7 @@ b:2: no answer: connecting: refused";
         );
     }
 
-    /// DESIGN §9: the fields that scripts rely on, by name.
+    /// The fields that scripts rely on, by name.
     #[test]
     fn the_json_of_one_node_is_the_status_itself() {
         let json: serde_json::Value =

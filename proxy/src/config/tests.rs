@@ -1,4 +1,4 @@
-//! The example of DESIGN §9 is read as it stands; every way to get it wrong says what is wrong.
+//! A whole example is read as it stands; every way to get it wrong says what is wrong.
 //!
 //! The messages are kept in `testdata/config_errors.txt`: `REWRITE=1 cargo test -p unbroken config`
 //! writes them anew, and the difference is to be read.
@@ -9,7 +9,7 @@ use unbroken_group::driver::{Multicast, Options, Pacing};
 
 use super::*;
 
-/// DESIGN §9, as it stands there (with the key beside the file).
+/// A node's file with most keys (the key is beside it).
 const EXAMPLE: &str = r#"[node]
 name = "r1"
 data_dir = "/var/lib/unbroken"

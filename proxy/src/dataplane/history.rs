@@ -1,5 +1,5 @@
 //! Every input of a VIP in one order, kept so that a fresh server can be brought to the same state
-//! (`ordering = "total"`; DESIGN §5, "Joining").
+//! (`ordering = "total"`).
 //!
 //! Inputs are written one behind the other into chunks when they arrive, so that a checkpoint is a
 //! list of chunks to be shared and never a walk over a million entries.

@@ -1,7 +1,7 @@
 //! The input of one connection: every byte that the client sent since `Open`, as far as it is kept.
 //!
 //! One copy serves two readers: the local server is fed from it, and a replica that joins later is
-//! brought to the same point by replay (DESIGN §5, "Joining").
+//! brought to the same point by replay.
 
 use std::collections::VecDeque;
 use std::io::IoSlice;

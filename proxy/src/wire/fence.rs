@@ -1,4 +1,4 @@
-//! The fence: a leader emits nothing unless it holds the lease (DESIGN R2).
+//! The fence: a leader emits nothing unless it holds the lease (R2 in ARCHITECTURE.md).
 //!
 //! Two checks, because either alone has a hole. The process's: every batch of frames passes
 //! [`Fence::permits_now`] immediately before the system call that sends it; but a process can be put
@@ -160,7 +160,7 @@ impl Kernel {
     }
 
     /// The timeout to ask for at `now`; `None` if so little is left of the lease that the kernel cannot
-    /// count it (FACTS: less than a tick may round to no timeout at all).
+    /// count it (measured: less than a tick may round to no timeout at all).
     fn timeout(&self, now: BootTime, lease_until: BootTime) -> Option<Duration> {
         let timeout = lease_until.since(now).checked_sub(SLACK)?;
         // Netlink takes milliseconds.

@@ -343,7 +343,7 @@ fn icmpv6_frame(
 }
 
 /// The frames by which the owner of `vip` makes itself known: a gratuitous ARP in request form and
-/// one in reply form, since there are neighbours that heed only the one or the other (FACTS §2); for
+/// one in reply form, since there are neighbours that heed only the one or the other; for
 /// IPv6 an unsolicited advertisement with the override flag (RFC 4861 §7.2.6).
 pub(super) fn announcement(vip: IpAddr, station: Station) -> Vec<Vec<u8>> {
     match vip {
@@ -368,7 +368,7 @@ pub(super) fn announcement(vip: IpAddr, station: Station) -> Vec<Vec<u8>> {
     }
 }
 
-/// After taking over: spaced, because a switch or a neighbour may miss some (FACTS §2).
+/// After taking over: spaced, because a switch or a neighbour may miss some.
 const BURST: [Duration; 5] = [
     Duration::ZERO,
     Duration::from_millis(50),

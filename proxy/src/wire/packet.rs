@@ -99,7 +99,7 @@ pub(super) fn parse(slot: &[u8]) -> Option<RawFrame<'_>> {
         source: mac_at(frame, 6)?,
         ethertype: u16_at(frame, 12)?,
         body,
-        // FACTS §3. NEEDS_CSUM: the packet never left the host, its checksum is not filled in.
+        // NEEDS_CSUM: the packet never left the host, its checksum is not filled in.
         // DATA_VALID: the card or the kernel has verified it.
         checksum_ok: flags & (VNET_NEEDS_CSUM | VNET_DATA_VALID) != 0,
     })

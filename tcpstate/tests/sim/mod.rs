@@ -339,8 +339,8 @@ impl World {
                 self.client_stuck = true;
                 return;
             }
-            // The one thing that may be lost: a handshake younger than its announcement, where the
-            // client has nothing to say (DESIGN §3: replicated lazily).
+            // The one thing that may be lost: a handshake younger than its announcement, which is made
+            // late, where the client has nothing to say.
             let known = self
                 .log
                 .iter()

@@ -1,4 +1,4 @@
-//! DESIGN §4: of those that can lead, one that is fit does. Judged where both were what they were since before the view that was
+//! Of those that can lead, one that is fit does. Judged where both were what they were since before the view that was
 //! left: who changes in it may be known as it was.
 
 use super::{Invariant, Observed};

@@ -1,4 +1,4 @@
-//! `ordering = "total"` (DESIGN §6): every server is given its inputs (opens, bytes, ends) one at a
+//! `ordering = "total"`: every server is given its inputs (opens, bytes, ends) one at a
 //! time in the order of the event log, the next only when it has taken the last.
 //!
 //! ```text
