@@ -205,7 +205,22 @@ impl Closes {
         }
     }
 
-    /// Forgets the reports of members that are no more.
+    /// Whether there are reports that nothing was made of yet.
+    pub(crate) fn has_reports(&self) -> bool {
+        !self.reported.is_empty()
+    }
+
+    /// Forgets what others than these `electable` ones reported: to be called regularly. Members repeat their
+    /// reports, so nothing is lost; and one whose server died says so by not being electable, again and again,
+    /// while the message that voids its reports may be lost.
+    pub(crate) fn keep_reports(&mut self, electable: &[MemberId]) {
+        self.reported.retain(|_, said| {
+            said.retain(|(by, _)| electable.contains(by));
+            !said.is_empty()
+        });
+    }
+
+    /// Forgets the runs of members that are no more.
     pub(crate) fn keep_members(&mut self, members: &[MemberId]) {
         self.runs.retain(|m, _| members.contains(m));
     }
@@ -273,6 +288,9 @@ impl Closes {
 }
 
 #[cfg(test)]
+mod sim;
+
+#[cfg(test)]
 mod tests {
     use super::*;
 
@@ -298,11 +316,11 @@ mod tests {
 
     const HAS_ALL: Client = Client(Some(100));
 
-    fn at(ms: u64) -> BootTime {
+    pub(super) fn at(ms: u64) -> BootTime {
         BootTime::from_micros(ms * 1000)
     }
 
-    fn members(count: u128) -> Vec<MemberId> {
+    pub(super) fn members(count: u128) -> Vec<MemberId> {
         (2..2 + count)
             .map(|i| MemberId::new(format!("r{i}"), i))
             .collect()

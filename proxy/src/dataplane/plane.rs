@@ -820,10 +820,7 @@ impl Plane {
         }
         self.progress_at = now + PROGRESS_EVERY;
         self.yield_if_due(now);
-        // Waiting has its end, and those who could be asked change.
-        if self.servers.closes_wait() && matches!(self.role, Role::Leader(_)) {
-            self.servers.judge_again();
-        }
+        self.look_at_closes();
         let (behind_bytes, lost) = self.servers.lag(now);
         self.group.set_progress(group::Lag {
             behind_bytes,

@@ -140,6 +140,21 @@ impl Plane {
         self.servers.is_down() || self.config.health.iter().any(Health::is_failing)
     }
 
+    /// Leader, regularly: closes that wait are judged again, for waiting has its end, and those who could
+    /// be asked change.
+    pub(super) fn look_at_closes(&mut self) {
+        if !matches!(self.role, Role::Leader(_)) {
+            return;
+        }
+        if self.servers.has_close_reports() {
+            let electable: Vec<_> = self.electable().into_iter().map(|m| m.member).collect();
+            self.servers.keep_close_reports(&electable);
+        }
+        if self.servers.closes_wait() {
+            self.servers.judge_again();
+        }
+    }
+
     /// A close of the local server is shown once it is agreed on; backups report theirs (R5).
     pub(super) fn agree_on_closes(&mut self, now: BootTime) {
         self.servers.check_life(now);

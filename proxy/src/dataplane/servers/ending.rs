@@ -243,6 +243,16 @@ impl Servers {
         self.closes.own().next().is_some()
     }
 
+    /// Leader: whether others have reported closes that wait for this node's.
+    pub(crate) fn has_close_reports(&self) -> bool {
+        self.closes.has_reports()
+    }
+
+    /// Leader: forgets what others than these reported.
+    pub(crate) fn keep_close_reports(&mut self, electable: &[MemberId]) {
+        self.closes.keep_reports(electable);
+    }
+
     /// All closes that wait are to be judged, or reported, again.
     pub(crate) fn judge_again(&mut self) {
         self.closes.again();
