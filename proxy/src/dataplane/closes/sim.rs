@@ -28,6 +28,10 @@ impl Random {
         (z ^ (z >> 31)) % bound
     }
 
+    fn replica(&mut self) -> usize {
+        usize::try_from(self.below(REPLICAS as u64)).expect("there are few")
+    }
+
     fn one_in(&mut self, n: u64) -> bool {
         self.below(n) == 0
     }
@@ -96,7 +100,7 @@ impl World {
         let close_ms = close_ms.collect();
         let replicas = tests::members(REPLICAS as u128).into_iter();
         Self {
-            loss: [10, 100][random.below(2) as usize],
+            loss: if random.one_in(2) { 10 } else { 100 },
             next_stop_ms: random.below(500),
             random,
             close_ms,
@@ -133,7 +137,7 @@ impl World {
     /// Servers close, are stopped, die, come back.
     fn servers(&mut self, ms: u64) {
         if ms >= self.next_stop_ms && ms < CALM_MS {
-            let index = self.random.below(REPLICAS as u64) as usize;
+            let index = self.random.replica();
             let dies_ms = ms + self.random.below(30);
             // Another is looked for every 50 ms (`liveness.rs`).
             let back_ms = dies_ms + 50 + self.random.below(100);
@@ -244,8 +248,8 @@ fn clients_are_shown_what_their_servers_did_and_nothing_else() {
     let (mut stops, mut hand_overs, mut closes) = (0, 0, 0);
     for seed in 0..400 {
         let mut world = World::new(seed);
-        for ms in (0..END_MS).step_by(STEP_MS as usize) {
-            world.step(ms);
+        for step in 0..END_MS / STEP_MS {
+            world.step(step * STEP_MS);
         }
         let missing = |conn: &&ConnId| !world.clients.0.contains_key(conn);
         let missing: Vec<_> = world.close_ms.keys().filter(missing).collect();
