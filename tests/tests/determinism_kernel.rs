@@ -102,6 +102,71 @@ fn a_flipped_byte_of_a_backup_is_found_before_it_can_lead() {
     );
 }
 
+/// A server that says which version it is; another one where the folder has a file `newer` when it starts.
+const VERSIONED: &str = r#"
+import os, socketserver
+version = "1.10" if os.path.exists("newer") else "1.09"
+class Handler(socketserver.StreamRequestHandler):
+    def handle(self):
+        while self.rfile.readline() not in (b"\r\n", b""):
+            pass
+        self.wfile.write(b"HTTP/1.0 200 OK\r\nServer: lab/%s\r\n\r\nhello\n" % version.encode())
+class Server(socketserver.ThreadingTCPServer):
+    allow_reuse_address = True
+Server(("127.0.0.1", int(os.environ["PORT"])), Handler).serve_forever()
+"#;
+
+/// One question, and what the service says of itself.
+fn ask_version(cluster: &Cluster) -> String {
+    let mut client = cluster.connect(80).unwrap();
+    client.set_read_timeout(Some(PATIENCE)).unwrap();
+    client.write_all(b"GET / HTTP/1.0\r\n\r\n").unwrap();
+    let mut answer = String::new();
+    client.read_to_string(&mut answer).unwrap();
+    answer
+}
+
+#[test]
+fn another_version_of_a_server_is_found_before_it_can_lead_unless_that_is_harmless() {
+    let name = "another_version_of_a_server_is_found_before_it_can_lead_unless_that_is_harmless";
+    userns::privileged(name, || {
+        for harmless in [false, true] {
+            let keys = if harmless {
+                "harmless = [\"^Server: .*\"]\n"
+            } else {
+                ""
+            };
+            let web = Service {
+                server: ["python3", "-c", VERSIONED].map(str::to_owned).into(),
+                keys: keys.to_owned(),
+                ..Service::lab(SERVER)
+            };
+            let mut cluster = Cluster::start(Options::new(NODE, [web])).unwrap();
+            let (leader, view) = cluster.wait_whole().unwrap();
+            let [newer, sound] = others(&cluster, &leader);
+            cluster.server(&newer, "lab").kill().unwrap();
+            fs::write(cluster.folder(&newer).join("newer"), "").unwrap();
+            cluster.start_server(&newer, "lab").unwrap();
+            cluster.wait_whole().unwrap();
+            let answer = ask_version(&cluster);
+            if harmless {
+                for _ in 0..20 {
+                    assert_eq!(ask_version(&cluster), answer);
+                }
+                let found = service(&cluster, &newer).unwrap();
+                assert_eq!(found.counters.divergences, 0, "{found:?}");
+                continue;
+            }
+            let found = wait_divergence(&cluster, &newer);
+            let at = answer.find("1.09").unwrap() as u64 + 2;
+            assert_eq!((found.port, found.first), (80, Some(at)), "{found:?}");
+            cluster.kill(&leader).unwrap();
+            assert_eq!(cluster.wait_leader(view).unwrap().0, sound);
+            assert_eq!(ask_version(&cluster), answer);
+        }
+    });
+}
+
 #[test]
 fn with_stop_it_stays_out_and_with_warn_it_stays() {
     userns::privileged("with_stop_it_stays_out_and_with_warn_it_stays", || {
