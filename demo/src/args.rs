@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::Serialize;
 
+use crate::bench_gap::BenchGapArgs;
 use crate::bench_group::BenchGroupArgs;
 
 /// Shows live TCP connections surviving the deaths of the servers that answer them
@@ -100,6 +101,7 @@ pub(crate) struct Bytes(pub(crate) Vec<u8>);
 #[derive(Debug, Subcommand)]
 pub(crate) enum Part {
     BenchGroup(BenchGroupArgs),
+    BenchGap(BenchGapArgs),
     /// Take part in the benchmark
     #[command(hide = true)]
     GroupMember {
@@ -130,6 +132,11 @@ pub(crate) enum Serve {
     },
     /// Checksums of uploads
     Upload {
+        #[arg(long)]
+        listen: SocketAddr,
+    },
+    /// Bytes at a steady pace, or chained answers, on thousands of connections
+    Pulses {
         #[arg(long)]
         listen: SocketAddr,
     },

@@ -6,6 +6,7 @@
 //! stage: it makes the hosts, starts the parts, breaks things, and reports.
 
 mod args;
+mod bench_gap;
 mod bench_group;
 mod client;
 mod cluster;
@@ -14,12 +15,14 @@ mod ensemble;
 mod pace;
 mod payload;
 mod picture;
+mod pulse;
 mod report;
 mod scratch;
 mod screen;
 mod series;
 mod serve;
 mod stage;
+mod stats;
 mod traffic;
 
 use std::io;
@@ -70,6 +73,7 @@ fn main() -> ExitCode {
         Some(Part::BenchGroup(args)) => {
             bench_group::run(&args).unwrap_or_else(|error| fail(&error))
         }
+        Some(Part::BenchGap(args)) => bench_gap::run(&args).unwrap_or_else(|error| fail(&error)),
         Some(Part::GroupMember { name }) => {
             bench_group::member(&name).unwrap_or_else(|error| fail(&error))
         }
@@ -90,6 +94,7 @@ fn serve(server: Serve) -> io::Result<()> {
         }
         Serve::Exchange { listen } => serve::run(&TcpListener::bind(listen)?, serve::exchange),
         Serve::Upload { listen } => serve::run(&TcpListener::bind(listen)?, serve::upload),
+        Serve::Pulses { listen } => pulse::serve(listen),
     }
 }
 

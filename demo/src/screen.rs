@@ -122,3 +122,21 @@ fn line(client: &Client, series: &Series, start_us: u64, now: u64) -> String {
         _ => format!("  {name:<9} {total:>9} answered, {speed:>5}/s  longest gap {gap} ms{end}"),
     }
 }
+
+/// What is going on, on one line of a terminal.
+pub(crate) fn show(what: &str) {
+    let mut err = io::stderr();
+    if err.is_terminal() {
+        let _ = write!(err, "\r\x1b[K{what}");
+    } else {
+        let _ = writeln!(err, "{what}");
+    }
+    let _ = err.flush();
+}
+
+/// Takes the line of [`show`] back.
+pub(crate) fn clear() {
+    if io::stderr().is_terminal() {
+        eprint!("\r\x1b[K");
+    }
+}

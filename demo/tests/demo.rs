@@ -174,3 +174,41 @@ fn an_interrupt_takes_everything_down() {
     assert_eq!(child.wait().unwrap().code(), Some(130), "{rest:?}");
     assert_eq!(leftovers(child.id()), Vec::<PathBuf>::new());
 }
+
+/// One fault of the benchmark, with its figures and the same without the fault.
+#[test]
+fn a_fault_is_measured() {
+    let _stage = stage();
+    let mut command = Command::new(PROGRAM);
+    command.args(["bench-gap", "--only", "kill", "--faults", "1", "--json"]);
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{}", text(&output));
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let figures = report["figures"].as_array().unwrap();
+    let keys: Vec<_> = figures
+        .iter()
+        .map(|figure| figure["key"].as_str().unwrap())
+        .collect();
+    assert_eq!(
+        keys,
+        [
+            "garp_none_receive",
+            "garp_none_ask",
+            "garp_kill_receive",
+            "garp_kill_ask"
+        ]
+    );
+    for figure in figures {
+        assert_eq!(figure["gaps"].as_array().unwrap().len(), 1);
+    }
+}
+
+#[test]
+fn wrong_usage_of_the_benchmark_is_said() {
+    let output = Command::new(PROGRAM)
+        .args(["bench-gap", "--only", "flod"])
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(64), "{}", text(&output));
+    assert!(text(&output).contains("'flood'"), "{}", text(&output));
+}

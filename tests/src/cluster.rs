@@ -78,6 +78,8 @@ impl Service {
 pub struct Options {
     /// The node's program: `env!("CARGO_BIN_EXE_lab-node")`.
     pub program: PathBuf,
+    /// What stands before the node's own arguments: for a program that is a node only if told so.
+    pub arguments: Vec<String>,
     /// Replica hosts `r1`, `r2`, ...; 3 by default.
     pub replicas: u8,
     /// Coordinators on hosts of their own behind the replicas', in place of those in the nodes; 0 by default.
@@ -97,6 +99,7 @@ impl Options {
     pub fn new(program: impl Into<PathBuf>, services: impl Into<Vec<Service>>) -> Self {
         Self {
             program: program.into(),
+            arguments: Vec::new(),
             replicas: 3,
             coordinators: 0,
             mtu: None,
@@ -218,6 +221,7 @@ impl Cluster {
         } else {
             "node"
         };
+        command.args(&self.options.arguments);
         command.args(["--log", "info", role, "-c"]);
         command.arg(self.folder(name).join("node.toml"));
         command.current_dir(self.folder(name));

@@ -12,7 +12,8 @@ use super::iperf::{self, Over};
 use super::link::Link;
 use super::member::{Ask, now};
 use super::report::{Figure, Report, micros, percentile_us};
-use super::{Cores, Extent, LONG, show};
+use super::{Cores, Extent, LONG};
+use crate::screen::show;
 
 const fn figure(
     key: &'static str,
@@ -259,32 +260,30 @@ impl Bench<'_> {
             let spin = self.spin;
             let to = self.members[&self.links[1].name];
             self.links[1].done(&Ask::Pong { spin })?;
-            let mut rtt = self.links[0].times(&Ask::Ping {
+            let rtt = self.links[0].times(&Ask::Ping {
                 to,
                 count,
                 bytes,
                 spin,
             })?;
-            let mut there = self.links[1].times(&Ask::OneWay)?;
+            let there = self.links[1].times(&Ask::OneWay)?;
             let stable = |group: &str| Ask::Stable {
                 group: group.to_owned(),
                 count,
                 bytes,
             };
-            let mut pair = self.links[0].times(&stable("pair"))?;
-            let mut one_way = self.links[1].times(&Ask::OneWay)?;
-            let mut three = self.links[0].times(&stable("three"))?;
+            let pair = self.links[0].times(&stable("pair"))?;
+            let one_way = self.links[1].times(&Ask::OneWay)?;
+            let three = self.links[0].times(&stable("three"))?;
             for link in &mut self.links[..3] {
                 link.times(&Ask::OneWay)?;
             }
             if round == 0 {
                 continue; // warm now
             }
-            for (pair_of, ours, peer) in [
-                (0, &mut one_way, &mut there),
-                (2, &mut pair, &mut rtt.clone()),
-                (4, &mut three, &mut rtt),
-            ] {
+            for (pair_of, ours, peer) in
+                [(0, &one_way, &there), (2, &pair, &rtt), (4, &three, &rtt)]
+            {
                 for (figure, share) in [(pair_of, 0.5), (pair_of + 1, 0.99)] {
                     let (ours, peer) = (percentile_us(ours, share), percentile_us(peer, share));
                     self.report.add(LATENCY[figure], ours, Some(peer));

@@ -12,7 +12,6 @@ mod report;
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::{IsTerminal as _, Write as _};
 use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::PathBuf;
@@ -27,6 +26,7 @@ use self::link::Link;
 use self::measure::Bench;
 use self::member::{Ask, Settings};
 use crate::scratch::Scratch;
+use crate::screen::{clear, show};
 
 /// Measures the group toolkit: latency, rates, view changes, many groups
 ///
@@ -274,23 +274,6 @@ fn tracing_to_stderr() {
     let _ = tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
         .try_init();
-}
-
-/// What is going on, on one line of a terminal.
-fn show(what: &str) {
-    let mut err = std::io::stderr();
-    if err.is_terminal() {
-        let _ = write!(err, "\r\x1b[K{what}");
-    } else {
-        let _ = writeln!(err, "{what}");
-    }
-    let _ = err.flush();
-}
-
-fn clear() {
-    if std::io::stderr().is_terminal() {
-        eprint!("\r\x1b[K");
-    }
 }
 
 /// Long enough for anything that takes milliseconds.

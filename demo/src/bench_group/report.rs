@@ -4,6 +4,8 @@ use std::fmt::Write as _;
 
 use serde_json::{Value, json};
 
+use crate::stats::{median, percentile, shown};
+
 /// One line of the report.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Figure {
@@ -115,43 +117,15 @@ impl Row {
     }
 }
 
-pub(super) fn median(values: &[f64]) -> Option<f64> {
-    let mut sorted = values.to_vec();
-    sorted.sort_unstable_by(f64::total_cmp);
-    let (low, high) = (
-        sorted.get(sorted.len().checked_sub(1)? / 2)?,
-        sorted.get(sorted.len() / 2)?,
-    );
-    Some(f64::midpoint(*low, *high))
-}
-
 /// The value below which this share (of 1) of them lies, in microseconds of nanoseconds.
-pub(super) fn percentile_us(times: &mut [u64], share: f64) -> f64 {
-    times.sort_unstable();
-    #[expect(
-        clippy::cast_possible_truncation,
-        clippy::cast_sign_loss,
-        clippy::cast_precision_loss,
-        reason = "an index from 0 on"
-    )]
-    let at = (times.len() as f64 * share) as usize;
-    let at = at.min(times.len().saturating_sub(1));
-    times.get(at).map_or(0.0, |ns| micros(*ns))
+pub(super) fn percentile_us(times: &[u64], share: f64) -> f64 {
+    let times: Vec<f64> = times.iter().map(|ns| micros(*ns)).collect();
+    percentile(&times, share)
 }
 
 #[expect(clippy::cast_precision_loss, reason = "a figure to be shown")]
 pub(super) fn micros(ns: u64) -> f64 {
     ns as f64 / 1000.0
-}
-
-fn shown(value: f64) -> String {
-    if value.abs() >= 100.0 {
-        format!("{value:.0}")
-    } else if value.abs() >= 10.0 {
-        format!("{value:.1}")
-    } else {
-        format!("{value:.2}")
-    }
 }
 
 #[cfg(test)]
@@ -183,13 +157,5 @@ mod tests {
         assert_eq!(json["figures"][1]["ratio"], Value::Null);
         let table = report.table();
         assert!(table.contains("x2.00") && table.contains("1234"), "{table}");
-    }
-
-    #[test]
-    fn percentiles() {
-        let mut times: Vec<u64> = (1..=100).rev().map(|n| n * 1000).collect();
-        assert_eq!(percentile_us(&mut times, 0.5).round(), 51.0);
-        assert_eq!(percentile_us(&mut times, 1.0).round(), 100.0);
-        assert_eq!(percentile_us(&mut [], 0.5).round(), 0.0);
     }
 }
