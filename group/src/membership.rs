@@ -133,9 +133,16 @@ impl Core {
                 }
                 self.ready = true;
             }
-            Command::Checkpoint { joiner, segments } => match self.donors.get_mut(&joiner) {
-                Some(slot @ None) => *slot = Some(Donor::new(segments)),
-                Some(Some(_)) | None => return Err(CommandError::NoSuchJoiner),
+            Command::Checkpoint { joiner, segments } => {
+                self.begin_donation(&joiner, Donor::new(segments))?;
+            }
+            Command::CheckpointBegin { joiner, total } => {
+                self.begin_donation(&joiner, Donor::in_parts(total))?;
+            }
+            Command::CheckpointPart { joiner, bytes } => self.on_part(&joiner, bytes)?,
+            Command::CheckpointFailed { joiner } => match self.donors.get(&joiner) {
+                Some(Some(_)) => self.drop_joiner(&joiner),
+                Some(None) | None => return Err(CommandError::NoSuchJoiner),
             },
         }
         Ok(())

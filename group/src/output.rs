@@ -131,12 +131,20 @@ pub enum Output {
         value: Bytes,
     },
     /// Leader, right after `Install`: give a checkpoint of the state exactly at this view's cut, before anything else
-    /// is done, with [`Command::Checkpoint`].
+    /// is done, with [`Command::Checkpoint`], or its length with [`Command::CheckpointBegin`].
     CheckpointWanted {
         /// For whom.
         joiner: MemberId,
         /// At which view's cut.
         view_id: ViewId,
+    },
+    /// Leader: give the part of a begun checkpoint that begins there, when it is at hand, with
+    /// [`Command::CheckpointPart`].
+    CheckpointPartWanted {
+        /// For whom.
+        joiner: MemberId,
+        /// Position of its first byte.
+        offset: u64,
     },
     /// Joiner: the next piece of the checkpoint, in order.
     CheckpointChunk {
@@ -246,6 +254,25 @@ pub enum Command {
         /// The image, in order.
         segments: Vec<Bytes>,
     },
+    /// The same, where the image is not in memory as a whole: its parts are asked for one after the other.
+    CheckpointBegin {
+        /// For whom.
+        joiner: MemberId,
+        /// Length of the image, in bytes.
+        total: u64,
+    },
+    /// Leader: the part that `CheckpointPartWanted` asked for, of any length above 0. What exceeds the image is cut off.
+    CheckpointPart {
+        /// For whom.
+        joiner: MemberId,
+        /// The bytes.
+        bytes: Bytes,
+    },
+    /// Leader: the rest of a checkpoint cannot be given. The joiner is left out, and joins anew.
+    CheckpointFailed {
+        /// For whom it was.
+        joiner: MemberId,
+    },
 }
 
 /// Why a command was refused.
@@ -267,8 +294,8 @@ pub enum CommandError {
     /// The member named is not another full member of the view.
     #[error("no such full member beside the leader")]
     NoSuchMember,
-    /// No such joiner waits for a checkpoint.
-    #[error("no such joiner waits for a checkpoint")]
+    /// No such joiner waits for a checkpoint, or for a part of it.
+    #[error("no such joiner waits for a checkpoint, or for a part of it")]
     NoSuchJoiner,
 }
 

@@ -455,6 +455,7 @@ impl Process {
                 let given = self.core.handle_command(self.now, command);
                 given.expect("the core has just asked for it");
             }
+            Of::CheckpointPartWanted { .. } => unreachable!("the image is given as a whole"),
             Of::CheckpointChunk { bytes, .. } => self.image.extend_from_slice(&bytes),
             Of::CheckpointDone => {
                 let image = std::mem::take(&mut self.image);

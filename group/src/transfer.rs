@@ -3,41 +3,82 @@
 
 use crate::config::Limits;
 use crate::core::{Core, Phase};
-use crate::output::Output;
+use crate::output::{CommandError, Output};
 use crate::time::Instant;
 use crate::view::MemberId;
 use crate::wire::{self, Message, Piece};
 use bytes::{Bytes, BytesMut};
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
 /// Without progress for this long, the joiner asks again.
 pub(crate) const PIECE_RETRY: Duration = Duration::from_millis(5);
 
+/// Of a checkpoint given in parts so much is wanted ahead of what the joiner asks for, in windows, and so much kept
+/// behind it, where it may ask again.
+const AHEAD_WINDOWS: u64 = 16;
+const BEHIND_WINDOWS: u64 = 4;
+
 /// The leader's side: one checkpoint, kept until its joiner is full or gone.
+///
+/// Invariant: segments are contiguous and end at `given`; those before are dropped only where nobody asks again.
 #[derive(Serialize, Deserialize)]
 pub(crate) struct Donor {
-    segments: Vec<(u64, Bytes)>,
+    segments: VecDeque<(u64, Bytes)>,
+    given: u64,
     total: u64,
     /// How far the joiner has asked.
     pub(crate) asked: u64,
+    /// A part was asked for, and has not come.
+    wanting: bool,
 }
 
 impl Donor {
     pub(crate) fn new(segments: Vec<Bytes>) -> Self {
-        let mut total = 0;
-        let mut placed = Vec::with_capacity(segments.len());
-        for s in segments.into_iter().filter(|s| !s.is_empty()) {
-            let start = total;
-            total += s.len() as u64;
-            placed.push((start, s));
+        let mut donor = Self::in_parts(segments.iter().map(|s| s.len() as u64).sum());
+        for segment in segments {
+            donor.give(segment);
         }
+        donor
+    }
+
+    /// A checkpoint of this length, of which nothing was given yet.
+    pub(crate) fn in_parts(total: u64) -> Self {
         Self {
-            segments: placed,
+            segments: VecDeque::new(),
+            given: 0,
             total,
             asked: 0,
+            wanting: false,
         }
+    }
+
+    fn give(&mut self, mut segment: Bytes) {
+        let room = usize::try_from(self.total - self.given).unwrap_or(usize::MAX);
+        segment.truncate(room);
+        self.wanting = false;
+        if !segment.is_empty() {
+            let start = self.given;
+            self.given += segment.len() as u64;
+            self.segments.push_back((start, segment));
+        }
+    }
+
+    /// The next part, if it is time for it and it was not asked for yet.
+    fn want(&mut self, limits: &Limits) -> Option<u64> {
+        let ahead = self.asked + AHEAD_WINDOWS * window(limits);
+        if self.wanting || self.given >= self.total.min(ahead) {
+            return None;
+        }
+        self.wanting = true;
+        let behind = self.asked.saturating_sub(BEHIND_WINDOWS * window(limits));
+        while let Some((start, segment)) = self.segments.front()
+            && start + segment.len() as u64 <= behind
+        {
+            self.segments.pop_front();
+        }
+        Some(self.given)
     }
 
     /// Datagrams with the part `offset..offset + len`; an empty checkpoint is one empty piece.
@@ -51,11 +92,12 @@ impl Donor {
     ) -> Vec<Bytes> {
         let room = limits.datagram_bytes_max - header.len() - wire::PIECE_BYTES;
         let end = offset.saturating_add(u64::from(len.min(limits.transfer_window_bytes)));
-        let end = end.min(self.total);
+        let end = end.min(self.given);
+        let first = self.segments.front().map_or(0, |(start, _)| *start);
         self.asked = self.asked.max(offset.min(self.total));
         let mut bodies = Vec::new();
         let mut at = offset;
-        while at < end || (self.total == 0 && bodies.is_empty()) {
+        while (first <= at && at < end) || (self.total == 0 && bodies.is_empty()) {
             let want = usize::try_from(end.saturating_sub(at)).map_or(room, |n| n.min(room));
             let mut bytes = BytesMut::with_capacity(want);
             self.copy(at, want, &mut bytes);
@@ -194,6 +236,38 @@ fn window(limits: &Limits) -> u64 {
 }
 
 impl Core {
+    pub(crate) fn begin_donation(
+        &mut self,
+        joiner: &MemberId,
+        donor: Donor,
+    ) -> Result<(), CommandError> {
+        let Some(slot @ None) = self.donors.get_mut(joiner) else {
+            return Err(CommandError::NoSuchJoiner);
+        };
+        *slot = Some(donor);
+        self.want_part(joiner);
+        Ok(())
+    }
+
+    pub(crate) fn on_part(&mut self, joiner: &MemberId, bytes: Bytes) -> Result<(), CommandError> {
+        let donor = self.donors.get_mut(joiner).and_then(Option::as_mut);
+        let donor = donor.filter(|d| d.wanting && !bytes.is_empty());
+        donor.ok_or(CommandError::NoSuchJoiner)?.give(bytes);
+        self.want_part(joiner);
+        Ok(())
+    }
+
+    fn want_part(&mut self, joiner: &MemberId) {
+        if let Some(Some(donor)) = self.donors.get_mut(joiner)
+            && let Some(offset) = donor.want(&self.config.limits)
+        {
+            self.outputs.push_back(Output::CheckpointPartWanted {
+                joiner: joiner.clone(),
+                offset,
+            });
+        }
+    }
+
     pub(crate) fn on_pieces_wanted(&mut self, from: &MemberId, since: u64, offset: u64, len: u32) {
         let header = self.header();
         let Some(Some(donor)) = self.donors.get_mut(from).filter(|_| self.resend_left > 0) else {
@@ -203,6 +277,7 @@ impl Core {
         let sent = bodies.iter().map(Bytes::len).sum();
         self.resend_left = self.resend_left.saturating_sub(sent);
         self.send_bodies(from, bodies);
+        self.want_part(from);
     }
 
     pub(crate) fn on_piece(&mut self, piece: &Piece<'_>) {
@@ -289,36 +364,53 @@ mod tests {
             let image: Vec<u8> = (0..size)
                 .map(|i| u8::try_from(i * 7 % 251).unwrap())
                 .collect();
-            let segments = image.chunks(333).map(Bytes::copy_from_slice).collect();
-            let mut donor = Donor::new(segments);
-            let mut now = Instant::from_micros(0);
-            let mut r = Receiving::new(now);
-            let mut got = Vec::new();
-            let mut steps = 0;
-            while !r.done() {
-                steps += 1;
-                assert!(steps < 10_000, "no progress at {size}");
-                let Some((offset, len)) = r.want(now, &limits) else {
-                    now += PIECE_RETRY;
-                    continue;
+            for whole in [true, false] {
+                let segments = image.chunks(333).map(Bytes::copy_from_slice).collect();
+                let mut donor = if whole {
+                    Donor::new(segments)
+                } else {
+                    Donor::in_parts(size as u64)
                 };
-                for body in donor.pieces(&Header::default().bytes(), 1, offset, len, &limits) {
-                    assert!(body.len() <= 200);
-                    if rng.next_u64().is_multiple_of(4) {
+                let mut now = Instant::from_micros(0);
+                let mut r = Receiving::new(now);
+                let mut got = Vec::new();
+                let mut steps = 0;
+                while !r.done() {
+                    steps += 1;
+                    assert!(steps < 10_000, "no progress at {size}");
+                    let Some((offset, len)) = r.want(now, &limits) else {
+                        now += PIECE_RETRY;
                         continue;
+                    };
+                    if donor.want(&limits) == Some(donor.given) && rng.next_u64().is_multiple_of(2)
+                    {
+                        let at = usize::try_from(donor.given).unwrap();
+                        let end = (at + 777).min(size);
+                        donor.give(Bytes::copy_from_slice(&image[at..end]));
+                    } else {
+                        // It was asked for, and comes later.
+                        donor.wanting = false;
                     }
-                    for item in Reader::new(&body).unwrap().1 {
-                        let Item::Piece(p) = item else {
-                            panic!("only pieces")
-                        };
-                        for (at, bytes) in r.take(now, &p, &limits) {
-                            assert_eq!(at, got.len() as u64);
-                            got.extend_from_slice(&bytes);
+                    for body in donor.pieces(&Header::default().bytes(), 1, offset, len, &limits) {
+                        assert!(body.len() <= 200);
+                        if rng.next_u64().is_multiple_of(4) {
+                            continue;
+                        }
+                        for item in Reader::new(&body).unwrap().1 {
+                            let Item::Piece(p) = item else {
+                                panic!("only pieces")
+                            };
+                            for (at, bytes) in r.take(now, &p, &limits) {
+                                assert_eq!(at, got.len() as u64);
+                                got.extend_from_slice(&bytes);
+                            }
                         }
                     }
                 }
+                assert_eq!(got, image);
+                let kept: usize = donor.segments.iter().map(|(_, s)| s.len()).sum();
+                assert!(whole || kept <= 2000 * 21 + 777, "{kept} bytes are kept");
             }
-            assert_eq!(got, image);
         }
     }
 }

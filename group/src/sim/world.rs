@@ -140,6 +140,8 @@ pub(super) struct Node {
     pub(super) offset: u64,
     pub(super) registry_off: bool,
     pub(super) checkpoint_bytes: Option<u64>,
+    /// What it has yet to give of checkpoints that it gives in parts.
+    pub(super) parts: BTreeMap<MemberId, VecDeque<Bytes>>,
     pub(super) connections: Vec<(Connection, Instant)>,
     pub(super) timer_at: u64,
 }
@@ -237,6 +239,7 @@ impl World {
             offset: 1_000_000 + below(&mut rng, 1 << 40),
             registry_off: false,
             checkpoint_bytes: None,
+            parts: BTreeMap::new(),
             connections: vec![(Connection::default(), Instant::from_micros(0)); count],
             timer_at: u64::MAX,
         });
@@ -450,8 +453,10 @@ impl World {
         while let Some(output) = pair.poll_output() {
             if let Some(command) = self.execute(node, &pair.core, output) {
                 pair.give(|core| {
-                    core.handle_command(now, command.clone())
-                        .expect("the checkpoint was asked for");
+                    let taken = core.handle_command(now, command.clone());
+                    // Of a part the joiner may be gone.
+                    let part = matches!(command, Command::CheckpointPart { .. });
+                    assert!(taken.is_ok() || part, "the checkpoint was asked for");
                 });
             }
         }
@@ -533,7 +538,20 @@ impl World {
                         chain,
                     },
                 );
-                return Some(Command::Checkpoint { joiner, segments });
+                if filler.is_multiple_of(2) {
+                    return Some(Command::Checkpoint { joiner, segments });
+                }
+                // The other half in parts, as they are asked for.
+                let total = segments.iter().map(|s| s.len() as u64).sum();
+                let parts = &mut self.nodes[node].parts;
+                parts.insert(joiner.clone(), segments.into());
+                return Some(Command::CheckpointBegin { joiner, total });
+            }
+            Output::CheckpointPartWanted { joiner, .. } => {
+                let parts = self.nodes[node].parts.get_mut(&joiner);
+                let bytes = parts.and_then(VecDeque::pop_front);
+                let bytes = bytes.expect("no more is asked for than there is");
+                return Some(Command::CheckpointPart { joiner, bytes });
             }
             Output::CheckpointChunk {
                 offset,
