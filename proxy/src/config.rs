@@ -69,6 +69,8 @@ pub struct NodeConfig {
     pub name: String,
     /// Folder for the coordinator's log and snapshots; made at start if it is missing.
     pub data_dir: PathBuf,
+    /// Folder for input that memory does not hold; a folder in it for each VIP. Default: `history` in `data_dir`.
+    pub history_dir: PathBuf,
     /// The group's shared secret, from `key_file`.
     pub key: Key,
 }
@@ -408,7 +410,7 @@ pub enum Failback {
 pub struct HistoryConfig {
     /// Bytes in memory, over all connections of the service. Default 256 MiB.
     pub memory_bytes_max: u64,
-    /// Bytes on disk. Default 4 GiB.
+    /// Bytes in files in `node.history_dir`, for what exceeds memory; 0: none. Default 4 GiB.
     pub disk_bytes_max: u64,
 }
 

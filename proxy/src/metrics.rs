@@ -135,8 +135,12 @@ service_metrics! {
     events_delivered: Counter = "events_delivered";
     /// Events issued that are not stable yet.
     stable_lag: Level = "stable_lag_events";
-    /// Bytes of clients' input kept for replay.
+    /// Bytes of clients' input kept for replay in memory.
     history: Level = "history" [Unit::Bytes];
+    /// Bytes of clients' input kept for replay on disk.
+    history_disk: Level = "history_disk" [Unit::Bytes];
+    /// Connections whose input is not kept as a whole.
+    not_replayable: Level = "connections_not_replayable";
     /// Times this node became leader while another led before.
     takeovers: Counter = "takeovers";
     /// Views installed.

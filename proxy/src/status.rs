@@ -116,7 +116,7 @@ pub struct ServiceStatus {
     /// The leader's lease; `None` on a backup.
     #[serde(default)]
     pub lease: Option<LeaseStatus>,
-    /// What an operator should look at now: another station that announces the VIP.
+    /// What an operator should look at now: another station that announces the VIP, a disk that fails.
     #[serde(default)]
     pub alarm: Option<String>,
     /// Who enforces the lease on this node.
@@ -243,6 +243,55 @@ pub struct MemberStatus {
     /// Milliseconds since anything was heard of it; `None` for this node itself, or if never.
     #[serde(default)]
     pub last_heard_ms: Option<u64>,
+    /// How far it is with being brought up to date (known to the leader, and of this node itself).
+    #[serde(default)]
+    pub catching_up: Option<CatchUp>,
+}
+
+/// How far a replica is with being brought up to date.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CatchUp {
+    /// What it is at.
+    pub stage: CatchUpStage,
+    /// Bytes done of this stage. In a replay with `ordering = "total"`, the leader counts 4 KiB for each
+    /// input of another replica beside its bytes.
+    pub done_bytes: u64,
+    /// Bytes of this stage, as far as they are known.
+    pub total_bytes: u64,
+    /// Seconds left of this stage at the rate of the last seconds; `None` while nothing moves.
+    #[serde(default)]
+    pub seconds_left: Option<u64>,
+}
+
+/// The stages of being brought up to date, in their order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CatchUpStage {
+    /// The checkpoint is on its way.
+    Transfer,
+    /// The server begins with the state of a checkpoint: its file is written, then `restore` runs.
+    Restore,
+    /// The server is given inputs that others have long taken.
+    Replay,
+}
+
+impl fmt::Display for CatchUp {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const MB: f64 = 1e6;
+        let Self {
+            stage,
+            done_bytes,
+            total_bytes,
+            seconds_left,
+        } = self;
+        let percent = done_bytes.saturating_mul(100) / (*total_bytes).max(1);
+        let total = *total_bytes as f64 / MB;
+        write!(f, "{}: {percent} % of {total:.1} MB", word(stage))?;
+        match seconds_left {
+            Some(seconds) => write!(f, ", about {seconds} s left"),
+            None => Ok(()),
+        }
+    }
 }
 
 /// What a configured member is in the current view.
@@ -281,8 +330,13 @@ pub struct ServiceCounters {
     pub divergences: u64,
     /// Group datagrams dropped, whatever the reason.
     pub datagrams_dropped: u64,
-    /// Bytes of clients' input that are kept for replay at this moment.
+    /// Bytes of clients' input that are kept for replay in memory at this moment.
     pub history_bytes: u64,
+    /// The same on disk.
+    pub history_disk_bytes: u64,
+    /// Connections that live and whose input is not kept as a whole: no replica that joins can be brought
+    /// up with them.
+    pub not_replayable: u64,
     /// Closes of the local server that were shown although other replicas' servers went on, or closed
     /// otherwise.
     pub close_divergences: u64,
@@ -359,5 +413,31 @@ pub(crate) fn word(state: &impl Serialize) -> String {
     match serde_json::to_value(state) {
         Ok(serde_json::Value::String(word)) => word,
         _ => unreachable!("a state is a plain word"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn progress_is_said_to_people_and_programs() {
+        let mut progress = CatchUp {
+            stage: CatchUpStage::Transfer,
+            done_bytes: 262_144_000,
+            total_bytes: 1_048_576_000,
+            seconds_left: Some(12),
+        };
+        assert_eq!(
+            progress.to_string(),
+            "transfer: 25 % of 1048.6 MB, about 12 s left"
+        );
+        assert_eq!(
+            serde_json::to_string(&progress).unwrap(),
+            r#"{"stage":"transfer","done_bytes":262144000,"total_bytes":1048576000,"seconds_left":12}"#
+        );
+        progress.seconds_left = None;
+        (progress.done_bytes, progress.total_bytes) = (0, 0);
+        assert_eq!(progress.to_string(), "transfer: 0 % of 0.0 MB");
     }
 }

@@ -130,6 +130,7 @@ fn node_section(root: &Section<'_, '_>) -> Option<NodeSection> {
         root.required_section("node", "a section [node] with name, data_dir and key_file")?;
     let name = section.required("name", "this node's name, as in \"r1\"", value::name);
     let data_dir = section.required("data_dir", "a folder of this node's own", value::path);
+    let history_dir = section.optional("history_dir", value::path);
     let key = section
         .required(
             "key_file",
@@ -140,10 +141,15 @@ fn node_section(root: &Section<'_, '_>) -> Option<NodeSection> {
     section.finish();
     let (name, data_dir) = (name?, data_dir?);
     let data_dir = root.document.resolve(&data_dir.value);
+    let history_dir = history_dir.map_or_else(
+        || data_dir.join("history"),
+        |found| root.document.resolve(&found.value),
+    );
     Some(NodeSection {
         config: NodeConfig {
             name: name.value.clone(),
             data_dir,
+            history_dir,
             key: key?,
         },
         name,

@@ -307,9 +307,17 @@ fn history(section: &Section<'_, '_>) -> HistoryConfig {
         );
         inner.document.problem(key, span, true, complaint);
     }
-    if let Some(found) = &disk {
-        let sentence = "history.disk has no effect yet: input is kept in memory alone";
-        inner.document.warn(&found.span, sentence);
+    if let Some(Found {
+        value: 1..1_048_576,
+        key,
+        span,
+    }) = &disk
+    {
+        let complaint = Complaint::new(
+            "too small to hold what memory does not",
+            "\"1MiB\" or more, or 0 to keep nothing on disk",
+        );
+        inner.document.problem(key, span, true, complaint);
     }
     inner.finish();
     HistoryConfig {

@@ -132,16 +132,13 @@ pacing = { rate = "1Gbit/s", queue = "2MiB" }"#;
 #[test]
 fn the_example_of_the_design_is_read() {
     let config = Folder::new().parse(EXAMPLE).unwrap();
-    let without_effect = ["history.disk"];
-    assert_eq!(config.warnings.len(), without_effect.len());
-    for (warning, key) in config.warnings.iter().zip(without_effect) {
-        assert!(
-            warning.contains(&format!(": {key} has no effect yet")),
-            "{warning}"
-        );
-    }
+    assert_eq!(config.warnings, [""; 0]);
     assert_eq!(config.node.name, "r1");
     assert_eq!(config.node.data_dir, Path::new("/var/lib/unbroken"));
+    assert_eq!(
+        config.node.history_dir,
+        Path::new("/var/lib/unbroken/history")
+    );
     let CoordConfig::Embedded(coord) = &config.coord else {
         panic!("{:?}", config.coord)
     };
@@ -266,6 +263,9 @@ fn values_have_many_spellings() {
     assert_eq!(memory("\"5MB\""), 5_000_000);
     assert_eq!(memory("1_048_576"), 1 << 20);
     assert_eq!(memory("0x10_0000"), 1 << 20);
+    let disk = |to: &str| service("\"4GiB\"", to).history.disk_bytes_max;
+    assert_eq!(disk("\"1TiB\""), 1 << 40);
+    assert_eq!(disk("0"), 0);
 
     let resilience = |to: &str| read("\"majority\"   ", to).group.resilience;
     assert_eq!(resilience("2"), Resilience::Backups(2));
@@ -661,6 +661,7 @@ const WRONG: &[(&str, &str, &str)] = &[
     ("a size without unit", "\"256MiB\"", "\"256\""),
     ("a size in a unit that is none", "\"256MiB\"", "\"256Mb\""),
     ("too little history", "\"256MiB\"", "\"1KiB\""),
+    ("too little of it on disk", "\"4GiB\"", "\"512KiB\""),
     (
         "a checkpoint without a restore",
         "close_wait = \"1s\"",

@@ -1,6 +1,7 @@
 //! The data plane: one thread that owns the packet sockets, the connections, the upstream sockets
 //! and the group's datagram socket, so that no input crosses a thread between network and server.
 
+mod catchup;
 mod checkpoint;
 mod closes;
 mod context;
@@ -8,7 +9,6 @@ mod divergence;
 mod history;
 mod input;
 mod liveness;
-mod mapped;
 mod plane;
 mod queues;
 mod recent;
@@ -17,11 +17,13 @@ mod reports;
 mod role;
 mod runner;
 mod servers;
+mod spill;
 mod upstream;
 mod verdict;
 
 use std::io;
 use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
@@ -48,6 +50,7 @@ use self::plane::{Plane, PlaneConfig, group_time};
 use self::report::Reporter;
 use self::runner::{Program, Runner};
 use self::servers::{Order, Servers};
+use self::spill::Spill;
 use crate::clock::BootTime;
 use crate::config::{AddressMode, Config, GroupConfig, Ordering, Resilience, Upstream, VipConfig};
 use crate::determinism::Harmless;
@@ -207,7 +210,10 @@ impl Dataplane {
             poll.registry()
                 .register(&mut wire, Token(WIRES + index), Interest::READABLE)
                 .with_context(|| format!("registering the packet socket of {}", vip.vip))?;
-            let mut plane = open_plane(config, index, vip, wire, liveness.clone(), now)?;
+            let (disk, folder) = (history_disk_max(vip), history_folder(config, vip));
+            let spill = Spill::open(folder, disk, Arc::clone(&waker))
+                .with_context(|| format!("keeping the input history of {} on disk", vip.vip))?;
+            let mut plane = open_plane(config, index, vip, wire, spill, liveness.clone(), now)?;
             let runners = runners(config, vip, &liveness, &waker)?;
             match vip.ordering {
                 Ordering::Connection => kept_running.extend(runners),
@@ -478,6 +484,7 @@ fn open_plane(
     index: usize,
     vip: &VipConfig<'_>,
     wire: Wire,
+    spill: Spill,
     liveness: Liveness,
     now: BootTime,
 ) -> anyhow::Result<Plane> {
@@ -486,7 +493,7 @@ fn open_plane(
     tcp_config.mtu = usize::from(wire.mtu());
     tcp_config.segmentation_offload = true;
     tcp_config.checksum_offload = true;
-    let mut servers = Servers::new(index, backends, history_max(vip), liveness);
+    let mut servers = Servers::new(index, backends, history_max(vip), spill, liveness);
     let mut policies = std::collections::BTreeMap::new();
     for service in &vip.services {
         let harmless = Harmless::new(&service.harmless).expect("patterns were checked when read");
@@ -523,6 +530,17 @@ fn open_plane(
 fn history_max(vip: &VipConfig<'_>) -> u64 {
     let services = vip.services.iter();
     services.map(|s| s.history.memory_bytes_max).sum()
+}
+
+/// Input kept on disk, in bytes, for all services of a VIP.
+fn history_disk_max(vip: &VipConfig<'_>) -> u64 {
+    let services = vip.services.iter();
+    services.map(|s| s.history.disk_bytes_max).sum()
+}
+
+/// Where it is kept. Nothing else may be there.
+fn history_folder(config: &Config, vip: &VipConfig<'_>) -> PathBuf {
+    config.node.history_dir.join(vip.vip.to_string())
 }
 
 /// One order has one patience: the shortest that any of its services asks for.

@@ -3,6 +3,7 @@
 //! A plane executes what the cores ask for, in order, and makes no protocol decision of its own.
 
 mod answers;
+mod joining;
 mod moves;
 
 use std::collections::BTreeMap;
@@ -10,14 +11,14 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use tracing::{debug, error, info, warn};
 use unbroken_group as group;
 use unbroken_group::{Command, Installed, Output as GroupOutput, RegistryReply};
 use unbroken_tcpstate as tcp;
 use unbroken_tcpstate::{ConnId, Event, EventNo, Output as TcpOutput, Replica, Stack};
 
-use super::checkpoint;
+use self::joining::Donations;
 use super::context::Context;
 use super::recent::Recent;
 use super::reports::Report;
@@ -66,8 +67,6 @@ const CLAIM_SAID_EVERY: Duration = Duration::from_secs(10);
 const BATCHES_LEFT_MAX: usize = 128;
 /// What the other fields of an event take beside its payload, roughly.
 const EVENT_OVERHEAD_BYTES: usize = 64;
-/// At most this much room is made for a checkpoint on the word of its donor; more as it comes.
-const CHECKPOINT_RESERVE_MAX: usize = 1 << 30;
 /// A server that is further behind than this cannot take over without being waited for.
 pub(crate) const BEHIND_BYTES_MAX: u64 = 4 << 20;
 
@@ -104,6 +103,8 @@ pub(crate) struct Plane {
     wire_readable: bool,
     progress_at: BootTime,
     join_again_at: Option<BootTime>,
+    /// Checkpoints that are being given, or to be read from the disk for that.
+    pub(crate) donations: Donations,
     hand_over_at: BootTime,
     /// What clients sent in the last moments, on a backup that hears it.
     recent: Recent,
@@ -154,6 +155,7 @@ impl Plane {
             wire_readable: true,
             progress_at: now,
             join_again_at: None,
+            donations: Donations::default(),
             hand_over_at: now,
             recent: Recent::default(),
             claimed: None,
@@ -240,6 +242,10 @@ impl Plane {
     /// One slice of work: frames in, timers, servers, frames out.
     pub(crate) fn turn(&mut self, now: BootTime, cx: &mut Context<'_>) {
         self.receive_frames(now, cx);
+        self.servers.tend_kept();
+        if self.give_parts(now) {
+            self.settle(now, cx);
+        }
         if self
             .group
             .poll_timeout()
@@ -513,14 +519,9 @@ impl Plane {
                     );
                 }
                 GroupOutput::CheckpointWanted { joiner, .. } => self.give_checkpoint(now, joiner),
+                GroupOutput::CheckpointPartWanted { joiner, .. } => self.want_part(now, &joiner),
                 GroupOutput::CheckpointChunk { bytes, total, .. } => {
-                    if let Role::Joining(image) = &mut self.role {
-                        if image.is_empty() {
-                            let total = usize::try_from(total).unwrap_or(usize::MAX);
-                            image.reserve(total.min(CHECKPOINT_RESERVE_MAX));
-                        }
-                        image.extend_from_slice(&bytes);
-                    }
+                    self.take_chunk(now, bytes, total);
                 }
                 GroupOutput::CheckpointDone => self.restore(now, cx),
                 GroupOutput::Unicast { from, payload } => match Report::decode(&payload) {
@@ -603,6 +604,7 @@ impl Plane {
         self.verdict.handle_view(&view.full);
         self.servers.handle_view(&view.full);
         self.contradicted = false;
+        self.donations.keep(view);
         let old = std::mem::take(&mut self.role);
         self.role = match (installed.role, old) {
             (group::Role::Leader, Role::Leader(stack)) if installed.survivor => Role::Leader(stack),
@@ -625,7 +627,7 @@ impl Plane {
             (group::Role::Joining, old) => {
                 drop(old);
                 self.servers.clear(now);
-                Role::Joining(BytesMut::new())
+                Role::Joining(Box::default())
             }
             // A backup of a first view knows that no connection lives.
             (group::Role::Backup, Role::Outside | Role::Joining(_)) => {
@@ -728,60 +730,6 @@ impl Plane {
         self.wire.set_owner(now, true);
         self.wire.handle_timeout(now);
         self.wire_readable = true;
-    }
-
-    fn give_checkpoint(&mut self, now: BootTime, joiner: group::MemberId) {
-        let Role::Leader(stack) = &self.role else {
-            return;
-        };
-        let image = stack.snapshot(tcp_time(now));
-        let order = self.servers.order_image();
-        // With one order for all connections, the inputs of each are in it.
-        let inputs = match order {
-            Some(_) => Default::default(),
-            None => self.servers.inputs(),
-        };
-        let segments = checkpoint::encode(&image, inputs, order);
-        let bytes: usize = segments.iter().map(Bytes::len).sum();
-        info!(vip = %self.config.vip, %joiner, bytes, "checkpoint given");
-        self.command(now, Command::Checkpoint { joiner, segments });
-    }
-
-    fn restore(&mut self, now: BootTime, cx: &mut Context<'_>) {
-        let Role::Joining(image) = &mut self.role else {
-            return;
-        };
-        let image = std::mem::take(image).freeze();
-        let bytes = image.len();
-        let checkpoint = match checkpoint::decode(image) {
-            Ok(checkpoint) => checkpoint,
-            Err(error) => {
-                error!(vip = %self.config.vip, %error, "unusable checkpoint; joining anew");
-                self.command(now, Command::Leave);
-                return;
-            }
-        };
-        if let Some((order, _)) = &checkpoint.order
-            && !order.is_usable(&checkpoint.tcp)
-        {
-            warn!(vip = %self.config.vip, complete = order.complete,
-                "the leader's history brings no server up for now: joining anew later");
-            self.join_again_at = Some(now + JOIN_AGAIN_AFTER);
-            return;
-        }
-        let connections = checkpoint.tcp.connections().count();
-        let replica = Replica::restore(self.config.tcp.clone(), tcp_time(now), checkpoint.tcp);
-        self.servers.clear(now);
-        for (header, bytes) in checkpoint.inputs {
-            self.servers.restore(now, &header, bytes, cx.registry);
-        }
-        if let Some((header, bytes)) = checkpoint.order {
-            self.servers.restore_order(now, &header, bytes);
-        }
-        self.role = Role::Backup(Box::new(replica));
-        self.changed = true;
-        info!(vip = %self.config.vip, bytes, connections, "checkpoint restored, replaying");
-        self.command(now, Command::ReadyToBeFull);
     }
 
     /// This incarnation is out of the group.

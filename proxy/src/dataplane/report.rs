@@ -1,11 +1,13 @@
 //! What the data plane says about itself: status for people, metrics for Prometheus (R6).
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use tokio::sync::mpsc::UnboundedSender;
 use unbroken_group::{GroupStatus, MemberStatus as GroupMember, Role as GroupRole};
 
 use super::Note;
+use super::catchup::{Estimate, Step};
 use super::divergence::Divergence;
 use super::plane::{BEHIND_BYTES_MAX, Plane, mac_text};
 use super::role::Role;
@@ -14,12 +16,15 @@ use crate::clock::BootTime;
 use crate::config::{Config, FenceMode};
 use crate::metrics::{NodeMetrics, ServiceMetrics};
 use crate::status::{
-    Board, DivergenceStatus, LeaseStatus, MemberState, MemberStatus, Redundancy,
+    Board, CatchUpStage, DivergenceStatus, LeaseStatus, MemberState, MemberStatus, Redundancy,
     Role as StatusRole, ServiceCounters, ServiceStatus, ViewStatus,
 };
 
 /// How often the status is written when nothing striking has happened.
 const REPORT_EVERY: Duration = Duration::from_millis(50);
+
+/// Who is less behind than this is up to date, if he was further behind before.
+const CAUGHT_UP_BYTES: u64 = 64 << 10;
 
 /// How long a foreign announcement is shown.
 const ALARM_LASTS: Duration = Duration::from_secs(60);
@@ -34,6 +39,8 @@ pub(crate) struct Reporter {
     /// For each plane, its services: where they stand on the board, and their metrics.
     services: Vec<Vec<(usize, ServiceMetrics)>>,
     next: BootTime,
+    /// For each plane, of the members that are being brought up to date, by name.
+    estimates: Vec<BTreeMap<String, Option<Estimate>>>,
     /// Which planes led when it was last looked.
     led: Vec<bool>,
 }
@@ -59,6 +66,7 @@ impl Reporter {
                 .unwrap_or(u64::MAX),
             services,
             next: BootTime::from_micros(0),
+            estimates: config.vips().iter().map(|_| BTreeMap::new()).collect(),
             led: vec![false; config.vips().len()],
         }
     }
@@ -76,9 +84,11 @@ impl Reporter {
         }
         self.next = now + REPORT_EVERY;
         let mut reports = Vec::with_capacity(planes.len());
-        for plane in planes.iter() {
-            reports.push(self.look(now, plane));
+        let mut estimates = std::mem::take(&mut self.estimates);
+        for (plane, estimates) in planes.iter().zip(&mut estimates) {
+            reports.push(self.look(now, plane, estimates));
         }
+        self.estimates = estimates;
         if changed && planes.iter().any(|p| matches!(p.role, Role::Leader(_))) {
             // The control plane is gone only when the node stops.
             let _ = notes.send(Note::Leading);
@@ -122,7 +132,12 @@ impl Reporter {
         }
     }
 
-    fn look(&self, now: BootTime, plane: &Plane) -> Report {
+    fn look(
+        &self,
+        now: BootTime,
+        plane: &Plane,
+        estimates: &mut BTreeMap<String, Option<Estimate>>,
+    ) -> Report {
         let group = plane.group.status();
         let role = if plane.wedged {
             StatusRole::Wedged
@@ -133,7 +148,19 @@ impl Reporter {
         let failing = plane.server_failing();
         let lost = lost + usize::from(failing);
         let (redundancy, reason) = self.redundancy(now, &group, behind, lost, plane);
-        let (redundancy, mut reason) = with_outlook(redundancy, reason, plane.servers.outlook(now));
+        let (redundancy, reason) = with_outlook(redundancy, reason, plane.servers.outlook());
+        let members = self.members(now, plane, &group, estimates);
+        let (redundancy, mut reason) = with_progress(redundancy, reason, &members, &self.me);
+        let kept = plane.servers.kept();
+        if kept.not_replayable > 0 {
+            let count = kept.not_replayable;
+            let what = format!(
+                "{count} connections have had more input than history.memory and history.disk hold: \
+                 no replica that joins can be brought up with them"
+            );
+            reason =
+                Some(reason.map_or_else(|| what.clone(), |reason| format!("{reason}; {what}")));
+        }
         if let Some(own) = plane.verdict.reason(now) {
             reason = Some(own);
         }
@@ -171,21 +198,13 @@ impl Reporter {
         Report {
             leader: group.view.as_ref().map(|v| v.leader().name.to_string()),
             role,
-            members: self.members(now, &group),
+            members,
             view,
             redundancy,
             reason,
             connections: connections as u64,
             lease,
-            alarm: plane.claimed.and_then(|(by, at)| {
-                let ago = now.since(at);
-                let mac = mac_text(by);
-                let (vip, count) = (plane.config.vip, wire.foreign_claims);
-                (ago < ALARM_LASTS).then(|| {
-                    let ago = ago.as_secs();
-                    format!("{mac} announces {vip} too: {count} times, the last {ago} s ago")
-                })
-            }),
+            alarm: alarm(now, plane, wire.foreign_claims, kept.alarm),
             fence: if plane.wire.fence().is_in_kernel() {
                 FenceMode::Kernel
             } else {
@@ -205,7 +224,9 @@ impl Reporter {
                 datagrams_dropped: group.counters.malformed
                     + group.counters.wrong_view
                     + group.counters.stranger,
-                history_bytes: plane.servers.history_bytes(),
+                history_bytes: kept.memory_bytes,
+                history_disk_bytes: kept.disk_bytes,
+                not_replayable: kept.not_replayable,
                 close_divergences: plane.close_divergences,
             },
             fenced: wire.fenced,
@@ -223,7 +244,13 @@ impl Reporter {
         }
     }
 
-    fn members(&self, now: BootTime, group: &GroupStatus) -> Vec<MemberStatus> {
+    fn members(
+        &self,
+        now: BootTime,
+        plane: &Plane,
+        group: &GroupStatus,
+        estimates: &mut BTreeMap<String, Option<Estimate>>,
+    ) -> Vec<MemberStatus> {
         let leading = group.role == Some(GroupRole::Leader);
         let of = |name: &str| group.members.iter().find(|m| *m.member.name == *name);
         self.configured
@@ -243,9 +270,57 @@ impl Reporter {
                     last_heard_ms: member
                         .and_then(|m| m.last_heard)
                         .map(|t| now.micros().saturating_sub(t.micros()) / 1000),
+                    catching_up: {
+                        let slot = estimates.entry(name.clone()).or_default();
+                        let step = member.and_then(|m| self.step(plane, group, m, slot.is_some()));
+                        match step {
+                            Some(step) => Some(Estimate::step(slot, now, step)),
+                            None => {
+                                *slot = None;
+                                None
+                            }
+                        }
+                    },
                 }
             })
             .collect()
+    }
+
+    /// What a member lacks, if it is being brought up to date. Of others only the leader knows.
+    fn step(
+        &self,
+        plane: &Plane,
+        group: &GroupStatus,
+        member: &GroupMember,
+        begun: bool,
+    ) -> Option<Step> {
+        let behind_bytes = if *member.member.name == *self.me {
+            if let Some(step) = plane.own_step() {
+                return Some(step);
+            }
+            plane.servers.behind_bytes()
+        } else if group.role == Some(GroupRole::Leader) {
+            if let Some(total) = plane.donations.total_bytes(&member.member)
+                && let Some(asked) = group.transfers.get(&member.member)
+                && *asked < total
+                && !member.full
+            {
+                return Some(Step {
+                    stage: CatchUpStage::Transfer,
+                    left_bytes: total - asked,
+                    total_bytes: Some(total),
+                });
+            }
+            member.lag.behind_bytes
+        } else {
+            return None;
+        };
+        let far = behind_bytes > BEHIND_BYTES_MAX || (begun && behind_bytes > CAUGHT_UP_BYTES);
+        far.then_some(Step {
+            stage: CatchUpStage::Replay,
+            left_bytes: behind_bytes,
+            total_bytes: None,
+        })
     }
 
     /// Whether the leader's death would cost a client anything, and why. Only the leader knows how
@@ -332,25 +407,12 @@ fn with_outlook(
     outlook: Outlook,
 ) -> (Redundancy, Option<String>) {
     let own = match outlook {
-        Outlook::Even => return (redundancy, reason),
+        Outlook::Even | Outlook::Replaying { .. } => return (redundancy, reason),
         Outlook::NoHistory => {
-            "more input than history.memory holds: a replica that is lost cannot come back"
+            "more input than history.memory and history.disk hold: a replica that is lost cannot come back"
                 .to_owned()
         }
         Outlook::Begins => "this node's server begins anew".to_owned(),
-        Outlook::CatchingUp {
-            percent,
-            left: None,
-        } => {
-            format!("this node's server is being brought up: {percent} %")
-        }
-        Outlook::CatchingUp {
-            percent,
-            left: Some(left),
-        } => {
-            let seconds = left.as_secs() + 1;
-            format!("this node's server is being brought up: {percent} %, about {seconds} s left")
-        }
     };
     let redundancy = match redundancy {
         Redundancy::Protected => Redundancy::Degraded,
@@ -358,6 +420,42 @@ fn with_outlook(
     };
     let reason = reason.map_or_else(|| own.clone(), |reason| format!("{reason}; {own}"));
     (redundancy, Some(reason))
+}
+
+/// Adds who is being brought up to date, and how far that is.
+fn with_progress(
+    redundancy: Redundancy,
+    reason: Option<String>,
+    members: &[MemberStatus],
+    me: &str,
+) -> (Redundancy, Option<String>) {
+    let progress = |m: &MemberStatus| Some(format!("{} {}", m.name, m.catching_up?));
+    let told: Vec<String> = reason
+        .into_iter()
+        .chain(members.iter().filter_map(progress))
+        .collect();
+    let own = members
+        .iter()
+        .any(|m| m.name == me && m.catching_up.is_some());
+    let redundancy = match redundancy {
+        Redundancy::Protected if own => Redundancy::Degraded,
+        other => other,
+    };
+    (redundancy, (!told.is_empty()).then(|| told.join("; ")))
+}
+
+/// What an operator should look at.
+fn alarm(now: BootTime, plane: &Plane, claims: u64, disk: Option<String>) -> Option<String> {
+    let claimed = plane.claimed.and_then(|(by, at)| {
+        let ago = now.since(at);
+        let (mac, vip) = (mac_text(by), plane.config.vip);
+        (ago < ALARM_LASTS).then(|| {
+            let ago = ago.as_secs();
+            format!("{mac} announces {vip} too: {claims} times, the last {ago} s ago")
+        })
+    });
+    let all: Vec<String> = claimed.into_iter().chain(disk).collect();
+    (!all.is_empty()).then(|| all.join("; "))
 }
 
 /// One plane at one moment.
@@ -430,6 +528,8 @@ impl Report {
             .stable_lag
             .set(c.last_event.saturating_sub(c.stable_event));
         metrics.history.set(c.history_bytes);
+        metrics.history_disk.set(c.history_disk_bytes);
+        metrics.not_replayable.set(c.not_replayable);
         metrics.view_id.set(self.view.id);
         metrics.full_members.set(self.view.members.len() as u64);
         metrics

@@ -1,8 +1,8 @@
 //! What a node is for a VIP, and who keeps the server's output in each role.
 
-use bytes::BytesMut;
 use unbroken_tcpstate::{ConnId, ConnState, EventNo, Instant, Replica, Stack};
 
+use super::checkpoint::Incoming;
 use super::servers::OutputKeeper;
 use crate::clock::BootTime;
 use crate::status;
@@ -14,7 +14,7 @@ pub(crate) enum Role {
     #[default]
     Outside,
     /// In a view, receiving the checkpoint.
-    Joining(BytesMut),
+    Joining(Box<Incoming>),
     /// Holds the record of every connection.
     Backup(Box<Replica>),
     /// Owns the VIP.

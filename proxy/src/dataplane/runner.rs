@@ -5,19 +5,18 @@
 //! it begins with the same state on every replica; what a user-given `restore` puts there is the
 //! state of a checkpoint. A thread of its own does it all: the data plane only looks at [`State`].
 
-use std::fs;
-use std::io::{self, Read as _};
+use std::fs::{self, File};
+use std::io::{self, Read as _, Write as _};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use bytes::Bytes;
 use mio::Waker;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{
@@ -27,7 +26,7 @@ use rustix::process::{
 use tracing::{debug, error, info, warn};
 
 use super::liveness::{self, Liveness, start_time};
-use super::mapped;
+use super::spill::{self, Piece};
 use super::upstream::Target;
 
 /// How often a running program is looked at.
@@ -78,7 +77,7 @@ pub(crate) enum State {
 
 enum Order {
     /// Begin anew, as run number so and so, from this checkpoint or from nothing.
-    Restart(u64, Option<Bytes>),
+    Restart(u64, Option<Vec<Piece>>),
     Stop,
 }
 
@@ -90,7 +89,7 @@ pub(crate) enum Progress {
     /// Its state is taken, and being written: it may go on.
     Taken,
     /// All of it.
-    Done(Bytes),
+    Done(Vec<Piece>),
     /// The user's command says that this is no moment for it.
     NotNow,
     Failed,
@@ -120,6 +119,14 @@ pub(crate) struct Runner {
     waker: Arc<Waker>,
     /// A checkpoint's command runs, perhaps of an attempt that was given up.
     busy: Arc<AtomicBool>,
+    restoring: Arc<Restoring>,
+}
+
+/// How much of a checkpoint is in its file, in bytes; all zero while none is being restored.
+#[derive(Debug, Default)]
+struct Restoring {
+    done: AtomicU64,
+    total: AtomicU64,
 }
 
 impl Runner {
@@ -147,7 +154,9 @@ impl Runner {
             child: None,
             number: 0,
             checkpoint: None,
+            restoring: Arc::default(),
         };
+        let restoring = Arc::clone(&run.restoring);
         let thread = thread::Builder::new()
             .name("server".into())
             .spawn(move || run.serve())?;
@@ -159,6 +168,7 @@ impl Runner {
             program,
             waker,
             busy: Arc::default(),
+            restoring,
         })
     }
 
@@ -174,6 +184,13 @@ impl Runner {
 
     fn state(&self) -> State {
         *self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How much of a checkpoint that it begins with is in its file, and of how much, in bytes.
+    pub(crate) fn restoring(&self) -> Option<(u64, u64)> {
+        let load = |n: &AtomicU64| n.load(Ordering::Acquire);
+        let (done, total) = (load(&self.restoring.done), load(&self.restoring.total));
+        (total > 0).then_some((done, total))
     }
 
     /// Whether its state can be taken now, and brought elsewhere.
@@ -222,7 +239,7 @@ impl Runner {
     }
 
     /// Kills the server and begins another, with the state of a checkpoint or with none.
-    pub(crate) fn restart(&mut self, checkpoint: Option<Bytes>) {
+    pub(crate) fn restart(&mut self, checkpoint: Option<Vec<Piece>>) {
         self.runs += 1;
         // The thread is gone only when the node stops.
         let _ = self.orders.send(Order::Restart(self.runs, checkpoint));
@@ -251,7 +268,8 @@ struct Run {
     order: Option<Order>,
     child: Option<Running>,
     number: u64,
-    checkpoint: Option<Bytes>,
+    checkpoint: Option<Vec<Piece>>,
+    restoring: Arc<Restoring>,
 }
 
 impl Run {
@@ -297,6 +315,12 @@ impl Run {
     /// Starts the program. Gives the time until the next look.
     fn begin(&mut self) -> Duration {
         self.set(State::Starting(self.number));
+        let total = self
+            .checkpoint
+            .as_ref()
+            .map_or(0, |image| spill::total(image));
+        self.restoring.done.store(0, Ordering::Release);
+        self.restoring.total.store(total, Ordering::Release);
         match self.try_begin() {
             Ok(()) => LOOK_EVERY,
             Err(error) => {
@@ -318,9 +342,10 @@ impl Run {
             && (self.checkpoint.is_some() || program.command.is_none())
         {
             let mut path = PathBuf::new();
-            if let Some(bytes) = &self.checkpoint {
+            if let Some(image) = &self.checkpoint {
                 path = program.folder.with_extension("restore");
-                fs::write(&path, bytes).with_context(|| format!("writing {}", path.display()))?;
+                let written = write(image, &path, &self.restoring.done);
+                written.with_context(|| format!("writing {}", path.display()))?;
             }
             let mut command = prepare(restore, &program.folder);
             let status = self.run(command.env(CHECKPOINT_VARIABLE, &path), Duration::MAX);
@@ -395,6 +420,9 @@ impl Run {
     }
 
     fn set(&self, state: State) {
+        if !matches!(state, State::Starting(_)) {
+            self.restoring.total.store(0, Ordering::Release);
+        }
         *self.state.lock().unwrap_or_else(PoisonError::into_inner) = state;
         if let Err(error) = self.waker.wake() {
             error!(%error, "waking the data plane");
@@ -560,8 +588,8 @@ fn take_checkpoint(
         return Ok(Progress::NotNow);
     }
     anyhow::ensure!(status.success(), "{} ended with {status}", words[0]);
-    let bytes = mapped::take(&path).with_context(|| format!("reading {}", path.display()))?;
-    Ok(Progress::Done(bytes))
+    let image = spill::take(&path).with_context(|| format!("reading {}", path.display()))?;
+    Ok(Progress::Done(image))
 }
 
 /// Reads what is there, and waits for a moment if nothing is. `None` in place of the output: its end.
@@ -597,6 +625,17 @@ fn read_output(
     Ok(())
 }
 
+/// Writes an image into a file.
+fn write(image: &[Piece], path: &Path, done: &AtomicU64) -> io::Result<()> {
+    let mut file = File::create(path)?;
+    for piece in image {
+        let bytes = piece.read()?;
+        file.write_all(&bytes)?;
+        done.fetch_add(bytes.len() as u64, Ordering::AcqRel);
+    }
+    Ok(())
+}
+
 fn empty(folder: &Path) -> io::Result<()> {
     for entry in fs::read_dir(folder)? {
         let entry = entry?;
@@ -610,215 +649,4 @@ fn empty(folder: &Path) -> io::Result<()> {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::net::TcpListener;
-
-    use mio::{Poll, Token};
-
-    use super::*;
-
-    const SERVER: &str = "import os,socket,sys,time\n\
-        open('files','w').write(' '.join(sorted(os.listdir('.'))))\n\
-        s=socket.socket()\ns.setsockopt(socket.SOL_SOCKET,socket.SO_REUSEADDR,1)\n\
-        s.bind(('127.0.0.1',int(sys.argv[1])))\ns.listen()\ntime.sleep(60)";
-
-    fn wait(what: &str, mut condition: impl FnMut() -> bool) {
-        let start = Instant::now();
-        while !condition() {
-            assert!(start.elapsed() < Duration::from_secs(30), "{what}");
-            thread::sleep(LOOK_EVERY);
-        }
-    }
-
-    #[test]
-    fn a_server_begins_anew_from_nothing_or_from_a_checkpoint() {
-        let poll = Poll::new().unwrap();
-        let waker = Arc::new(Waker::new(poll.registry(), Token(0)).unwrap());
-        let base = std::env::temp_dir().join(format!("unbroken-runner-{}", std::process::id()));
-        let folder = base.join("web");
-        let address = TcpListener::bind("127.0.0.1:0")
-            .unwrap()
-            .local_addr()
-            .unwrap();
-        let words = |words: &[&str]| words.iter().map(|w| (*w).to_owned()).collect();
-        let program = Program {
-            name: "web".to_owned(),
-            target: Target::Tcp(address),
-            command: Some(words(&[
-                "python3",
-                "-c",
-                SERVER,
-                &address.port().to_string(),
-            ])),
-            restore: Some(words(&["sh", "-c", "cp \"$UNBROKEN_CHECKPOINT\" restored"])),
-            ready: Some(words(&["test", "-e", "files"])),
-            checkpoint: Some(words(&[
-                "sh",
-                "-c",
-                "cp wish \"$UNBROKEN_CHECKPOINT\" || exit 75; echo taken; cat wish >&2",
-            ])),
-            folder: folder.clone(),
-            shared_state: true,
-        };
-        let seen = || fs::read_to_string(folder.join("files")).unwrap();
-        let liveness = Liveness::watch([program.target.clone()]).unwrap();
-        let start = |program| Runner::start(program, liveness.clone(), Arc::clone(&waker)).unwrap();
-        let mut runner = start(program.clone());
-        wait("the first", || runner.up());
-        assert_eq!(seen(), "files");
-        fs::write(folder.join("rubbish"), "").unwrap();
-        // A checkpoint when its command finds what it wants, and not before.
-        let end = |attempt: Attempt| {
-            let mut end = Progress::Running;
-            wait("the attempt's end", || {
-                end = attempt.progress();
-                !matches!(end, Progress::Running | Progress::Taken)
-            });
-            end
-        };
-        assert!(matches!(end(runner.checkpoint()), Progress::NotNow));
-        fs::write(folder.join("wish"), "state").unwrap();
-        let Progress::Done(image) = end(runner.checkpoint()) else {
-            panic!("no checkpoint")
-        };
-        assert_eq!(image.slice(..), "state");
-        runner.restart(Some(image));
-        wait("the second", || runner.up());
-        assert_eq!(seen(), "files restored", "the folder was empty but for it");
-        runner.restart(None);
-        wait("the third", || runner.up());
-        assert_eq!(seen(), "files");
-        // Its own end is seen, and it stays down: its state is gone.
-        let pid = || -> u32 {
-            let text = fs::read_to_string(folder.with_extension("pid")).unwrap();
-            text.split(' ').next().unwrap().parse().unwrap()
-        };
-        let master = Pid::from_raw(i32::try_from(pid()).unwrap()).unwrap();
-        rustix::process::kill_process(master, Signal::KILL).unwrap();
-        wait("its end", || runner.down());
-        runner.restart(None);
-        wait("the fourth", || runner.up());
-        // What a killed node has left behind gives way.
-        let left = pid();
-        std::mem::forget(runner);
-        let runner = start(program);
-        wait("the fifth", || runner.up());
-        assert_ne!(pid(), left);
-        drop(runner);
-        assert!(!liveness::accepts(&Target::Tcp(address)));
-        fs::remove_dir_all(&base).unwrap();
-    }
-
-    /// A runner of shell lines, in a folder of its own; the target listens if one is given.
-    struct Lines {
-        base: PathBuf,
-        program: Program,
-        _poll: Poll,
-        waker: Arc<Waker>,
-    }
-
-    impl Lines {
-        fn new(name: &str, address: std::net::SocketAddr) -> Self {
-            let poll = Poll::new().unwrap();
-            let waker = Arc::new(Waker::new(poll.registry(), Token(0)).unwrap());
-            let base = std::env::temp_dir().join(format!("unbroken-{name}-{}", std::process::id()));
-            let program = Program {
-                name: name.to_owned(),
-                target: Target::Tcp(address),
-                command: None,
-                restore: None,
-                ready: None,
-                checkpoint: None,
-                folder: base.join("s"),
-                shared_state: true,
-            };
-            Self {
-                base,
-                program,
-                _poll: poll,
-                waker,
-            }
-        }
-
-        fn start(&self) -> Runner {
-            let liveness = Liveness::watch([self.program.target.clone()]).unwrap();
-            Runner::start(self.program.clone(), liveness, Arc::clone(&self.waker)).unwrap()
-        }
-
-        /// What a command has written, once it has.
-        fn read(&self, name: &str) -> String {
-            let mut text = String::new();
-            wait(name, || {
-                text = fs::read_to_string(self.program.folder.join(name)).unwrap_or_default();
-                text.ends_with('\n')
-            });
-            text
-        }
-
-        fn end(self, runner: Runner) {
-            let ending = thread::spawn(move || drop(runner));
-            wait("the runner's end", || ending.is_finished());
-            ending.join().unwrap();
-            fs::remove_dir_all(&self.base).unwrap();
-        }
-    }
-
-    fn sh(line: &str) -> Option<Vec<String>> {
-        Some(["sh", "-c", line].map(str::to_owned).to_vec())
-    }
-
-    const NOWHERE: std::net::SocketAddr =
-        std::net::SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 9);
-
-    #[test]
-    fn a_checkpoint_that_is_given_up_is_killed_whoever_holds_its_output() {
-        let mut lines = Lines::new("given-up", NOWHERE);
-        lines.program.restore = sh("echo > restored");
-        lines.program.checkpoint =
-            sh("setsid sh -c 'echo $$ > apart; exec sleep 600' & echo taken; wait");
-        let runner = lines.start();
-        lines.read("restored");
-        let attempt = runner.checkpoint();
-        wait("its word", || matches!(attempt.progress(), Progress::Taken));
-        let apart = lines.read("apart");
-        assert!(!runner.has_checkpoints());
-        drop(attempt);
-        wait("the next may begin", || runner.has_checkpoints());
-        let apart = Pid::from_raw(apart.trim().parse().unwrap()).unwrap();
-        rustix::process::kill_process(apart, Signal::KILL).unwrap();
-        lines.end(runner);
-    }
-
-    #[test]
-    fn an_order_does_not_wait_for_a_command() {
-        let mut lines = Lines::new("restore", NOWHERE);
-        lines.program.restore = sh("echo > begun; sleep 600 & wait");
-        let runner = lines.start();
-        lines.read("begun");
-        lines.end(runner);
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let mut lines = Lines::new("ready", listener.local_addr().unwrap());
-        lines.program.command = sh("sleep 600 & wait");
-        lines.program.ready = sh("echo > begun; sleep 600 & wait");
-        let runner = lines.start();
-        lines.read("begun");
-        lines.end(runner);
-    }
-
-    #[test]
-    fn what_a_server_started_ends_with_it() {
-        let mut lines = Lines::new("workers", NOWHERE);
-        lines.program.command = sh("sleep 600 & echo $$ $! > pids; wait");
-        let runner = lines.start();
-        let pids: Vec<i32> = lines
-            .read("pids")
-            .split_whitespace()
-            .map(|w| w.parse().unwrap())
-            .collect();
-        rustix::process::kill_process(Pid::from_raw(pids[0]).unwrap(), Signal::KILL).unwrap();
-        wait("its end", || runner.down());
-        let worker = pids[1].unsigned_abs();
-        wait("the worker's end", || start_time(worker).is_none());
-        lines.end(runner);
-    }
-}
+mod tests;

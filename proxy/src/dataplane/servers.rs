@@ -5,24 +5,25 @@
 
 mod answers;
 mod ending;
+mod keeping;
 mod total;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::io;
 use std::time::Duration;
 
-use bytes::Bytes;
 use mio::{Registry, Token};
 use tracing::{debug, warn};
 use unbroken_tcpstate::{ConnId, Event, EventNo};
 
 use self::answers::Answers;
 pub(crate) use self::answers::VOTES_MAX;
-pub(crate) use self::total::{Order, OrderHeader, Outlook};
+pub(crate) use self::total::{Order, OrderHeader, OrderImage, Outlook};
 use super::closes::Closes;
 use super::divergence::Answer;
-use super::input::Input;
+use super::input::{Input, Next};
 use super::liveness::{self, Liveness};
+use super::spill::{Piece, Spill};
 use super::upstream::{ReadOutcome, Target, Upstream};
 use crate::clock::BootTime;
 
@@ -154,6 +155,12 @@ pub(crate) struct Servers {
     dead: bool,
     history_max_bytes: u64,
     history_bytes: u64,
+    /// Nothing can be done about that below this.
+    relieve_above_bytes: u64,
+    /// Where inputs go that are too many for memory.
+    spill: Spill,
+    /// Connections whose servers wait for what cannot be read from there yet.
+    hungry: VecDeque<ConnId>,
     /// Inputs of all connections in one order, if they are to be.
     order: Option<Order>,
     /// With an order: the newest event that the servers were given (R1).
@@ -178,6 +185,7 @@ impl Servers {
         plane: usize,
         backends: BTreeMap<u16, Backend>,
         history_max_bytes: u64,
+        spill: Spill,
         liveness: Liveness,
     ) -> Self {
         Self {
@@ -195,6 +203,9 @@ impl Servers {
             dead: false,
             history_max_bytes,
             history_bytes: 0,
+            relieve_above_bytes: 0,
+            spill,
+            hungry: VecDeque::new(),
             order: None,
             given: None,
             heard: false,
@@ -240,11 +251,13 @@ impl Servers {
                 };
                 let before = server.input.cost_bytes();
                 server.input.push(number, *offset, bytes.clone());
-                self.history_bytes += server.input.cost_bytes() - before;
-                self.wake(*conn);
-                if self.history_bytes > self.history_max_bytes {
-                    self.forget_largest();
+                if server.input.given_up() {
+                    let taken = server.upstream.as_ref().map_or(0, Upstream::taken);
+                    server.input.forget_before(taken);
                 }
+                self.history_bytes = self.history_bytes + server.input.cost_bytes() - before;
+                self.wake(*conn);
+                self.relieve();
             }
             Event::PeerFin { conn, .. } => {
                 if let Some(server) = self.servers.get_mut(conn) {
@@ -344,29 +357,6 @@ impl Servers {
         server.upstream
     }
 
-    /// Past the bound, the connection that keeps most forgets what its server has taken: it lives
-    /// on, but no replica that joins later can be brought to its point.
-    fn forget_largest(&mut self) {
-        let Some((conn, server)) = self
-            .servers
-            .iter_mut()
-            .max_by_key(|(_, s)| s.input.cost_bytes())
-        else {
-            return;
-        };
-        let before = server.input.cost_bytes();
-        let taken = server.upstream.as_ref().map_or(0, Upstream::taken);
-        if server.input.complete() {
-            warn!(
-                conn = conn.0,
-                bytes = before,
-                "input history full: connection not replayable"
-            );
-        }
-        server.input.forget_before(taken);
-        self.history_bytes -= before - server.input.cost_bytes();
-    }
-
     /// Puts a connection in the queue of those that have something to do.
     pub(crate) fn wake(&mut self, conn: ConnId) {
         if let Some(server) = self.servers.get_mut(&conn)
@@ -391,7 +381,7 @@ impl Servers {
 
     /// Whether some connection has something to do now.
     pub(crate) fn has_work(&self) -> bool {
-        !self.ready.is_empty()
+        !self.ready.is_empty() || (!self.hungry.is_empty() && self.spill.may_load())
     }
 
     /// Gives each waiting connection one turn. Bounded by the length of the queue on entry.
@@ -416,7 +406,26 @@ impl Servers {
             return;
         };
         let before = upstream.taken();
-        let mut outcome = upstream.feed(&server.input);
+        let (mut outcome, readable) = loop {
+            let at = upstream.taken();
+            let next = server.input.prepare(at, conn, &self.spill);
+            let outcome = upstream.feed(&server.input);
+            let starves = outcome.is_ok() && upstream.starves(&server.input);
+            match next {
+                Ok(Next::Here) if starves && upstream.taken() > at => continue,
+                // It was written to the disk at this very moment.
+                Ok(Next::Here) if starves && !std::mem::replace(&mut server.queued, true) => {
+                    self.ready.push_back(conn);
+                }
+                Ok(Next::Refused) if starves => self.hungry.push_back(conn),
+                Ok(Next::Here | Next::Loading | Next::Refused) | Err(_) => {}
+            }
+            break (outcome, next.is_ok());
+        };
+        if !readable {
+            self.lose(conn);
+            return;
+        }
         if upstream.taken() > before {
             keeper.consumed(conn, upstream.taken());
         }
@@ -568,18 +577,18 @@ impl Servers {
     /// Input that the servers have not taken yet, in bytes, and how much cannot be served here:
     /// connections (their server refused, broke off, or their history is gone), and dead servers.
     pub(crate) fn lag(&self, now: BootTime) -> (u64, usize) {
-        let mut bytes = 0;
         let mut lost = 0;
         for (conn, server) in &self.servers {
-            let taken = server.upstream.as_ref().map_or(0, Upstream::taken);
-            bytes += server.input.end() - taken.min(server.input.end());
             let absent = !server.upstream.as_ref().is_some_and(Upstream::connected)
                 && now.since(server.absent_since) > CONNECT_PATIENCE
                 && !self.closes.is_own(*conn);
             lost += usize::from(server.lost || absent);
         }
-        let (behind, up) = self.order_lag();
-        (bytes + behind, lost + self.down.len() + usize::from(!up))
+        let (_, up) = self.order_lag();
+        (
+            self.behind_bytes(),
+            lost + self.down.len() + usize::from(!up),
+        )
     }
 
     /// Input that a connection's server has taken.
@@ -600,11 +609,6 @@ impl Servers {
     /// Whether this replica's server can go on with the connection.
     pub(crate) fn serves(&self, conn: ConnId) -> bool {
         self.servers.get(&conn).is_some_and(|s| !s.lost)
-    }
-
-    /// Bytes kept for replay.
-    pub(crate) fn history_bytes(&self) -> u64 {
-        self.history_bytes + self.order_bytes()
     }
 
     /// Closes every upstream connection (R3: whoever leaves a view starts again); servers with shared
@@ -628,12 +632,13 @@ impl Servers {
         self.died.clear();
         self.dead = false;
         self.history_bytes = 0;
+        self.hungry.clear();
     }
 
     /// The inputs as a checkpoint carries them: headers, then the bytes in the same order.
-    pub(crate) fn inputs(&self) -> (Vec<InputHeader>, Vec<Bytes>) {
+    pub(crate) fn inputs(&self) -> (Vec<InputHeader>, Vec<Piece>) {
         let mut headers = Vec::with_capacity(self.servers.len());
-        let mut segments = Vec::new();
+        let mut pieces = Vec::new();
         for conn in self.connections() {
             let Server { port, input, .. } = &self.servers[&conn];
             headers.push(InputHeader {
@@ -643,9 +648,9 @@ impl Servers {
                 end: input.end(),
                 finished: input.finished(),
             });
-            segments.extend(input.segments());
+            pieces.extend(input.pieces());
         }
-        (headers, segments)
+        (headers, pieces)
     }
 
     /// Takes a connection from a checkpoint and begins the replay.
@@ -653,19 +658,14 @@ impl Servers {
         &mut self,
         now: BootTime,
         header: &InputHeader,
-        bytes: Bytes,
+        pieces: Vec<Piece>,
         reg: &Registry,
     ) {
         // All of it lies before the cut, so it is stable: the number of its `Open` serves as tag.
         let number = EventNo(header.conn);
         let mut input = Input::starting_at(header.base);
-        let mut offset = header.base;
-        let mut rest = bytes;
-        while !rest.is_empty() {
-            let piece = rest.split_to(rest.len().min(64 * 1024));
-            let n = piece.len() as u64;
-            input.push(number, offset, piece);
-            offset += n;
+        for piece in pieces {
+            input.push_piece(number, piece);
         }
         if header.finished {
             input.finish();

@@ -185,8 +185,12 @@ impl Upstream {
             return Ok(());
         }
         while self.writable && self.taken < input.end() {
-            let mut slices: Vec<IoSlice<'_>> = Vec::with_capacity(8);
-            input.gather(self.taken, &mut slices, GATHER_MAX);
+            let parts = input.gather(self.taken, GATHER_MAX);
+            if parts.is_empty() {
+                // It is being read from the disk.
+                break;
+            }
+            let slices: Vec<IoSlice<'_>> = parts.iter().map(|part| IoSlice::new(part)).collect();
             let written = match &mut self.stream {
                 Stream::Tcp(s) => s.write_vectored(&slices),
                 Stream::Unix(s) => s.write_vectored(&slices),
@@ -211,6 +215,11 @@ impl Upstream {
             }
         }
         Ok(())
+    }
+
+    /// Whether the server would take more of `input` than is at hand.
+    pub(crate) fn starves(&self, input: &Input) -> bool {
+        self.connected && self.writable && self.taken < input.end()
     }
 
     /// Reads the server's output into `buf`.

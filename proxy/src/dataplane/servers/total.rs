@@ -12,19 +12,25 @@
 //! server can be brought to the same state: one that joins, and one that died.
 
 mod checkpoints;
+mod image;
+mod pace;
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeSet, VecDeque};
 use std::io;
 use std::time::Duration;
 
 use bytes::Bytes;
 use mio::Registry;
 use tracing::{error, info, warn};
-use unbroken_tcpstate::{ConnId, Event, EventNo, Image};
+use unbroken_tcpstate::{ConnId, Event, EventNo};
 
-use super::super::history::{Entry, History, INPUT_COST_BYTES, Place, What};
+pub(crate) use self::image::{OrderHeader, OrderImage};
+pub(crate) use self::pace::Outlook;
+use self::pace::Pace;
+use super::super::history::{Entry, Found, History, INPUT_COST_BYTES, Place, What};
 use super::super::queues::{Queues, Seen};
 use super::super::runner::{Attempt, Progress, Runner};
+use super::super::spill::{Piece, Spill};
 use super::super::upstream::Upstream;
 use super::{Input, OutputKeeper, Servers};
 use crate::clock::BootTime;
@@ -36,62 +42,20 @@ const FIRST_LOOK_ANSWERING: Duration = Duration::from_micros(500);
 const LOOKS_APART_MAX: Duration = Duration::from_millis(1);
 /// Inputs of one connection that follow each other directly are one stream: so many go together.
 const TOGETHER_MAX: usize = 16;
+/// Inputs that wait to be given are in memory up to here, beside their history.
+const PENDING_BYTES_MAX: usize = 64 << 20;
 /// Inputs given in one turn at most.
 const GIVE_PER_TURN: usize = 64;
 /// A Unix socket does not show whether the end of input was read; the server gets this long.
 const END_UNSEEN: Duration = Duration::from_millis(2);
 /// What others have passed over is waited for this long all the same: a replay is faster than life.
 const PASSED_OVER_WAIT: Duration = Duration::from_millis(10);
-/// A leader gives its servers less while another replica is this far behind (256 inputs), and much
-/// less from the second bound on: else one that joins under full load never catches up.
-const PACED_FROM_BYTES: u64 = 1 << 20;
-const PACED_MORE_FROM_BYTES: u64 = 4 << 20;
-/// The part of each interval in which a paced leader gives nothing: a half, three quarters.
-const PACED_HOLD: Duration = Duration::from_millis(5);
-const PACED_MORE_HOLD: Duration = Duration::from_micros(7_500);
-/// It is paced as long as that helps, judged after each such time; else not for a while.
-const PACE_JUDGED_AFTER: Duration = Duration::from_secs(5);
-const PACE_PAUSE: Duration = Duration::from_secs(60);
 /// A server that cannot be brought up is tried again after this long.
 const BEGIN_AGAIN_AFTER: Duration = Duration::from_secs(1);
 
-/// What a checkpoint carries of the order.
-#[derive(Debug, Clone, serde::Serialize, serde::Deserialize)]
-pub(crate) struct OrderHeader {
-    /// Length of the history, in bytes; they follow apart.
-    pub(crate) bytes: u64,
-    /// What all of it costs a server that begins.
-    pub(crate) cost_bytes: u64,
-    /// `Skip` events: connection and number.
-    pub(crate) skips: Vec<(u64, u64)>,
-    /// False: it was too long to be kept, and brings nobody anywhere.
-    pub(crate) complete: bool,
-    /// What a server begins with; the images' lengths, which stand before the history.
-    base: Option<(Vec<u64>, Vec<Live>)>,
-}
-
-impl OrderHeader {
-    /// Whether servers can be brought up with it to go on where these connections stand: what a client
-    /// may still ask for must be said again by the server, and is not if it lies before its state.
-    pub(crate) fn is_usable(&self, tcp: &Image) -> bool {
-        let live = self.base.iter().flat_map(|(_, live)| live);
-        let produced: BTreeMap<ConnId, u64> = live.map(|l| (l.conn, l.produced)).collect();
-        self.complete
-            && tcp
-                .connections()
-                .all(|(conn, state)| produced.get(&conn).is_none_or(|p| *p <= state.acked))
-    }
-
-    /// Length of everything that follows the header.
-    pub(crate) fn total_bytes(&self) -> Option<u64> {
-        let images = self.base.iter().flat_map(|(lengths, _)| lengths);
-        images.copied().try_fold(self.bytes, u64::checked_add)
-    }
-}
-
 /// A connection that stood when a checkpoint was taken.
 #[derive(Debug, Clone, serde::Serialize, serde::Deserialize)]
-pub(super) struct Live {
+pub(crate) struct Live {
     pub(super) conn: ConnId,
     pub(super) port: u16,
     /// Its input that is in the checkpoint's state, and what its server had answered.
@@ -103,7 +67,7 @@ pub(super) struct Live {
 #[derive(Debug)]
 struct Base {
     /// One for each service.
-    images: Vec<Bytes>,
+    images: Vec<Vec<Piece>>,
     live: Vec<Live>,
 }
 
@@ -119,22 +83,6 @@ struct Taking {
     live: Option<Vec<Live>>,
     /// What the servers had answered by then has had its time to be read.
     ripe: bool,
-}
-
-/// How it stands with servers that are given their inputs in one order.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Outlook {
-    /// They have what there is, or nearly; or there is no such order.
-    Even,
-    /// They are being started.
-    Begins,
-    /// They are given again what others have long taken.
-    CatchingUp {
-        percent: u64,
-        left: Option<Duration>,
-    },
-    /// What they were given is not kept.
-    NoHistory,
 }
 
 /// The input that was given last, until the server has taken it.
@@ -170,14 +118,6 @@ impl Waiting {
     }
 }
 
-/// Whether holding back has helped those that are behind.
-#[derive(Debug)]
-struct Pace {
-    judged_at: BootTime,
-    behind_before: u64,
-    helps: bool,
-}
-
 /// The order of all inputs of a VIP, and how far the servers have come in it.
 #[derive(Debug)]
 pub(crate) struct Order {
@@ -187,6 +127,7 @@ pub(crate) struct Order {
     base: Option<Base>,
     /// Each with its place in the history.
     pending: VecDeque<(Place, Entry)>,
+    pending_bytes: usize,
     /// Inputs before the pending ones that are given again.
     replay: Option<Place>,
     /// Connections of the base that are yet to be opened.
@@ -220,6 +161,8 @@ pub(crate) struct Order {
     began_at: BootTime,
     /// The servers lack inputs that are not kept.
     ruined: bool,
+    /// What they are given next is being read from the disk.
+    loading: bool,
     blind: bool,
     queues_failed: bool,
 }
@@ -238,6 +181,7 @@ impl Order {
             history_bytes_max,
             base: None,
             pending: VecDeque::new(),
+            pending_bytes: 0,
             replay: None,
             reopen: VecDeque::new(),
             given_cost: 0,
@@ -259,41 +203,68 @@ impl Order {
             pristine: true,
             began_at: now,
             ruined: false,
+            loading: false,
             blind: false,
             queues_failed: false,
         })
     }
 
-    fn append(&mut self, entry: Entry) {
+    fn append(&mut self, entry: Entry, spill: &Spill) {
         let complete = self.history.complete();
         let place = self.history.end();
-        self.history.append(&entry);
+        self.history.append(&entry, spill);
         if complete && !self.history.complete() {
-            error!(
-                bytes_max = self.history_bytes_max,
-                "the history of inputs is full: no replica can be brought up any more"
-            );
-            // What a checkpoint was to take the place of is gone; the next begins another history.
-            self.attempt = None;
-            // What was to be given again is gone.
-            self.ruined = self.replay.take().is_some();
+            self.on_given_up();
         }
         if self.replay.is_none() {
+            self.pending_bytes += entry.bytes();
             self.pending.push_back((place, entry));
+            // A server that is far behind is given what the history holds, which may be on disk.
+            if self.pending_bytes > PENDING_BYTES_MAX && self.history.complete() {
+                self.replay = self.pending.front().map(|(place, _)| *place);
+                self.forget_pending();
+            }
         }
     }
 
-    fn next(&mut self) -> Option<Entry> {
+    fn forget_pending(&mut self) {
+        self.pending.clear();
+        self.pending_bytes = 0;
+    }
+
+    /// The history keeps nothing any more.
+    fn on_given_up(&mut self) {
+        error!("the history of inputs is full: no replica can be brought up any more");
+        // What a checkpoint was to take the place of is gone; the next begins another history.
+        self.attempt = None;
+        // What was to be given again is gone.
+        self.ruined |= self.replay.take().is_some();
+    }
+
+    fn next(&mut self, spill: &Spill) -> Option<Entry> {
+        self.loading = false;
         if let Some(cursor) = &mut self.replay {
-            if let Some(entry) = self.history.read(cursor) {
-                return Some(entry);
+            match self.history.read(cursor, spill) {
+                Found::Input(entry) => return Some(entry),
+                Found::Loading => {
+                    self.loading = true;
+                    return None;
+                }
+                Found::Damaged => {
+                    error!("the history of inputs is damaged");
+                    self.ruined = true;
+                    return None;
+                }
+                Found::End => {}
             }
             self.replay = None;
             if let Some((_, bytes)) = self.replay_from.take() {
                 info!(bytes, "the server was brought up by replay");
             }
         }
-        self.pending.pop_front().map(|(_, entry)| entry)
+        let (_, entry) = self.pending.pop_front()?;
+        self.pending_bytes -= entry.bytes();
+        Some(entry)
     }
 
     /// Where the inputs begin that the servers have not been given.
@@ -306,25 +277,26 @@ impl Order {
     }
 
     /// A further piece of the same connection's input, if it follows directly.
-    fn next_of(&mut self, conn: ConnId) -> Option<(EventNo, Bytes)> {
+    fn next_of(&mut self, conn: ConnId, spill: &Spill) -> Option<(EventNo, Bytes)> {
         if self.replay.is_some() {
             let mut ahead = self.replay?;
-            let entry = self.history.read(&mut ahead)?;
-            return match entry {
-                Entry {
+            return match self.history.read(&mut ahead, spill) {
+                Found::Input(Entry {
                     number,
                     conn: of,
                     what: What::Data(bytes),
-                } if of == conn => {
+                }) if of == conn => {
                     self.replay = Some(ahead);
                     Some((number, bytes))
                 }
                 _ => None,
             };
         }
-        let (_, Entry { number, what, .. }) = self
+        let (_, entry) = self
             .pending
             .pop_front_if(|(_, entry)| entry.conn == conn && matches!(entry.what, What::Data(_)))?;
+        self.pending_bytes -= entry.bytes();
+        let Entry { number, what, .. } = entry;
         match what {
             What::Data(bytes) => Some((number, bytes)),
             What::Open { .. } | What::Fin | What::End { .. } => None,
@@ -350,7 +322,8 @@ impl Order {
 
     /// Servers that begin with nothing, and are given everything again.
     fn begin(&mut self, now: BootTime) {
-        self.pending.clear();
+        self.forget_pending();
+        self.loading = false;
         self.waiting = None;
         self.passed.clear();
         self.replay = Some(self.history.start());
@@ -411,7 +384,7 @@ impl Servers {
             Event::HalfOpen { .. } | Event::Acked { .. } | Event::LocalFin { .. } => return false,
         };
         let over = matches!(what, What::End { .. });
-        order.append(Entry { number, conn, what });
+        order.append(Entry { number, conn, what }, &self.spill);
         if over {
             // What its server says is of use to nobody now, but must be drained.
             self.wake(conn);
@@ -450,7 +423,9 @@ impl Servers {
                     self.reopen(now, &live, &mut order, registry, keeper);
                     continue;
                 }
-                let Some(entry) = order.next() else { break };
+                let Some(entry) = order.next(&self.spill) else {
+                    break;
+                };
                 order.given_cost += entry.cost_bytes();
                 self.give(now, entry, &mut order, registry, keeper);
             }
@@ -603,7 +578,7 @@ impl Servers {
                 server.input.forget_before(taken);
                 server.input.push(number, server.input.end(), bytes);
                 for _ in 1..TOGETHER_MAX {
-                    let Some((number, bytes)) = order.next_of(conn) else {
+                    let Some((number, bytes)) = order.next_of(conn, &self.spill) else {
                         break;
                     };
                     order.given_cost += bytes.len() as u64 + INPUT_COST_BYTES;
@@ -682,103 +657,6 @@ impl Servers {
         }
     }
 
-    /// The order as a checkpoint carries it: the servers' images, then the history.
-    pub(crate) fn order_image(&mut self) -> Option<(OrderHeader, Vec<Bytes>)> {
-        let order = self.order.as_mut()?;
-        let base = order.base.as_ref();
-        let images = base.map_or(Vec::new(), |b| b.images.clone());
-        let lengths = |b: &Base| b.images.iter().map(|i| i.len() as u64).collect();
-        let header = OrderHeader {
-            bytes: order.history.bytes(),
-            cost_bytes: order.history.cost_bytes(),
-            skips: order.skips.iter().map(|(c, n)| (c.0, n.0)).collect(),
-            complete: order.history.complete(),
-            base: base.map(|b| (lengths(b), b.live.clone())),
-        };
-        let segments = images.into_iter().chain(order.history.chunks());
-        Some((header, segments.collect()))
-    }
-
-    /// Takes the order from a checkpoint and begins the replay. To be called after [`Self::clear`].
-    pub(crate) fn restore_order(&mut self, now: BootTime, header: &OrderHeader, mut bytes: Bytes) {
-        let Some(order) = &mut self.order else {
-            return;
-        };
-        order.base = header.base.as_ref().map(|(lengths, live)| {
-            let lengths = lengths
-                .iter()
-                .map(|n| usize::try_from(*n).unwrap_or(usize::MAX));
-            let images = lengths
-                .map(|n| bytes.split_to(n.min(bytes.len())))
-                .collect();
-            let live = live.clone();
-            Base { images, live }
-        });
-        let max = order.history_bytes_max;
-        order.history = History::restore(max, bytes, header.cost_bytes);
-        let skips = header.skips.iter();
-        order.skips = skips.map(|(c, n)| (ConnId(*c), EventNo(*n))).collect();
-        order.begin(now);
-    }
-
-    /// Leader: how far the other replicas' servers are behind, at the most. To be told regularly.
-    pub(crate) fn pace(&mut self, now: BootTime, behind: u64) {
-        let Some(order) = &mut self.order else {
-            return;
-        };
-        if behind < PACED_FROM_BYTES {
-            order.pace = None;
-            return;
-        }
-        let pace = order.pace.get_or_insert(Pace {
-            judged_at: now + PACE_JUDGED_AFTER,
-            behind_before: behind,
-            helps: true,
-        });
-        if now >= pace.judged_at {
-            pace.helps = !pace.helps || behind < pace.behind_before;
-            pace.behind_before = behind;
-            let next = if pace.helps {
-                PACE_JUDGED_AFTER
-            } else {
-                PACE_PAUSE
-            };
-            pace.judged_at = now + next;
-            if !pace.helps {
-                warn!(
-                    behind,
-                    "a replica's server does not keep up, and waiting does not help"
-                );
-            }
-        }
-        if pace.helps {
-            let more = behind >= PACED_MORE_FROM_BYTES;
-            order.hold_until = now + if more { PACED_MORE_HOLD } else { PACED_HOLD };
-        }
-    }
-
-    /// How far this replica's servers are, for people.
-    pub(crate) fn outlook(&self, now: BootTime) -> Outlook {
-        let Some(order) = &self.order else {
-            return Outlook::Even;
-        };
-        let all = order.history.cost_bytes();
-        if !order.history.complete() {
-            Outlook::NoHistory
-        } else if !order.up() {
-            Outlook::Begins
-        } else if order.replay.is_some() && order.behind() > 0 {
-            let elapsed = now.since(order.began_at);
-            let left = elapsed.mul_f64(order.behind() as f64 / order.given_cost.max(1) as f64);
-            Outlook::CatchingUp {
-                percent: order.given_cost * 100 / all,
-                left: (order.given_cost > 0).then_some(left),
-            }
-        } else {
-            Outlook::Even
-        }
-    }
-
     /// What is behind for lack of being given, and whether the servers are up.
     pub(super) fn order_lag(&self) -> (u64, bool) {
         self.order
@@ -786,8 +664,22 @@ impl Servers {
             .map_or((0, true), |order| (order.behind(), order.up()))
     }
 
-    pub(super) fn order_bytes(&self) -> u64 {
-        self.order.as_ref().map_or(0, |o| o.history.bytes())
+    pub(super) fn order_memory_bytes(&self) -> u64 {
+        self.order.as_ref().map_or(0, |o| o.history.memory_bytes())
+    }
+
+    /// What could not be written, or cannot be read, is of no use to who joins.
+    pub(super) fn give_up_order_if_failed(&mut self) {
+        let Some(order) = &mut self.order else { return };
+        let mut images = order
+            .base
+            .iter()
+            .flat_map(|base| base.images.iter().flatten());
+        let image_failed = images.any(|p| matches!(p, Piece::Stored(stored) if stored.failed()));
+        if order.history.complete() && (image_failed || order.history.spill_failed()) {
+            order.history.give_up();
+            order.on_given_up();
+        }
     }
 
     /// When the next look at a queue is due, or the next input.
@@ -800,6 +692,8 @@ impl Servers {
         }
         match &order.waiting {
             Some(waiting) => Some(waiting.look_at),
+            // What was read wakes the loop.
+            None if order.loading || order.ruined => None,
             None if order.behind() > 0 => Some(order.hold_until),
             None => None,
         }

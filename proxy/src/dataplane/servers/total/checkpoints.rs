@@ -10,6 +10,7 @@ use std::time::Duration;
 use mio::Registry;
 use tracing::{info, warn};
 
+use super::super::super::spill;
 use super::super::{Input, OutputKeeper, Servers};
 use super::{Base, Live, Order, Progress, Taking, Waiting};
 use crate::clock::BootTime;
@@ -118,11 +119,16 @@ impl Servers {
             }
             return false;
         }
+        let place = order.place();
+        if !order.history.mark(place) {
+            order.attempt_after = now + AGAIN_AFTER;
+            return false;
+        }
         order.history.record();
         order.attempt = Some(Taking {
             attempts: order.runners.iter().map(|r| r.checkpoint()).collect(),
             since: now,
-            place: order.place(),
+            place,
             cost_bytes: order.given_cost,
             given: self.given.unwrap_or_default(),
             live: None,
@@ -185,11 +191,11 @@ impl Order {
         let images: Vec<_> = images
             .into_iter()
             .filter_map(|p| match p {
-                Progress::Done(bytes) => Some(bytes),
+                Progress::Done(image) => Some(image),
                 _ => None,
             })
             .collect();
-        let bytes: usize = images.iter().map(bytes::Bytes::len).sum();
+        let bytes: u64 = images.iter().map(|image| spill::total(image)).sum();
         info!(
             bytes,
             event = taking.given.0,
