@@ -13,7 +13,7 @@ use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use unbroken_tests::client::{self as bytes, Progress};
-use unbroken_tests::cluster::{Cluster, Options, PATIENCE, Service};
+use unbroken_tests::cluster::{Cluster, Options, PATIENCE, Service, whole};
 use unbroken_tests::netns::{userns, wait_until};
 
 const NODE: &str = env!("CARGO_BIN_EXE_lab-node");
@@ -118,7 +118,27 @@ struct Told {
     /// Lengths of the list that LPUSH answered.
     lengths: Mutex<Vec<u64>>,
     requests: AtomicU64,
+    /// How long each request since the last look took, in microseconds.
+    latencies: Mutex<Vec<u128>>,
     stop: AtomicBool,
+}
+
+impl Told {
+    /// Prints how long the requests since the last look took.
+    fn say_latencies(&self, phase: &str) {
+        let mut all = std::mem::take(&mut *self.latencies.lock().unwrap());
+        all.sort_unstable();
+        let at = |per_mille: usize| all.get((all.len() * per_mille / 1000).min(all.len() - 1));
+        if !all.is_empty() {
+            println!(
+                "{phase}: {} requests, p50 {:?} us, p99 {:?} us, longest {:?} us",
+                all.len(),
+                at(500).unwrap(),
+                at(990).unwrap(),
+                at(1000).unwrap()
+            );
+        }
+    }
 }
 
 /// One client's life: its own key must answer what it last wrote, whoever leads.
@@ -129,6 +149,13 @@ fn client(cluster_connect: TcpStream, index: usize, told: &Told) -> Result<(), S
     let mut round = 0_u64;
     while !told.stop.load(Ordering::Relaxed) {
         round += 1;
+        let mut latencies = Vec::with_capacity(5);
+        let mut call = |redis: &mut Redis, words: &[&[u8]]| {
+            let asked = std::time::Instant::now();
+            let reply = redis.call(words);
+            latencies.push(asked.elapsed().as_micros());
+            reply
+        };
         let fail = |what: &str, got: io::Result<Reply>| {
             format!("client {index}, round {round}: {what}: {got:?}")
         };
@@ -137,28 +164,29 @@ fn client(cluster_connect: TcpStream, index: usize, told: &Told) -> Result<(), S
             "x".repeat(usize::try_from(round % 700).unwrap())
         );
         let shared = format!("shared:{}", (round * 7 + index as u64) % SHARED_KEYS);
-        match redis.call(&[b"SET", own.as_bytes(), value.as_bytes()]) {
+        match call(&mut redis, &[b"SET", own.as_bytes(), value.as_bytes()]) {
             Ok(Reply::Text(ok)) if ok == "OK" => {}
             got => return Err(fail("SET", got)),
         }
-        match redis.call(&[b"INCR", b"counter"]) {
+        match call(&mut redis, &[b"INCR", b"counter"]) {
             Ok(Reply::Number(n)) => counts.push(n),
             got => return Err(fail("INCR", got)),
         }
-        match redis.call(&[b"GET", own.as_bytes()]) {
+        match call(&mut redis, &[b"GET", own.as_bytes()]) {
             Ok(Reply::Bulk(Some(bytes))) if bytes == value.as_bytes() => {}
             got => return Err(fail("GET of what was just set", got)),
         }
-        match redis.call(&[b"LPUSH", b"list", value.as_bytes()]) {
+        match call(&mut redis, &[b"LPUSH", b"list", value.as_bytes()]) {
             Ok(Reply::Number(n)) => lengths.push(n),
             got => return Err(fail("LPUSH", got)),
         }
         // The last of all writers wins, and nobody knows who that is but the order.
-        match redis.call(&[b"APPEND", shared.as_bytes(), own.as_bytes()]) {
+        match call(&mut redis, &[b"APPEND", shared.as_bytes(), own.as_bytes()]) {
             Ok(Reply::Number(_)) => {}
             got => return Err(fail("APPEND", got)),
         }
         told.requests.fetch_add(5, Ordering::Relaxed);
+        told.latencies.lock().unwrap().extend(latencies);
     }
     told.counts.lock().unwrap().extend(counts);
     told.lengths.lock().unwrap().extend(lengths);
@@ -306,6 +334,28 @@ fn fill(cluster: &Cluster, values: usize) {
     }
 }
 
+/// Waits as long as so much data may take to be whole again.
+fn wait_whole(cluster: &Cluster, megabytes: usize) {
+    let patience = PATIENCE * u32::try_from(1 + megabytes / 100).unwrap();
+    let began = std::time::Instant::now();
+    let mut seen = String::new();
+    let waited = wait_until("the cluster is whole", patience, || {
+        let statuses = cluster.statuses();
+        let services = statuses.iter().flatten().filter_map(|s| s.services.first());
+        let members = services.flat_map(|s| &s.members);
+        let stages: Vec<String> = members
+            .filter_map(|m| Some(format!("{} {:?}", m.name, m.catching_up?.stage)))
+            .collect();
+        let now = stages.join(", ");
+        if now != seen {
+            println!("{:?}: {now}", began.elapsed());
+            seen = now;
+        }
+        whole(&statuses, &cluster.replicas()).is_ok()
+    });
+    waited.unwrap_or_else(|error| panic!("{error}\n{}", cluster.tails()));
+}
+
 /// Megabytes of values in redis: `UNBROKEN_MB=1000 cargo test ...` tries more.
 fn megabytes(default: usize) -> usize {
     std::env::var("UNBROKEN_MB").map_or(default, |text| text.parse().unwrap())
@@ -326,18 +376,23 @@ fn redis_joins_from_a_checkpoint_under_load() {
         let began = std::time::Instant::now();
         fill(&cluster, megabytes);
         println!("{megabytes} MB written in {:?}", began.elapsed());
-        cluster.wait_whole().unwrap();
-        under_load(&mut cluster, 10, |cluster, told| {
+        wait_whole(&cluster, megabytes);
+        let clients = if megabytes > 100 { CLIENTS } else { 10 };
+        under_load(&mut cluster, clients, |cluster, told| {
             go_on(told, 200);
             for _ in 0..2 {
+                go_on(told, 100 * clients as u64);
+                told.say_latencies("before");
                 let (leader, view) = cluster.leader().unwrap();
                 cluster.kill(&leader).unwrap();
                 cluster.wait_leader(view).unwrap();
                 go_on(told, 200);
+                told.say_latencies("takeover");
                 let began = std::time::Instant::now();
                 cluster.start_replica(&leader).unwrap();
-                cluster.wait_whole().unwrap();
+                wait_whole(cluster, megabytes);
                 println!("{leader} is back after {:?}", began.elapsed());
+                told.say_latencies("joining");
                 go_on(told, 200);
             }
         });
