@@ -1,6 +1,5 @@
-//! Where inputs go that are too many for memory: files, written and read by threads of their
-//! own. The data plane never waits for the disk: it hands bytes over, and asks for
-//! them before it needs them.
+//! Where inputs go that are too many for memory: files, written and read by threads of their own. The
+//! data plane never waits for the disk: it hands bytes over, and asks for them before it needs them.
 //!
 //! ```text
 //!  store(bytes) ──> writer ──> a file each     (in memory until it is written)
