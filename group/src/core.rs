@@ -586,6 +586,11 @@ impl Core {
         }
     }
 
+    /// What was just learnt is judged when the sockets are drained, and not only at the next tick.
+    pub(crate) fn act_at_once(&mut self) {
+        self.tick_at = self.now;
+    }
+
     /// The leader's periodic work.
     fn lead(&mut self) {
         if self.now >= self.heartbeat_at {

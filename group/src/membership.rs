@@ -107,6 +107,11 @@ impl Core {
                 match self.phase {
                     Phase::Idle | Phase::Seeking | Phase::Joining => self.become_gone(),
                     Phase::Leading if alone => self.become_gone(),
+                    // Said again with each answer to a heartbeat.
+                    Phase::Backup if self.wedged.is_none() => {
+                        let leader = self.view().leader().clone();
+                        self.send(&leader, Message::LeaveRequest);
+                    }
                     Phase::Leading | Phase::Backup | Phase::Gone => {}
                 }
             }
@@ -132,6 +137,9 @@ impl Core {
                     return Err(CommandError::NotJoining);
                 }
                 self.ready = true;
+                // Said again with each answer to a heartbeat.
+                let leader = self.view().leader().clone();
+                self.send(&leader, Message::JoinReady);
             }
             Command::Checkpoint { joiner, segments } => {
                 self.begin_donation(&joiner, Donor::new(segments))?;
@@ -411,8 +419,12 @@ impl Core {
                 return; // perhaps an old request that was long on its way
             }
         }
+        if self.join_requests.contains(from) {
+            return;
+        }
         self.join_requests.retain(|m| m.name != from.name);
         self.join_requests.insert(from.clone());
+        self.act_at_once();
     }
 
     // ---- joining -----------------------------------------------------------------------------------------------

@@ -81,12 +81,15 @@ impl Core {
             }
             Message::JoinReady => {
                 if let Some(p) = self.peers.get_mut(from) {
-                    p.ready = true;
+                    let known = std::mem::replace(&mut p.ready, true);
+                    if !known {
+                        self.act_at_once();
+                    }
                 }
             }
             Message::LeaveRequest => {
-                if self.phase == Phase::Leading {
-                    self.leave_requests.insert(from.clone());
+                if self.phase == Phase::Leading && self.leave_requests.insert(from.clone()) {
+                    self.act_at_once();
                 }
             }
             Message::PiecesWanted { since, offset, len } => {
