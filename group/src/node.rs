@@ -39,7 +39,7 @@ mod worker;
 pub use self::events::{Event, Events, Received, StateWanted};
 pub use self::group::{CallError, Group, JoinError, Progress, Replies, SendError};
 pub use self::handler::Handler;
-use self::room::Room;
+use self::room::{Place, Room, Unplaced};
 use self::worker::{Input, Worker};
 
 use crate::config::Config;

@@ -33,6 +33,8 @@ mod loading;
 pub(crate) mod nonsense;
 mod replies;
 mod snapshot;
+#[cfg(test)]
+mod tests;
 mod types;
 mod vclock;
 mod wire;
@@ -41,6 +43,7 @@ mod wire;
 pub(crate) use self::endpoint::FORGETTING;
 use self::endpoint::{Cx, Endpoint};
 use self::gbcast::Flushes;
+use self::lane::Allowance;
 use self::ledger::{Effect, Ledger};
 pub use self::types::{
     CallRef, Calling, Command, GROUPS_MAX, GroupEvent, GroupId, GroupView, MEMBERS_MAX, Message,
@@ -92,8 +95,14 @@ pub struct Process {
     /// This process's requests that are not in the ledger, and the number of the first.
     requests: VecDeque<Op>,
     first_request: u64,
-    /// Groups that had a gbcast refused because too many requests wait, and were not told yet that there is room.
+    /// Groups that had a message refused for a bound of the whole process, and were not told yet that there is room.
     refused: BTreeSet<GroupId>,
+    /// Of each group, the bytes on their way and the backlog that are in the totals.
+    counted: BTreeMap<GroupId, (u64, u64)>,
+    flight_bytes: u64,
+    backlog_bytes: u64,
+    /// Groups that have something to send and wait for their turn, each once.
+    waiting: VecDeque<GroupId>,
     /// Groups whose view is being left.
     changing: BTreeSet<GroupId>,
     repeat_at: Option<Instant>,
@@ -111,6 +120,9 @@ pub struct Process {
     /// Bytes that may be sent again because of the datagram that is being taken.
     #[serde(skip)]
     resend_left: usize,
+    /// What the group that is being flushed may send.
+    #[serde(skip)]
+    allowance: Allowance,
     image: Vec<u8>,
     /// Empty whenever an image is taken.
     #[serde(skip)]
@@ -138,6 +150,10 @@ impl Process {
             requests: VecDeque::new(),
             first_request: 1,
             refused: BTreeSet::new(),
+            counted: BTreeMap::new(),
+            flight_bytes: 0,
+            backlog_bytes: 0,
+            waiting: VecDeque::new(),
             changing: BTreeSet::new(),
             repeat_at: None,
             endpoints: BTreeMap::new(),
@@ -148,6 +164,7 @@ impl Process {
             speak: false,
             draining: false,
             resend_left: 0,
+            allowance: Allowance::default(),
             image: Vec::new(),
             out: VecDeque::new(),
             gone: false,
@@ -244,7 +261,7 @@ impl Process {
             }),
             Command::Multicast { group, message } => {
                 let there = self.endpoints.contains_key(&group);
-                if there && !self.room_for_entries(message.order) {
+                if there && !self.room_in_process(group, message.order) {
                     self.refused.insert(group);
                     return Err(Refused::Backlog);
                 }
@@ -277,11 +294,14 @@ impl Process {
     /// Whether the group takes a multicast of this order now, or refuses it at once for another reason than room.
     pub fn room(&self, group: GroupId, order: Order) -> bool {
         let endpoint = self.endpoints.get(&group);
-        self.room_for_entries(order) && endpoint.is_none_or(|e| e.has_room(&self.config))
+        self.room_in_process(group, order) && endpoint.is_none_or(|e| e.has_room(&self.config))
     }
 
-    fn room_for_entries(&self, order: Order) -> bool {
-        order != Order::View || self.requests.len() < REQUESTS_MAX
+    fn room_in_process(&self, group: GroupId, order: Order) -> bool {
+        let endpoint = self.endpoints.get(&group);
+        let room = self.backlog_bytes < self.config.total_backlog_bytes_max
+            || endpoint.is_none_or(|e| e.backlog_bytes() == 0);
+        room && (order != Order::View || self.requests.len() < REQUESTS_MAX)
     }
 
     /// A timer: harmless when early, late or repeated. Drain the sockets first, as for [`Core::handle_timeout`].
@@ -349,8 +369,11 @@ impl Process {
             out: &mut self.out,
             requests: &mut requests,
             resend_left: &mut self.resend_left,
+            allowance: &mut self.allowance,
         };
         let result = f(endpoint, &mut cx);
+        let (flight, backlog) = (endpoint.flight_bytes(), endpoint.backlog_bytes());
+        self.count(id, flight, backlog);
         self.touched.insert(id);
         for op in requests {
             self.ask(op);
@@ -364,6 +387,26 @@ impl Process {
         f: impl FnOnce(&mut Endpoint, &mut Cx<'_>) -> Result<(), Refused>,
     ) -> Result<(), Refused> {
         self.at(id, f).unwrap_or(Err(Refused::NotAMember))
+    }
+
+    /// Brings the totals up to date.
+    fn count(&mut self, id: GroupId, flight: u64, backlog: u64) {
+        let old = if (flight, backlog) == (0, 0) {
+            self.counted.remove(&id)
+        } else {
+            self.counted.insert(id, (flight, backlog))
+        };
+        let (old_flight, old_backlog) = old.unwrap_or_default();
+        self.flight_bytes = self.flight_bytes - old_flight + flight;
+        self.backlog_bytes = self.backlog_bytes - old_backlog + backlog;
+    }
+
+    fn remove(&mut self, id: GroupId) {
+        self.endpoints.remove(&id);
+        self.set_due(id, None);
+        self.count(id, 0, 0);
+        self.refused.remove(&id);
+        self.waiting.retain(|waits| *waits != id);
     }
 
     fn set_due(&mut self, id: GroupId, at: Option<Instant>) {
@@ -382,12 +425,15 @@ impl Process {
     /// Sends what is due of the groups that something happened to.
     fn flush(&mut self) {
         while let Some(id) = self.touched.pop_first() {
-            self.at(id, |e, cx| e.flush(cx));
-            self.touched.remove(&id);
-            let due = self.endpoints.get(&id).and_then(Endpoint::due);
-            self.set_due(id, due);
-            self.speak |= self.changing.contains(&id);
+            // Messages of others wait, and this group's come after them.
+            self.flush_group(id, self.waiting.is_empty());
         }
+        while self.flight_bytes < self.config.total_flight_bytes_max
+            && let Some(id) = self.waiting.pop_front()
+        {
+            self.flush_group(id, true);
+        }
+        self.tell_of_room();
         if std::mem::take(&mut self.speak) {
             self.say_to_leader();
             self.end_views();
@@ -397,6 +443,43 @@ impl Process {
             self.on_core(output);
             self.draining = false;
             self.drain_core();
+        }
+    }
+
+    fn flush_group(&mut self, id: GroupId, may_send: bool) {
+        let most = self.config.total_flight_bytes_max;
+        let bytes = most.saturating_sub(self.flight_bytes);
+        self.allowance = Allowance {
+            bytes: if may_send { bytes } else { 0 },
+            missed: false,
+        };
+        self.at(id, |e, cx| e.flush(cx));
+        if self.allowance.missed && !self.waiting.contains(&id) {
+            self.waiting.push_back(id);
+        }
+        self.touched.remove(&id);
+        let due = self.endpoints.get(&id).and_then(Endpoint::due);
+        self.set_due(id, due);
+        self.speak |= self.changing.contains(&id);
+    }
+
+    /// Says that there is room, once, where something was refused for want of it in the process.
+    fn tell_of_room(&mut self) {
+        let most = self.config.total_backlog_bytes_max;
+        if self.refused.is_empty() || self.requests.len() > REQUESTS_MAX / 2 {
+            return;
+        }
+        let all = self.backlog_bytes <= most - most / 8;
+        let empty = |id: &GroupId| {
+            !self
+                .counted
+                .get(id)
+                .is_some_and(|(_, backlog)| *backlog > 0)
+        };
+        let told = self.refused.extract_if(.., |id| all || empty(id));
+        for group in told.collect::<Vec<_>>() {
+            let event = GroupEvent::Room;
+            self.out.push_back(Output::Group { group, event });
         }
     }
 
@@ -515,11 +598,9 @@ impl Process {
         let ids: Vec<GroupId> = self.endpoints.keys().copied().collect();
         for id in ids {
             self.at(id, |e, cx| e.on_outside(cx));
+            self.remove(id);
         }
-        self.endpoints.clear();
         self.touched.clear();
-        self.due.clear();
-        self.dues.clear();
         self.requests.clear();
         self.repeat_at = None;
         self.out.push_back(Output::Outside);
@@ -559,12 +640,7 @@ impl Process {
             while self.first_request <= *number && self.requests.pop_front().is_some() {
                 self.first_request += 1;
             }
-            if self.requests.len() <= REQUESTS_MAX / 2 {
-                for group in std::mem::take(&mut self.refused) {
-                    let event = GroupEvent::Room;
-                    self.out.push_back(Output::Group { group, event });
-                }
-            }
+            self.tell_of_room();
         }
         let effects = self.ledger.apply(entry);
         self.carry_out(effects);
@@ -577,6 +653,7 @@ impl Process {
                     self.changing.insert(group);
                     self.speak = true;
                     self.at(group, |e, _| e.block());
+                    self.flushes.began(&self.ledger, group);
                 }
                 Effect::Install(begun) => {
                     let id = begun.group;
@@ -593,10 +670,7 @@ impl Process {
                     }
                     match self.at(id, |e, cx| e.install(cx, &begun)) {
                         Some(true) => {}
-                        Some(false) => {
-                            self.endpoints.remove(&id);
-                            self.set_due(id, None);
-                        }
+                        Some(false) => self.remove(id),
                         None if begun.view.members.contains(&self.me) => self.enter(&begun),
                         None => {}
                     }
@@ -620,6 +694,7 @@ impl Process {
             out: &mut self.out,
             requests: &mut requests,
             resend_left: &mut self.resend_left,
+            allowance: &mut Allowance::default(),
         };
         let endpoint = Endpoint::new(&mut cx, &self.me, begun);
         self.endpoints.insert(begun.group, endpoint);

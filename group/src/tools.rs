@@ -25,7 +25,7 @@ pub use self::cut::{Cut, CutEvent, CutEvents, Cuts, Part, Record};
 pub use self::durable::{DiskError, Durable, DurableError};
 pub use self::locks::Locks;
 pub use self::map::Map;
-pub use self::primary_backup::{Client, Executed, PrimaryBackup, Service};
+pub use self::primary_backup::{Client, Executed, HeldBy, PrimaryBackup, Service};
 pub use self::replicated::{Machine, Replicated, UpdateError};
 pub use self::requests::{RequestError, RequestId};
 pub use self::succession::{Rank, Succession};

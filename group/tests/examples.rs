@@ -49,12 +49,19 @@ fn work_queue() {
     shows("work_queue", &[], "all 60 jobs are done, each once");
 }
 
+/// Several processes, killed by SIGKILL.
+#[test]
+fn durable() {
+    shows("durable", &[], "5 failures of all: none of ");
+}
+
 #[test]
 fn they_explain_themselves() {
     for (example, argument) in [
         ("chat", "--lines"),
         ("parallel_search", "--members"),
         ("work_queue", "--jobs"),
+        ("durable", "--rounds"),
     ] {
         shows(example, &["--help"], argument);
         let wrong = run(example, &[argument, "none"]);

@@ -11,13 +11,15 @@ mod site;
 use bytes::Bytes;
 use site::{LONG, Site};
 use std::collections::BTreeSet;
+use std::pin::pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Barrier, Mutex};
+use std::time::Duration;
 use tokio::time::timeout;
-use unbroken_group::node::{Group, Handler, Node, Received};
+use unbroken_group::node::{Event, Group, Handler, Node, Received};
 use unbroken_group::process::{GroupView, Order, ThreadId, Want};
 use unbroken_group::tools::{
-    Client, Cohorts, Executed, PrimaryBackup, RequestError, RequestId, Service,
+    Client, Cohorts, Executed, HeldBy, PrimaryBackup, RequestError, RequestId, Service,
 };
 
 async fn soon<T>(what: &str, f: impl Future<Output = T>) -> T {
@@ -256,6 +258,38 @@ async fn a_primary_dies_and_each_request_counts_once() {
     assert_eq!(late.read(|s| s.0), Some(125));
     let known = soon("known", late.request(id(8), "large")).await;
     assert_eq!(known, Err(RequestError::TooLarge));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_answer_may_wait_until_all_have_it() {
+    let site = Site::new(3);
+    let nodes: Vec<Node> = (1..=3).map(|i| site.start(i)).collect();
+    let first = service(&nodes[0], "all").await;
+    let second = service(&nodes[1], "all").await;
+    let (slow, mut events) = soon("join", Group::join(&nodes[2], "all")).await.unwrap();
+    let loaded = async { while !matches!(events.next().await, Some(Event::State(_))) {} };
+    soon("its state", loaded).await;
+    // It takes nothing for now.
+    let mut asking = second.client().held_by(HeldBy::All);
+    let mut all = pin!(asking.call("1"));
+    tokio::select! {
+        biased;
+        answer = &mut all => panic!("{answer:?} before all have it"),
+        done = soon("the sum", second.until(|s| s.0 == 1)) => done.unwrap(),
+    }
+    let half = soon("half", second.client().call("1")).await;
+    assert_eq!(half, Ok("2".into()));
+    assert!(timeout(Duration::ZERO, &mut all).await.is_err());
+    tokio::spawn(async move { while events.next().await.is_some() {} });
+    assert_eq!(soon("all", all).await, Ok("1".into()));
+    // Who departs is not waited for.
+    let id = RequestId {
+        client: "a client".into(),
+        number: 1,
+    };
+    slow.leave().await.unwrap();
+    let answer = first.request_held(id, "1", HeldBy::All);
+    assert_eq!(soon("without it", answer).await, Ok("3".into()));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]

@@ -206,6 +206,7 @@ impl Group {
         self.ask(|| Sending {
             of: self.membership(),
             message: message.clone(),
+            place: None,
             done: None,
             replies: Some(replies.clone()),
         })
@@ -214,6 +215,7 @@ impl Group {
             events,
             failed: Vec::new(),
             timed_out: false,
+            over: false,
         })
     }
 
@@ -291,11 +293,12 @@ impl Group {
         message: Multicast,
         done: Option<oneshot::Sender<()>>,
     ) -> Result<(), SendError> {
-        self.room.wait(message.body.len()).await?;
+        let place = self.room.wait(message.body.len()).await?;
         let large = message.body.len() > SURELY_TAKEN_BYTES;
         let sending = Sending {
             of: self.membership(),
             message,
+            place: Some(place),
             done,
             replies: None,
         };
@@ -365,6 +368,7 @@ pub struct Replies {
     events: UnboundedReceiver<ReplyEvent>,
     failed: Vec<MemberId>,
     timed_out: bool,
+    over: bool,
 }
 
 impl Replies {
@@ -373,7 +377,7 @@ impl Replies {
         match self.events.recv().await? {
             ReplyEvent::Reply(from, body) => Some((from, body)),
             ReplyEvent::Over { failed, timed_out } => {
-                (self.failed, self.timed_out) = (failed, timed_out);
+                (self.failed, self.timed_out, self.over) = (failed, timed_out, true);
                 self.events.close();
                 None
             }
@@ -387,6 +391,12 @@ impl Replies {
             replies.push(reply);
         }
         replies
+    }
+
+    /// Whether the call came to its end: `false` when [`Replies::next`] gave `None` because this member is out, and who has the
+    /// call is not known.
+    pub fn over(&self) -> bool {
+        self.over
     }
 
     /// Who departed without an answer; known when [`Replies::next`] gave `None`.

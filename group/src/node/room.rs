@@ -1,13 +1,16 @@
 //! How much a program may hand to its node's thread before it waits.
 
 use super::SendError;
+use std::future::poll_fn;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::task::Poll;
 use tokio::sync::Notify;
 
 /// Bytes that may wait for the thread, or for it to find room in the group.
 const UNPLACED_BYTES_MAX: u64 = 1 << 20;
-/// Who waits tries again below this.
-const ENOUGH_BYTES: u64 = UNPLACED_BYTES_MAX / 2;
+/// The same over all groups of the node; one that has none waiting may always hand over a message.
+const ALL_UNPLACED_BYTES_MAX: u64 = 16 << 20;
 /// What a message counts besides its bytes.
 const MESSAGE_BYTES: u64 = 64;
 
@@ -16,9 +19,17 @@ const MESSAGE_BYTES: u64 = 64;
 #[derive(Default)]
 pub(crate) struct Room {
     unplaced: AtomicU64,
+    /// Over all groups of the node.
+    all: Arc<Unplaced>,
     out: AtomicBool,
     /// There may be room where there was none, for messages or calls.
     pub(super) news: Notify,
+}
+
+#[derive(Default)]
+pub(super) struct Unplaced {
+    bytes: AtomicU64,
+    news: Notify,
 }
 
 fn cost(bytes: usize) -> u64 {
@@ -26,20 +37,36 @@ fn cost(bytes: usize) -> u64 {
 }
 
 impl Room {
-    /// Waits until a message of so many bytes may be handed over, and counts it.
-    pub(super) async fn wait(&self, bytes: usize) -> Result<(), SendError> {
+    pub(super) fn new(all: Arc<Unplaced>) -> Self {
+        Self {
+            all,
+            ..Self::default()
+        }
+    }
+
+    /// Waits until a message of so many bytes may be handed over, and counts it until the place that is given is dropped.
+    pub(super) async fn wait(self: &Arc<Self>, bytes: usize) -> Result<Place, SendError> {
+        let place = || Place {
+            room: Arc::clone(self),
+            cost: cost(bytes),
+        };
         if self.take(bytes)? {
-            return Ok(());
+            return Ok(place());
         }
         loop {
             // Before the attempt, so that no news is missed.
-            let news = self.news.notified();
-            let mut news = std::pin::pin!(news);
+            let (news, all) = (self.news.notified(), self.all.news.notified());
+            let (mut news, mut all) = (std::pin::pin!(news), std::pin::pin!(all));
             news.as_mut().enable();
+            all.as_mut().enable();
             if self.take(bytes)? {
-                return Ok(());
+                return Ok(place());
             }
-            news.await;
+            poll_fn(|cx| match news.as_mut().poll(cx) {
+                Poll::Ready(()) => Poll::Ready(()),
+                Poll::Pending => all.as_mut().poll(cx),
+            })
+            .await;
         }
     }
 
@@ -47,18 +74,27 @@ impl Room {
         if self.out.load(Ordering::Relaxed) {
             return Err(SendError::NotAMember);
         }
-        let more = |now: u64| (now < UNPLACED_BYTES_MAX).then(|| now + cost(bytes));
+        let full = self.all.bytes.load(Ordering::Relaxed) >= ALL_UNPLACED_BYTES_MAX;
+        let most = if full { 1 } else { UNPLACED_BYTES_MAX };
+        let more = |now: u64| (now < most).then(|| now + cost(bytes));
         let unplaced = &self.unplaced;
-        Ok(unplaced
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, more)
-            .is_ok())
+        let taken = unplaced.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more);
+        if taken.is_ok() {
+            self.all.bytes.fetch_add(cost(bytes), Ordering::Relaxed);
+        }
+        Ok(taken.is_ok())
     }
 
-    /// The thread has placed, or dropped, a message of so many bytes.
-    pub(super) fn placed(&self, bytes: usize) {
-        let before = self.unplaced.fetch_sub(cost(bytes), Ordering::Relaxed);
-        if before >= ENOUGH_BYTES && before - cost(bytes) < ENOUGH_BYTES {
+    fn release(&self, cost: u64) {
+        // Who waits tries again when there is half of the room, or when nothing of its own waits.
+        let enough = |before: u64, most: u64| before >= most / 2 && before - cost < most / 2;
+        let before = self.unplaced.fetch_sub(cost, Ordering::Relaxed);
+        if enough(before, UNPLACED_BYTES_MAX) || before == cost {
             self.news.notify_waiters();
+        }
+        let before = self.all.bytes.fetch_sub(cost, Ordering::Relaxed);
+        if enough(before, ALL_UNPLACED_BYTES_MAX) {
+            self.all.news.notify_waiters();
         }
     }
 
@@ -66,5 +102,57 @@ impl Room {
     pub(super) fn close(&self) {
         self.out.store(true, Ordering::Relaxed);
         self.news.notify_waiters();
+    }
+}
+
+/// The room of a message that was handed over and is not in the group yet, nor dropped.
+pub(crate) struct Place {
+    room: Arc<Room>,
+    cost: u64,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.room.release(self.cost);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::pin::pin;
+    use std::task::{Context, Waker};
+
+    fn now<T>(f: impl Future<Output = T>) -> Option<T> {
+        match pin!(f).poll(&mut Context::from_waker(Waker::noop())) {
+            Poll::Ready(t) => Some(t),
+            Poll::Pending => None,
+        }
+    }
+
+    /// Many groups together have a bound of their own; one that has nothing waiting is held up by no other.
+    #[test]
+    fn what_waits_for_the_thread_is_bounded_over_all_groups() {
+        let all = Arc::<Unplaced>::default();
+        let rooms: Vec<_> = (0..100)
+            .map(|_| Arc::new(Room::new(Arc::clone(&all))))
+            .collect();
+        let mut places = Vec::new();
+        for room in &rooms {
+            while let Some(place) = now(room.wait(100_000)) {
+                places.push(place.unwrap());
+            }
+        }
+        let waits = all.bytes.load(Ordering::Relaxed);
+        let most = ALL_UNPLACED_BYTES_MAX + 101 * cost(100_000);
+        assert!((ALL_UNPLACED_BYTES_MAX..most).contains(&waits), "{waits}");
+        assert!(rooms.iter().all(|r| r.unplaced.load(Ordering::Relaxed) > 0));
+        // Who waits is woken by what another lets go.
+        let mut waiting = pin!(rooms[99].wait(1));
+        assert!(now(waiting.as_mut()).is_none());
+        places.pop(); // its own last
+        assert!(now(waiting.as_mut()).unwrap().is_ok());
+        drop(places);
+        assert_eq!(all.bytes.load(Ordering::Relaxed), 0);
     }
 }

@@ -3,7 +3,8 @@
 use super::bundle::{self, Bundles};
 use super::events::Batch;
 use super::{
-    Event, Events, Inputs, JoinError, NodeConfig, Received, Room, StartError, StateWanted, now,
+    Event, Events, Inputs, JoinError, NodeConfig, Place, Received, Room, StartError, StateWanted,
+    Unplaced, now,
 };
 use crate::driver::{Driver, TOKENS};
 use crate::output::{GroupStatus, RegistryReply};
@@ -61,6 +62,8 @@ pub(crate) struct Membership {
 pub(crate) struct Sending {
     pub(crate) of: Membership,
     pub(crate) message: Multicast,
+    /// Until it is in the group. A call has none: it is refused where there is no room.
+    pub(crate) place: Option<Place>,
     pub(crate) done: Option<oneshot::Sender<()>>,
     pub(crate) replies: Option<UnboundedSender<ReplyEvent>>,
 }
@@ -117,6 +120,8 @@ pub(super) struct Worker {
     told: Vec<GroupId>,
     /// Seats with something held.
     holding: BTreeSet<GroupId>,
+    /// What was handed over and is in no group yet, of all seats.
+    unplaced: Arc<Unplaced>,
     joining: BTreeMap<String, oneshot::Sender<Result<Joined, JoinError>>>,
     next_number: u64,
     stopping: Option<oneshot::Sender<()>>,
@@ -166,6 +171,7 @@ impl Worker {
             seats: BTreeMap::new(),
             told: Vec::new(),
             holding: BTreeSet::new(),
+            unplaced: Arc::default(),
             joining: BTreeMap::new(),
             next_number: 0,
             stopping: None,
@@ -471,7 +477,6 @@ impl Worker {
                 self.holding.insert(group);
                 return;
             }
-            seat.room.placed(sending.message.body.len());
         }
         let result = self.on_send(sending);
         if let Some(answer) = answer {
@@ -500,6 +505,7 @@ impl Worker {
         for group in std::mem::take(&mut self.holding) {
             let held = self.seats.get_mut(&group).map(|s| &mut s.held);
             let mut held = held.map(std::mem::take).unwrap_or_default();
+            let mut placed = false;
             while let Some(input) = held.pop_front() {
                 if let Input::Send(sending, _) = &input
                     && !self.process.room(group, sending.message.order)
@@ -507,6 +513,7 @@ impl Worker {
                     held.push_front(input);
                     break;
                 }
+                placed = true;
                 self.on_input(input);
             }
             let Some(seat) = self.seats.get_mut(&group) else {
@@ -519,7 +526,9 @@ impl Worker {
                 seat.held = held;
                 self.holding.insert(group);
             }
-            self.settle(inputs)?;
+            if placed {
+                self.settle(inputs)?;
+            }
         }
         Ok(())
     }
@@ -528,9 +537,11 @@ impl Worker {
         let Sending {
             of: Membership { group, .. },
             mut message,
+            place,
             done,
             replies,
         } = sending;
+        drop(place);
         let seat = self.seats.get_mut(&group).ok_or(Refused::NotAMember)?;
         if replies.is_some() && !seat.held.is_empty() {
             return Err(Refused::Backlog); // it would overtake them
@@ -629,7 +640,7 @@ impl Worker {
         let (view, views) = watch::channel(None);
         let (progress, progresses) = watch::channel((0, 0));
         let queued = Arc::new(AtomicU64::new(0));
-        let room = Arc::new(Room::default());
+        let room = Arc::new(Room::new(Arc::clone(&self.unplaced)));
         let joined = Joined {
             me: self.process.me().clone(),
             events: Events {

@@ -11,7 +11,7 @@ pub(crate) use self::snapshot::FORGETTING;
 
 use super::abcast::Total;
 use super::cbcast::{Pending, Threads};
-use super::lane::{Incoming, Outgoing};
+use super::lane::{Allowance, Incoming, Outgoing};
 use super::ledger::Begun;
 use super::loading::{Donating, Load};
 use super::replies::Calls;
@@ -38,6 +38,7 @@ pub(crate) struct Cx<'a> {
     pub(crate) requests: &'a mut Vec<Op>,
     /// Bytes that may be sent again because of the datagram that is being taken.
     pub(crate) resend_left: &'a mut usize,
+    pub(crate) allowance: &'a mut Allowance,
 }
 
 /// What a waiting message costs besides its body.
@@ -627,6 +628,10 @@ mod tests {
             out: &mut out,
             requests: &mut requests,
             resend_left: &mut 0,
+            allowance: &mut Allowance {
+                bytes: u64::MAX,
+                missed: false,
+            },
         };
         let mut endpoint = Endpoint::new(&mut cx, &me, &begun(1, &[1, 2], &[], Some(1)));
         for _ in 0..100 {
@@ -670,6 +675,7 @@ mod tests {
             out: &mut out,
             requests: &mut requests,
             resend_left: &mut 0,
+            allowance: &mut Allowance::default(),
         };
         let view = |id| {
             let mut view = begun(id, &[1], &[], (id == 1).then_some(1));
@@ -704,6 +710,7 @@ mod tests {
             out: &mut out,
             requests: &mut requests,
             resend_left: &mut 0,
+            allowance: &mut Allowance::default(),
         };
         let mut first = begun(2, &[1, 2, 3], &[(2, 2, 1), (3, 2, 1)], None);
         first.view.joined = vec![site(2), site(3)];

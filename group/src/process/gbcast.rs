@@ -20,10 +20,16 @@ use std::time::Duration;
 
 /// A member that lacks something is told so again after this long.
 const FETCH_AGAIN: Duration = Duration::from_millis(5);
+/// Groups of which early reports are kept; what is not kept is reported again.
+const EARLY_MAX: usize = super::GROUPS_MAX;
 
 /// The site leader's side: the reports that have come.
 #[derive(Default, Serialize, Deserialize)]
-pub(crate) struct Flushes(BTreeMap<GroupId, Flush>);
+pub(crate) struct Flushes {
+    current: BTreeMap<GroupId, Flush>,
+    /// Of changes that have not begun here: a member takes an entry when it holds it, the leader when enough others do.
+    early: BTreeMap<GroupId, BTreeMap<MemberId, Report>>,
+}
 
 #[derive(Default, Serialize, Deserialize)]
 struct Flush {
@@ -43,7 +49,14 @@ enum Step {
 
 impl Flushes {
     pub(crate) fn ended(&mut self, group: GroupId) {
-        self.0.remove(&group);
+        self.current.remove(&group);
+    }
+
+    /// A change begins here: what was reported before counts.
+    pub(crate) fn began(&mut self, ledger: &Ledger, group: GroupId) {
+        for (from, report) in self.early.remove(&group).into_iter().flatten() {
+            self.on_report(ledger, &from, report);
+        }
     }
 
     /// A member reports.
@@ -53,10 +66,18 @@ impl Flushes {
         };
         let current = g.change.as_ref().is_some_and(|c| c.epoch == report.epoch);
         let fits = report.held.len() == g.view.members.len() && g.view.members.contains(from);
-        if !(current && fits) {
+        if !fits {
             return;
         }
-        let flush = self.0.entry(report.group).or_default();
+        if !current {
+            let room = self.early.len() < EARLY_MAX || self.early.contains_key(&report.group);
+            if room && ledger.is_ahead(report.epoch) {
+                let early = self.early.entry(report.group).or_default();
+                early.insert(from.clone(), report);
+            }
+            return;
+        }
+        let flush = self.current.entry(report.group).or_default();
         if flush.epoch != report.epoch {
             *flush = Flush {
                 epoch: report.epoch,
@@ -75,7 +96,7 @@ impl Flushes {
     }
 
     fn step(&self, config: &crate::Config, ledger: &Ledger, group: GroupId, now: Instant) -> Step {
-        let (Some(flush), Some(g)) = (self.0.get(&group), ledger.group(group)) else {
+        let (Some(flush), Some(g)) = (self.current.get(&group), ledger.group(group)) else {
             return Step::Wait;
         };
         let current = g.change.as_ref().is_some_and(|c| c.epoch == flush.epoch);
@@ -164,7 +185,8 @@ impl Process {
                     }
                 }
                 Step::Enter(cut) => {
-                    let flush = self.flushes.0.get_mut(&group).expect("it made a step");
+                    let flush = self.flushes.current.get_mut(&group);
+                    let flush = flush.expect("it made a step");
                     flush.entered = true;
                     let epoch = flush.epoch;
                     self.append(Entry::Cut { group, epoch, cut });
@@ -176,7 +198,8 @@ impl Process {
 
     fn tell_to_fetch(&mut self, group: GroupId, to: &MemberId, wants: Vec<Lack>) {
         let now = self.now;
-        let flush = self.flushes.0.get_mut(&group).expect("it made a step");
+        let flush = self.flushes.current.get_mut(&group);
+        let flush = flush.expect("it made a step");
         flush.told.insert(to.clone(), now);
         let epoch = flush.epoch;
         if *to == self.me {

@@ -24,6 +24,17 @@ const ACK_DELAY: Duration = Duration::from_millis(1);
 /// Bytes sent again because of one datagram, however many requests are in it.
 pub(crate) const RESEND_BYTES: usize = 128 * 1024;
 
+/// Announced so often without an acknowledgement, what was sent is not on its way any more: some 45 ms.
+const QUIET_PROBES: u32 = 4;
+
+/// How much may be sent now, of what the process may have on its way to all its groups.
+#[derive(Copy, Clone, Default)]
+pub(crate) struct Allowance {
+    pub(crate) bytes: u64,
+    /// Something was not sent for this.
+    pub(crate) missed: bool,
+}
+
 /// What this member sends.
 ///
 /// Invariant: the log holds every message that somebody may not hold.
@@ -93,9 +104,16 @@ impl Outgoing {
         if k == 0 {
             return self.log.held();
         }
-        let holders = |number: u64| self.vouched.iter().filter(|held| **held >= number).count();
-        let held = self.vouched.iter().copied().filter(|h| holders(*h) >= k);
-        held.max().unwrap_or(0)
+        match k {
+            // What is asked for most, without a copy.
+            1 => self.vouched.iter().copied().max().unwrap_or(0),
+            _ if k == self.vouched.len() => self.vouched.iter().copied().min().unwrap_or(0),
+            _ => {
+                let mut vouched = self.vouched.clone();
+                let (_, kth, _) = vouched.select_nth_unstable_by(k - 1, |a, b| b.cmp(a));
+                *kth
+            }
+        }
     }
 
     /// The receiver that holds least.
@@ -123,6 +141,14 @@ impl Outgoing {
             self.probe_at = None;
         }
         true
+    }
+
+    /// Bytes of the messages that were sent in whole and are on their way.
+    pub(crate) fn flight_bytes(&self) -> u64 {
+        if self.probes >= QUIET_PROBES {
+            return 0;
+        }
+        self.log.bytes_between(self.all_hold(), self.sent())
     }
 
     /// Bytes that not all hold, sent or not.
@@ -157,6 +183,7 @@ impl Outgoing {
         header: &mut Header,
         first: &[Small],
         limits: &Limits,
+        allowance: &mut Allowance,
     ) -> Vec<Bytes> {
         if !self.unsent() {
             return Vec::new();
@@ -169,6 +196,12 @@ impl Outgoing {
             self.stalled_since.get_or_insert(now);
             return Vec::new();
         }
+        // A message that was begun is sent to its end: nobody acknowledges a part of one.
+        let begun = self.next_send.offset > 0;
+        if allowance.bytes == 0 && !begun {
+            allowance.missed = true;
+            return Vec::new();
+        }
         if self.urgent_to >= self.next_send.number {
             header.flags |= wire::URGENT;
         }
@@ -178,11 +211,21 @@ impl Outgoing {
         for small in first {
             crate::wire::put_message(&mut front, small);
         }
-        let until = Pos::start(self.log.next());
-        let (bodies, at) =
-            self.log
-                .pack_after(&front, &head, self.next_send, until, BURST_BYTES, limits);
+        let from = self.next_send;
+        let (until, most) = match usize::try_from(allowance.bytes) {
+            Ok(0) => (from.number + 1, BURST_BYTES),
+            most => (
+                self.log.next(),
+                most.map_or(BURST_BYTES, |b| b.min(BURST_BYTES)),
+            ),
+        };
+        let until = Pos::start(until);
+        let (bodies, at) = self
+            .log
+            .pack_after(&front, &head, from, until, most, limits);
         self.next_send = at;
+        let sent: usize = bodies.iter().map(Bytes::len).sum();
+        allowance.bytes = allowance.bytes.saturating_sub(sent as u64);
         bodies
     }
 
@@ -337,7 +380,12 @@ mod tests {
             out.push(Bytes::from_static(b"m"), false);
         }
         let header = &mut Header::default();
-        let bodies = out.burst(Instant::from_micros(1), header, &[], &Limits::default());
+        let mut all = Allowance {
+            bytes: u64::MAX,
+            missed: false,
+        };
+        let (now, limits) = (Instant::from_micros(1), Limits::default());
+        let bodies = out.burst(now, header, &[], &limits, &mut all);
         assert_eq!((bodies.len(), out.sent()), (1, 9));
         assert!(
             out.acknowledged(0, 4, true)

@@ -114,6 +114,11 @@ impl Ledger {
         self.groups.get(&id)
     }
 
+    /// Whether a change with this number may begin by an entry that is not applied here yet.
+    pub(crate) fn is_ahead(&self, epoch: u64) -> bool {
+        epoch >= self.next_epoch
+    }
+
     /// Applies an entry of the site group's log.
     pub(crate) fn apply(&mut self, entry: &Entry) -> Vec<Effect> {
         let mut effects = Vec::new();

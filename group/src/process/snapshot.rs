@@ -7,7 +7,7 @@ use crate::time::Instant;
 
 const MAGIC: [u8; 3] = *b"UBP";
 /// Raised with every change to what a process holds.
-const FORMAT: u8 = 2;
+const FORMAT: u8 = 3;
 
 /// Of the configuration, an image holds what says whose it is; that stands in the core.
 pub(super) mod identity {
@@ -88,13 +88,27 @@ impl Process {
     /// That every list is as long as its view says, so that nothing is looked for beyond its end.
     fn consistent(&self) -> bool {
         let due = |(id, at): (&GroupId, &Instant)| self.dues.contains(&(*at, *id));
+        let counted = |id: &GroupId, e: &super::Endpoint| {
+            let counted = self.counted.get(id).copied().unwrap_or_default();
+            counted == (e.flight_bytes(), e.backlog_bytes())
+        };
+        let total = |of: fn(&(u64, u64)) -> u64| {
+            let mut all = self.counted.values().map(of);
+            all.try_fold(0_u64, u64::checked_add)
+        };
         self.me == self.core.config.me
             && self.due.len() == self.dues.len()
             && self.due.iter().all(due)
             && self
                 .endpoints
                 .iter()
-                .all(|(id, e)| e.id == *id && e.consistent(&self.me))
+                .all(|(id, e)| e.id == *id && e.consistent(&self.me) && counted(id, e))
+            && self
+                .counted
+                .keys()
+                .all(|id| self.endpoints.contains_key(id))
+            && total(|(flight, _)| *flight) == Some(self.flight_bytes)
+            && total(|(_, backlog)| *backlog) == Some(self.backlog_bytes)
     }
 }
 

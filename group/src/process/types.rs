@@ -377,16 +377,25 @@ pub struct ProcessConfig {
     pub core: crate::Config,
     /// Bytes that a member may have on their way to a group, sent and not held by all, or not sent yet.
     pub backlog_bytes_max: u64,
+    /// The same over all groups of the process. One that has nothing on its way to a group may always send it one message.
+    pub total_backlog_bytes_max: u64,
+    /// Bytes that the process may have sent that not all hold, over all its groups; the groups send in turn. What has had no
+    /// acknowledgement for long is not counted: it is lost, or somebody does not take it.
+    pub total_flight_bytes_max: u64,
     /// A member that holds up a full window for this long is made to leave. `None`: never.
     pub slow_after: Option<Duration>,
 }
 
 impl ProcessConfig {
-    /// The defaults: 8 MiB of backlog, slow members leave after five seconds.
+    /// The defaults: 8 MiB of backlog, 64 MiB over all groups, of which 256 KiB are on their way; slow members leave after five
+    /// seconds.
     pub fn new(core: crate::Config) -> Self {
         Self {
             core,
             backlog_bytes_max: 8 << 20,
+            total_backlog_bytes_max: 64 << 20,
+            // What one group may have on its way, and a burst: it does not feel this bound when it is alone.
+            total_flight_bytes_max: 256 << 10,
             slow_after: Some(Duration::from_secs(5)),
         }
     }

@@ -24,6 +24,18 @@ pub struct Executed {
     pub answer: Bytes,
 }
 
+/// Who has an answer, and what it changed, before its client hears it.
+#[derive(Copy, Clone, Debug, Default, PartialEq, Eq)]
+pub enum HeldBy {
+    /// Half of the backups: an answer outlives the failure of fewer than half of the members, and a slow backup is not waited
+    /// for.
+    #[default]
+    Half,
+    /// All members, and they have applied it: an answer is never lost while any of them goes on, and who reads at a backup what
+    /// a client was told finds it. Costs a round trip to the slowest member, and waits for one that is getting the state.
+    All,
+}
+
 /// The state of a service. Other than of a [`Machine`], its requests need not be deterministic: one member executes them.
 pub trait Service: Default + Send + 'static {
     /// At the primary: executes a request. The state does not change before [`Service::apply`]. Must not wait for the group.
@@ -166,12 +178,31 @@ impl<S: Service> PrimaryBackup<S> {
         requests::request(&self.replicated, id, request.into()).await
     }
 
+    /// As [`PrimaryBackup::request`], answered when so many have it.
+    ///
+    /// # Errors
+    /// [`RequestError`].
+    pub async fn request_held(
+        &self,
+        id: RequestId,
+        request: impl Into<Bytes>,
+        by: HeldBy,
+    ) -> Result<Bytes, RequestError> {
+        let answer = self.request(id, request).await?;
+        match by {
+            HeldBy::Half => {}
+            HeldBy::All => self.replicated.barrier().await?,
+        }
+        Ok(answer)
+    }
+
     /// A client that numbers its requests itself. One that asks for several things at once needs several.
     pub fn client(&self) -> Client<S> {
         let nth = self.clients.fetch_add(1, Ordering::Relaxed);
         Client {
             numbers: Numbers::new(self.group().me(), nth),
             service: self.clone(),
+            by: HeldBy::default(),
         }
     }
 }
@@ -180,16 +211,24 @@ impl<S: Service> PrimaryBackup<S> {
 pub struct Client<S> {
     service: PrimaryBackup<S>,
     numbers: Numbers,
+    by: HeldBy,
 }
 
 impl<S: Service> Client<S> {
+    /// The same, with its answers from now on held by so many.
+    #[must_use]
+    pub fn held_by(mut self, by: HeldBy) -> Self {
+        self.by = by;
+        self
+    }
+
     /// Asks for something, once, and waits for the answer.
     ///
     /// # Errors
     /// [`RequestError`].
     pub async fn call(&mut self, request: impl Into<Bytes>) -> Result<Bytes, RequestError> {
         let id = self.numbers.next();
-        self.service.request(id, request).await
+        self.service.request_held(id, request, self.by).await
     }
 }
 

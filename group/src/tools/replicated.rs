@@ -3,7 +3,7 @@
 //! BJ87 (replicated data: updates multicast, reads local).
 
 use crate::node::{Event, Events, Group, JoinError, Node, SendError};
-use crate::process::{GroupView, Multicast, Order, ThreadId};
+use crate::process::{GroupView, Multicast, Order, ThreadId, Want};
 use crate::view::MemberId;
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use std::collections::BTreeMap;
@@ -157,6 +157,26 @@ impl<M: Machine> Replicated<M> {
     /// [`UpdateError`].
     pub async fn update_safe(&self, update: &[u8]) -> Result<Bytes, UpdateError> {
         self.submit(update, true).await
+    }
+
+    /// Waits until every other member has applied all that this one has. A member that departs is not waited for; one that has
+    /// just joined is, until it has the state.
+    ///
+    /// # Errors
+    /// [`UpdateError`].
+    pub async fn barrier(&self) -> Result<(), UpdateError> {
+        // In the order of updates, and none itself: whoever takes it has taken what came before, and lets it go.
+        let order = Order::Total(ThreadId::default());
+        let mut replies = self
+            .group
+            .call(order, Bytes::new(), Want::All, None)
+            .await?;
+        while replies.next().await.is_some() {}
+        if replies.over() {
+            Ok(())
+        } else {
+            Err(UpdateError::Out)
+        }
     }
 
     async fn submit(&self, update: &[u8], safe: bool) -> Result<Bytes, UpdateError> {

@@ -52,7 +52,7 @@ impl Endpoint {
         self.backlog_bytes() < config.backlog_bytes_max
     }
 
-    fn backlog_bytes(&self) -> u64 {
+    pub(crate) fn backlog_bytes(&self) -> u64 {
         // What waits costs memory even where it is empty.
         self.queue_bytes + self.queue.len() as u64 * 64 + self.out.backlog_bytes()
     }
@@ -197,6 +197,12 @@ impl Endpoint {
         }
         self.push_direct(to, Kind::Direct, &body);
         Ok(())
+    }
+
+    /// Bytes that are on their way from here.
+    pub(crate) fn flight_bytes(&self) -> u64 {
+        let directs = self.directs.values().map(|d| d.out.flight_bytes());
+        self.out.flight_bytes() + directs.sum::<u64>()
     }
 
     fn direct_backlog_bytes(&self, to: &MemberId) -> u64 {
@@ -375,7 +381,8 @@ impl Endpoint {
                 unreachable!("made above")
             };
             let first: &[Small] = if acks.is_empty() { &[] } else { &small };
-            let bodies = self.out.burst(cx.now, &mut header, first, limits);
+            let (now, allowance) = (cx.now, &mut *cx.allowance);
+            let bodies = self.out.burst(now, &mut header, first, limits, allowance);
             if bodies.is_empty() {
                 break;
             }
@@ -436,7 +443,9 @@ impl Endpoint {
         for ((m, lane), direct) in &mut directs {
             while direct.out.unsent() {
                 let mut header = self.direct_header(m, *lane, direct);
-                let bodies = direct.out.burst(cx.now, &mut header, &[], limits);
+                let (now, allowance) = (cx.now, &mut *cx.allowance);
+                let out = &mut direct.out;
+                let bodies = out.burst(now, &mut header, &[], limits, allowance);
                 if bodies.is_empty() {
                     break;
                 }

@@ -42,7 +42,7 @@ pub(crate) const FORGETTING: &[Forgotten] = {
         ]};
     }
     forgetting![
-        asked, flushes, requests, changing, repeat_at, reported;
+        asked, flushes, requests, changing, repeat_at, reported, waiting;
         together, done, calls, blocked, load, donating, buffered, paused, queue
     ]
 };

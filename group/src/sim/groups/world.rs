@@ -532,6 +532,8 @@ impl World {
         core.fault = self.options.fault;
         let mut config = ProcessConfig::new(core);
         config.slow_after = Some(Duration::from_secs(3));
+        // Groups have to wait for their turns.
+        config.total_flight_bytes_max = 4 << 10;
         let seed = self.rng.next_u64();
         let twin = self
             .options
