@@ -470,12 +470,7 @@ impl Process {
             return;
         }
         let all = self.backlog_bytes <= most - most / 8;
-        let empty = |id: &GroupId| {
-            !self
-                .counted
-                .get(id)
-                .is_some_and(|(_, backlog)| *backlog > 0)
-        };
+        let empty = |id: &GroupId| self.counted.get(id).is_none_or(|(_, bytes)| *bytes == 0);
         let told = self.refused.extract_if(.., |id| all || empty(id));
         for group in told.collect::<Vec<_>>() {
             let event = GroupEvent::Room;

@@ -471,12 +471,13 @@ impl Worker {
         }
         let (group, order) = (sending.of.group, sending.message.order);
         let is_call = sending.replies.is_some();
-        if !is_call && let Some(seat) = self.seats.get_mut(&group) {
-            if !seat.held.is_empty() || !self.process.room(group, order) {
-                seat.held.push_back(Input::Send(sending, answer));
-                self.holding.insert(group);
-                return;
-            }
+        if !is_call
+            && let Some(seat) = self.seats.get_mut(&group)
+            && (!seat.held.is_empty() || !self.process.room(group, order))
+        {
+            seat.held.push_back(Input::Send(sending, answer));
+            self.holding.insert(group);
+            return;
         }
         let result = self.on_send(sending);
         if let Some(answer) = answer {
