@@ -1,6 +1,11 @@
 //! Simulates many clusters, one seed each: `cargo run --release -p unbroken-coord --features faults
 //! --example sim -- --seeds 10000`. See `--help`.
 
+#![expect(
+    clippy::disallowed_methods,
+    reason = "this is no core: it tells how long it took"
+)]
+
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -46,6 +46,7 @@ use crate::rng::Rng;
 use crate::session::{Deadlines, Run, SessionId};
 use crate::snapshot;
 use crate::time::Instant;
+use crate::tree::Change;
 use crate::txn::{Entry, Outcome, Proposal, State};
 use crate::watch::Watches;
 use crate::wire::{WatcherEvent, encode_event};
@@ -598,6 +599,9 @@ impl Core {
             self.on_outcome(outcome.clone(), &entry.proposal.command, ours);
         }
         for change in &changes {
+            if planted!(WatchLost) && matches!(change, Change::Data(_)) {
+                continue;
+            }
             for fired in self.watches.fire(change) {
                 let frame = encode_event(&WatcherEvent::new(fired.kind, fired.path));
                 for conn in fired.conns {

@@ -4,22 +4,8 @@
 
 use std::cell::Cell;
 
-macro_rules! faults {
-    ($($(#[doc = $doc:literal])+ $name:ident,)+) => {
-        /// A defect that the simulator must find.
-        #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-        pub enum Fault {
-            $($(#[doc = $doc])+ $name,)+
-        }
-
-        impl Fault {
-            /// All of them.
-            pub const ALL: &'static [Self] = &[$(Self::$name),+];
-        }
-    };
-}
-
-faults! {
+unbroken_planted::faults! {
+    "coord";
     /// Votes and acknowledgements go out before they are durable.
     AckBeforeSync,
     /// A restarted server has forgotten whom it voted for.
@@ -32,6 +18,10 @@ faults! {
     WatchAfterReply,
     /// A session ends in two steps: its last ephemeral goes with the next entry.
     EndInTwoSteps,
+    /// A session leaves an ephemeral behind.
+    EphemeralKept,
+    /// A change of data fires no watch.
+    WatchLost,
     /// A write that comes twice is done twice.
     NumberUnchecked,
     /// A failed `multi` leaves its first part done.
@@ -66,13 +56,13 @@ thread_local! {
     static PLANTED: Cell<Option<Fault>> = const { Cell::new(None) };
 }
 
-/// Plants a defect in everything that this thread does from now on, or none.
+/// Plants a defect in everything that this thread does from now on, or none any more.
 pub fn plant(fault: Option<Fault>) {
     PLANTED.set(fault);
 }
 
-/// What is planted.
+/// What is planted: in this thread, or else by the environment in the whole process.
 #[must_use]
 pub fn planted() -> Option<Fault> {
-    PLANTED.get()
+    PLANTED.get().or_else(Fault::of_process)
 }

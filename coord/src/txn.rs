@@ -359,7 +359,7 @@ impl State {
 
     fn end_session(&mut self, session: SessionId, zxid: u64, changes: &mut Vec<Change>) {
         let mut paths: Vec<String> = self.tree.ephemerals(session).map(str::to_owned).collect();
-        if planted!(EndInTwoSteps) {
+        if planted!(EndInTwoSteps, EphemeralKept) {
             paths.pop();
         }
         for path in paths {

@@ -116,7 +116,7 @@ impl Config {
             prefer: None,
             limits: Limits::default(),
             #[cfg(any(test, feature = "faults"))]
-            fault: None,
+            fault: Fault::of_process(),
         }
     }
 
@@ -131,10 +131,9 @@ impl Config {
     }
 }
 
-/// Defects that the simulator must find. Never compiled into a node.
 #[cfg(any(test, feature = "faults"))]
-#[derive(Copy, Clone, Debug, PartialEq, Eq)]
-pub enum Fault {
+unbroken_planted::faults! {
+    "group";
     /// A wedged member goes on acknowledging and delivering.
     AckAfterWedge,
     /// The proposer writes the new view without waiting for the old lease.
@@ -155,6 +154,14 @@ pub enum Fault {
     JoinerSkipsOne,
     /// A successor is chosen by rank alone, fit or not.
     LeaderUnfit,
+    /// Who misses events asks for them in vain.
+    NaksUnanswered,
+    /// Datagrams of any view are taken for those of this one.
+    ViewUnchecked,
+    /// The lease runs from when an answer came, not from when the question left.
+    LeaseFromAnswer,
+    /// The lease needs one answer too few.
+    LeaseByOneTooFew,
     /// A member of a group delivers while the view is being left.
     DeliverWhileBlocked,
     /// The view of a group ends at what the first survivor holds.

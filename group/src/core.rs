@@ -3,7 +3,7 @@
 //! Entry points and time are here. What a datagram does is in `receiving.rs`, what goes out in `sending.rs`, leaving a view in
 //! `flush.rs`, getting into one and installing it in `membership.rs`.
 
-use crate::config::Config;
+use crate::config::{Config, planted};
 use crate::detector::{Peer, Proofs};
 use crate::fbcast::{Assembler, EventLog};
 use crate::flush::{JOINER_GAP_BYTES, Proposal};
@@ -374,9 +374,12 @@ impl Core {
             return None;
         }
         let view = self.view();
-        let k = usize::from(view.k);
+        let mut k = usize::from(view.k);
         if k == 0 {
             return self.alone_until;
+        }
+        if planted!(self.config, LeaseByOneTooFew) {
+            k = k.max(2) - 1;
         }
         let mut answered: Vec<Instant> = self
             .peers

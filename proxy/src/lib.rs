@@ -23,6 +23,9 @@ mod registry;
 pub mod status;
 pub mod wire;
 
+#[cfg(feature = "faults")]
+pub use fault::Fault;
+
 /// Runs the program with `args`, the program's own name first, and says how it ended: 0 done,
 /// 1 failed, 64 wrong usage or configuration.
 pub fn main_from(args: impl IntoIterator<Item = OsString>) -> ExitCode {

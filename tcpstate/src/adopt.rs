@@ -19,6 +19,7 @@ use smoltcp::socket::tcp;
 use smoltcp::time::Instant as LibraryInstant;
 use smoltcp::wire::HardwareAddress;
 
+use crate::fault::planted;
 use crate::mapped::MappedSocket;
 use crate::output::HEADROOM;
 use crate::segment::flag;
@@ -243,7 +244,9 @@ impl Sender {
             self.una, self.pushed,
             "nothing is outstanding when bytes are passed over"
         );
-        self.first = self.first.plus(low32(self.una - self.base));
+        if !planted!(TranslationNotMoved) {
+            self.first = self.first.plus(low32(self.una - self.base));
+        }
         self.pushed += n;
         self.una = self.pushed;
         self.base = self.pushed;

@@ -19,6 +19,7 @@ use crate::adopt::{Library, LibraryFault, Sender};
 use crate::config::Config;
 use crate::conn_state::{ConnState, LinkAddr};
 use crate::event::{ConnId, Event, EventNo, ResetBy};
+use crate::fault::planted;
 use crate::gate::Gate;
 use crate::output::{Notice, Output, Packet};
 use crate::receive::Reassembly;
@@ -181,7 +182,8 @@ impl Endpoint {
         produced: u64,
         adopted: bool,
     ) -> Self {
-        let received = state.received + u64::from(state.peer_fin);
+        let fin = state.peer_fin && !(adopted && planted!(RcvNxtWrong));
+        let received = state.received + u64::from(fin);
         let mut gate = Gate::default();
         gate.append(retained, EventNo(0));
         let timestamp_len = u16::try_from(TIMESTAMP_LEN).expect("a small constant");
@@ -191,7 +193,8 @@ impl Endpoint {
             0
         };
         let payload_max = state.negotiated.mss.min(config.local_mss()) - options;
-        let edge = state.received + state.receive_window_max();
+        let advertised = !(adopted && planted!(EdgeForgotten));
+        let edge = state.received + u64::from(advertised) * state.receive_window_max();
         let rounding = state.receive_shift().map_or(0, |shift| (1u64 << shift) - 1);
         Self {
             id,
@@ -216,7 +219,7 @@ impl Endpoint {
             sender: None,
             recovery: Recovery::new(now, payload_max),
             gate,
-            produced,
+            produced: produced + u64::from(adopted && planted!(SndNxtWrong)),
             peer_acked: state.acked,
             snd_nxt: state.acked,
             peer_edge: state.acked + u64::from(state.window),
@@ -334,6 +337,10 @@ impl Endpoint {
         cx.log
             .outputs
             .push_back(Output::Notice(Notice::Reset { conn: self.id, by }));
+        if planted!(ResetBeforeCommit) {
+            self.send_reset(cx);
+            return Fate::ResetByUs;
+        }
         Fate::Live
     }
 

@@ -3,6 +3,7 @@
 //! A pure judgement of one segment against what the connection has received. RFC 9293 §3.10.7.4 in
 //! its order, hardened by RFC 5961 (exact-match RST, challenge ACKs) and RFC 7323 §5 (PAWS).
 
+use crate::fault::planted;
 use crate::segment::{Segment, flag};
 
 /// What the judgement needs to know. Offsets count from the first payload byte.
@@ -40,9 +41,11 @@ pub(crate) fn judge(view: &View, segment: &Segment<'_>, offset: i64) -> Verdict 
     if segment.has(flag::RST) {
         // RFC 5961 §3.2. The client answers our ACK with an RST at the number that we acknowledged,
         // and that lags what we have received.
-        return if offset == received || offset == view.last_ack.cast_signed() {
+        let in_window = (received..limit).contains(&offset);
+        let exact = offset == received || offset == view.last_ack.cast_signed();
+        return if exact || in_window && planted!(ResetsBelieved) {
             Verdict::Reset
-        } else if (received..limit).contains(&offset) {
+        } else if in_window {
             Verdict::Challenge
         } else {
             Verdict::Drop
@@ -57,7 +60,9 @@ pub(crate) fn judge(view: &View, segment: &Segment<'_>, offset: i64) -> Verdict 
     }
     let len = segment.len().cast_signed();
     let timely = match (view.ts_recent, segment.options.timestamp) {
-        (Some(recent), Some((tsval, _))) => tsval.wrapping_sub(recent).cast_signed() >= 0,
+        (Some(recent), Some((tsval, _))) if !planted!(TimestampsUnchecked) => {
+            tsval.wrapping_sub(recent).cast_signed() >= 0
+        }
         // RFC 7323 §3.2 would drop a segment without the option; Linux does not, nor do we.
         _ => true,
     };

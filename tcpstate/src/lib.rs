@@ -49,6 +49,7 @@ mod conn_state;
 mod endpoint;
 mod error;
 mod event;
+mod fault;
 mod gate;
 mod guard;
 mod icmp;
@@ -70,6 +71,8 @@ pub use error::DecodeError;
 pub use event::{
     ConnId, DATA_BYTES_MAX, Event, EventNo, HalfOpen, OUTPUT_MARKS_MAX, OutputMark, ResetBy,
 };
+#[cfg(feature = "faults")]
+pub use fault::Fault;
 pub use output::{Checksum, HEADROOM, Notice, Output, Packet};
 pub use replica::{Image, Replica};
 pub use seq::SeqNum;

@@ -9,6 +9,7 @@ use crate::config::Config;
 use crate::conn_state::{ConnState, Tuple};
 use crate::error::DecodeError;
 use crate::event::{ConnId, Event, EventNo, HalfOpen, ResetBy};
+use crate::fault::planted;
 use crate::time::Instant;
 
 /// Everything that a replica must know of a VIP's connections, without their bytes: what a joiner is
@@ -231,7 +232,9 @@ impl Replica {
     pub fn handle_server_bytes(&mut self, conn: ConnId, bytes: &[u8]) {
         if let Some(record) = self.records.get_mut(&conn) {
             record.produced += bytes.len() as u64;
-            record.retained.extend(bytes);
+            if !planted!(OutputForgotten) {
+                record.retained.extend(bytes);
+            }
             record.discard_acknowledged();
         }
     }

@@ -9,6 +9,7 @@ use crate::config::Config;
 use crate::conn_state::{ConnState, LinkAddr, Tuple};
 use crate::endpoint::{Context, Endpoint, Fate, Log};
 use crate::event::{ConnId, Event, EventNo, HalfOpen, OUTPUT_MARKS_MAX, OutputMark, ResetBy};
+use crate::fault::planted;
 use crate::icmp::TooBig;
 use crate::output::{Checksum, Output, Packet};
 use crate::replica::{Image, Record, Replica};
@@ -148,6 +149,9 @@ impl Stack {
         replica: Replica,
     ) -> Self {
         let mut stack = Self::new(config, secrets, now, clock, next_event);
+        if planted!(TsvalReset) {
+            stack.clock.value_us = 0;
+        }
         stack.quiet_until = Some(now + QUIET_AFTER_TAKEOVER);
         stack.closed = replica.closed;
         let (busy, idle): (Vec<_>, Vec<_>) = replica
@@ -163,7 +167,7 @@ impl Stack {
             .collect();
         stack.inherited = replica.records;
         for (half, since) in replica.half_open.into_values() {
-            if now.since(since) < HALF_OPEN_STALE {
+            if now.since(since) < HALF_OPEN_STALE && !planted!(HandshakesForgotten) {
                 stack
                     .half_open
                     .inherit(now, half, stack.config.max_half_open);
@@ -511,7 +515,9 @@ impl Stack {
         endpoint.handle_consumed(record.consumed);
         self.counters.adopted += 1;
         self.endpoints.insert(conn, endpoint);
-        self.with(now, conn, Endpoint::greet);
+        if !planted!(GreetingSkipped) {
+            self.with(now, conn, Endpoint::greet);
+        }
         if record.server_reset {
             self.with(now, conn, |endpoint, cx| {
                 endpoint.reset(cx, ResetBy::Server)
@@ -636,7 +642,7 @@ impl Stack {
         } else if let Some(past) = self.closed.nearest(&segment.tuple, segment.seq).copied() {
             self.answer_past(now, &past, segment, link);
         } else if !self.half_open.contains(&segment.tuple)
-            && self.quiet_until.is_none_or(|until| until <= now)
+            && (self.quiet_until.is_none_or(|until| until <= now) || planted!(StrangersRefused))
         {
             self.refuse(segment, link);
         }

@@ -22,6 +22,7 @@ const CALM: Plan = Plan {
     },
     ipv6: false,
     offload: false,
+    capacity: 24_000,
     seed: 1,
     crash_at: None,
     crash_again_after: None,
@@ -237,6 +238,7 @@ fn without_timestamps_and_with_a_large_window() {
                 buffer: 200_000,
                 ..script()
             },
+            capacity: 100_000,
             ..CALM
         },
     );
@@ -371,6 +373,7 @@ fn on_a_lossy_path() {
                 script,
                 ipv6: seed % 2 == 1,
                 offload: seed % 3 == 1,
+                capacity: CALM.capacity,
                 seed: 9_000 + seed,
                 crash_at: Some(2 + (seed as usize * 11) % 90),
                 crash_again_after: (seed % 4 == 0).then_some(30),

@@ -4,7 +4,7 @@
 
 mod vocabulary;
 
-use unbroken_tcpstate::{ConnId, Event, EventNo, ResetBy};
+use unbroken_tcpstate::{Checksum, ConnId, Event, EventNo, Replica, ResetBy, ServiceClock, Stack};
 use vocabulary::*;
 
 fn data(seq: u32, ack: u32, payload: &[u8]) -> Seg {
@@ -529,4 +529,79 @@ fn reassembly_is_bounded_over_all_connections() {
         let s = one_seg(b.peer_sends(data(110, iss.wrapping_add(1), &[1; 300])));
         assert_eq!(s.sack, [(110, 410)]);
     }
+}
+
+/// A replica's record lags: the client may acknowledge what an earlier leader has sent it and this one's server has yet to
+/// say. What comes with such an acknowledgement counts at once.
+#[test]
+fn a_client_may_hold_more_than_the_record_knows() {
+    let mut b = Bench::new(config(false));
+    let (conn, iss) = b.open(99);
+    assert_eq!(segs(b.server_says(conn, &[7; 100], 1)).len(), 1);
+    let mut replica = Replica::new(config(false));
+    for (number, event) in (1..).zip(&b.log) {
+        replica.apply(b.now, EventNo(number), event);
+    }
+    let later = ServiceClock {
+        at: b.now,
+        value_us: 640_150_000,
+    };
+    let next = b.stack.next_event();
+    let stack = Stack::take_over(config(false), secrets(), b.now, later, next, replica);
+    let mut heir = Bench::with(stack, &config(false), b.now);
+    heir.drain();
+    let out = heir.peer_sends(data(100, iss.wrapping_add(101), b"next"));
+    assert!(
+        matches!(events(&out)[..], [Event::Data { bytes, .. }] if bytes[..] == b"next"[..]),
+        "{out:?}"
+    );
+    heir.stable();
+    assert!(segs(heir.server_says(conn, &[7; 100], 1)).is_empty());
+    let s = one_seg(heir.server_says(conn, b"more", 1));
+    assert_eq!((s.seq, s.ack), (iss.wrapping_add(101), 104));
+}
+
+/// RFC 7323 §5.3: an old duplicate, told by its timestamp, is answered and not taken.
+#[test]
+fn an_old_timestamp_is_not_believed() {
+    let mut b = Bench::new(config(false));
+    let (_, iss) = b.open(99);
+    let old = Seg {
+        ts: Some((400, 0)),
+        ..data(100, iss.wrapping_add(1), b"old")
+    };
+    let out = b.peer_sends(old);
+    assert!(events(&out).is_empty());
+    assert_eq!(one_seg(out).ack, 100);
+}
+
+/// A checksum that nobody has verified is verified here.
+#[test]
+fn a_damaged_segment_is_dropped() {
+    let mut b = Bench::new(config(false));
+    let (_, iss) = b.open(99);
+    let to = std::net::SocketAddr::new(b.vip, 80);
+    let mut packet = build(b.peer, to, &data(100, iss.wrapping_add(1), b"whole"));
+    *packet.last_mut().unwrap() ^= 1;
+    b.stack
+        .handle_packet(b.now, &packet, LINK, Checksum::Verify);
+    nothing(b.drain());
+    assert_eq!(b.stack.counters().bad_checksums, 1);
+    b.stack
+        .handle_packet(b.now, &packet, LINK, Checksum::Verified);
+    assert!(matches!(events(&b.drain())[..], [Event::Data { .. }]));
+}
+
+/// RFC 9293 §3.7.1: no segment is larger than the client takes, options included.
+#[test]
+fn segments_are_no_larger_than_the_client_takes() {
+    let mut b = Bench::new(config(false));
+    let mss = Some(536);
+    let syn_ack = one_seg(b.peer_sends(Seg { mss, ..SYN }));
+    let una = syn_ack.seq.wrapping_add(1);
+    b.peer_sends(data(1, una, b""));
+    b.stable();
+    let out = segs(b.server_says(ConnId(1), &[5; 3_000], 1));
+    let lens: Vec<usize> = out.iter().map(|s| s.payload.len()).collect();
+    assert_eq!(lens.iter().max(), Some(&(536 - 12)), "{lens:?}");
 }

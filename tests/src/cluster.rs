@@ -90,8 +90,6 @@ pub struct Options {
     pub group: String,
     /// At least one.
     pub services: Vec<Service>,
-    /// A defect planted into every node (`proxy/src/fault.rs`), in a build with the feature `faults`.
-    pub fault: Option<&'static str>,
 }
 
 impl Options {
@@ -105,7 +103,6 @@ impl Options {
             mtu: None,
             group: String::new(),
             services: services.into(),
-            fault: None,
         }
     }
 }
@@ -225,9 +222,6 @@ impl Cluster {
         command.args(["--log", "info", role, "-c"]);
         command.arg(self.folder(name).join("node.toml"));
         command.current_dir(self.folder(name));
-        if let Some(fault) = self.options.fault {
-            command.env("UNBROKEN_FAULT", fault);
-        }
         let log = self.folder(name).join("node.log");
         let process = self.host(name).spawn("node", command, &log)?;
         self.running(name).node = Some(process);

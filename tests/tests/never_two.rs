@@ -146,20 +146,6 @@ fn a_leader_that_wakes_says_nothing_more() {
     });
 }
 
-#[cfg(feature = "faults")]
-#[test]
-fn without_a_fence_it_is_found_out() {
-    userns::privileged("without_a_fence_it_is_found_out", || {
-        let options = Options {
-            fault: Some("no-fence"),
-            ..options()
-        };
-        let found = sleepers(options, 10 * ROUNDS);
-        println!("{found:?}");
-        assert!(found.is_some(), "two leaders went unseen");
-    });
-}
-
 #[test]
 fn the_fence_is_there_with_the_node_and_gone_after_it() {
     userns::privileged("the_fence_is_there_with_the_node_and_gone_after_it", || {

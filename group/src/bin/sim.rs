@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::process::ExitCode;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
+use unbroken_group::Fault;
 use unbroken_group::sim::{Options, Outcome, run, run_groups};
 
 const USAGE: &str = "\
@@ -22,31 +23,12 @@ Simulates process groups: one seed, one run. Prints each seed that violates an i
   --jobs N      threads (one for each processor)
 ";
 
-fn fault(name: &str) -> Option<unbroken_group::Fault> {
-    use unbroken_group::Fault::*;
-    [
-        AckAfterWedge,
-        SkipLeaseWait,
-        CutIsOwnHighest,
-        DeliverBeyondCut,
-        StableAtKMinusOne,
-        RestartSurvives,
-        EarlyTrim,
-        JoinerSkipsOne,
-        LeaderUnfit,
-        ClockWithoutLease,
-        DeliverWhileBlocked,
-        CutIsFirstReport,
-        CausalAtOnce,
-        TwoTokens,
-        SafeAtOnce,
-        GbcastAtOnce,
-        JoinerForgets,
-        OldDirects,
-        VouchAfterReport,
-    ]
-    .into_iter()
-    .find(|f| format!("{f:?}").eq_ignore_ascii_case(&name.replace('-', "")))
+fn fault(name: &str) -> Option<Fault> {
+    let name = format!("group/{name}");
+    Fault::ALL
+        .iter()
+        .copied()
+        .find(|fault| fault.name() == name)
 }
 
 struct Wish {

@@ -134,7 +134,7 @@ impl World {
         config.limits.flight_bytes_max = 64 << 10;
         #[cfg(any(test, feature = "faults"))]
         {
-            config.fault = self.options.fault;
+            config.fault = self.options.fault.or(config.fault);
         }
         let now = self.local(node, self.now);
         let seed = self.rng.next_u64();

@@ -13,6 +13,7 @@ use unbroken_tcpstate::ConnId;
 
 use super::reports::CloseReport;
 use crate::clock::BootTime;
+use crate::fault::planted;
 
 /// A report that may have been lost is repeated after this long, later after twice as long, and so on.
 const REPEAT_MIN: Duration = Duration::from_millis(20);
@@ -147,6 +148,9 @@ impl Closes {
         now: BootTime,
         max: usize,
     ) -> Option<(u64, Vec<CloseReport>)> {
+        if planted!(ClosesUnreported) {
+            return None;
+        }
         if self.fresh.is_empty() && self.repeat_at.is_some_and(|at| at <= now) {
             let after = self.repeat_after;
             self.again();

@@ -27,6 +27,7 @@ use super::servers::Servers;
 use super::verdict::Verdict;
 use crate::clock::BootTime;
 use crate::config::{self, Failback};
+use crate::fault::planted;
 use crate::health::Health;
 use crate::registry::{Node, Operation, Request};
 use crate::wire::{Flushed, Frame, Kind, Mac, OutPacket, RECEIVE_BATCH, Wire};
@@ -383,6 +384,11 @@ impl Plane {
     fn settle(&mut self, now: BootTime, cx: &mut Context<'_>) {
         loop {
             let group = self.drain_group(now, cx);
+            if planted!(CommitWaitSkipped)
+                && let Role::Leader(stack) = &self.role
+            {
+                self.stable = EventNo(stack.next_event().0 - 1);
+            }
             if self.stable > self.stable_told
                 && !self.wedged
                 && let Role::Leader(stack) = &mut self.role
@@ -581,6 +587,9 @@ impl Plane {
     }
 
     fn wedge(&mut self) {
+        if planted!(WedgeIgnored) {
+            return;
+        }
         self.wedged = true;
         self.changed = true;
         self.wire.fence_mut().close();
@@ -668,9 +677,11 @@ impl Plane {
 
     /// A backup becomes the leader: every connection is rebuilt from its record.
     fn take_over(&mut self, now: BootTime, installed: &Installed, replica: Replica) -> Role {
+        // What is ahead by half of all TSvals is behind.
+        let ahead_us = u64::from(planted!(ClockNotCarried)) * (1000 << 31);
         let clock = tcp::ServiceClock {
             at: tcp_time(now),
-            value_us: installed.clock_us,
+            value_us: installed.clock_us + ahead_us,
         };
         let mut stack = Stack::take_over(
             self.config.tcp.clone(),
@@ -695,7 +706,7 @@ impl Plane {
         info!(vip = %self.config.vip, connections = stack.connections(), "took over");
         self.servers.tell_answers();
         self.stable_told = EventNo(0);
-        if self.config.keeps_recent {
+        if self.config.keeps_recent && !planted!(GapForgotten) {
             self.replay_recent(now, &mut stack);
         }
         self.claim(now);
@@ -776,7 +787,7 @@ impl Plane {
                 || behind_bytes > BEHIND_BYTES_MAX
                 || self.server_failing()
                 || self.verdict.unfit(),
-            reluctant: self.maintenance,
+            reluctant: self.maintenance && !planted!(MaintenanceIgnored),
         });
         if matches!(self.role, Role::Leader(_)) && self.servers.ordered() {
             let members = self.group.status().members;

@@ -14,6 +14,7 @@ use super::role::Role;
 use super::servers::Outlook;
 use crate::clock::BootTime;
 use crate::config::{Config, FenceMode};
+use crate::fault::planted;
 use crate::metrics::{NodeMetrics, ServiceMetrics};
 use crate::status::{
     Board, CatchUpStage, DivergenceStatus, LeaseStatus, MemberState, MemberStatus, Redundancy,
@@ -107,7 +108,7 @@ impl Reporter {
         let services = &self.services;
         let written = self.board.try_update(|status| {
             for (report, places) in reports.iter_mut().zip(services) {
-                if !status.coordinator.quorum {
+                if !status.coordinator.quorum && !planted!(QuorumUnneeded) {
                     report.redundancy = Redundancy::Unprotected;
                     let further = report.reason.take();
                     let further = further.map_or(String::new(), |reason| format!("; {reason}"));
@@ -346,7 +347,7 @@ impl Reporter {
         };
         let fit = |m: &&GroupMember| {
             let own = *m.member.name == *self.me;
-            if leading && !own && !heard(m) {
+            if leading && !own && !heard(m) && !planted!(SilenceUnseen) {
                 return false;
             }
             let behind = if own { behind } else { m.lag.behind_bytes };

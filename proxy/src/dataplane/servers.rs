@@ -26,6 +26,7 @@ use super::liveness::{self, Liveness};
 use super::spill::{Piece, Spill};
 use super::upstream::{ReadOutcome, Target, Upstream};
 use crate::clock::BootTime;
+use crate::fault::planted;
 
 /// Who keeps what the local server answers: the leader's stack, or a backup's record.
 pub(crate) trait OutputKeeper {
@@ -251,7 +252,7 @@ impl Servers {
                 };
                 let before = server.input.cost_bytes();
                 server.input.push(number, *offset, bytes.clone());
-                if server.input.given_up() {
+                if server.input.given_up() || planted!(HistoryTrimmed) {
                     let taken = server.upstream.as_ref().map_or(0, Upstream::taken);
                     server.input.forget_before(taken);
                 }
@@ -445,12 +446,18 @@ impl Servers {
                 .unwrap_or(server.opened)
         };
         // With one order, on any connection.
-        let tag = self.given.unwrap_or(tag);
+        let mut tag = self.given.unwrap_or(tag);
+        if planted!(TagForgotten) {
+            tag = server.opened;
+        }
         let mut budget = TURN_BYTES;
         let mut ended = false;
         let mut found = None;
         while outcome.is_ok() && upstream.readable() {
-            let skip = keeper.produced(conn).saturating_sub(server.server_offset);
+            let mut skip = keeper.produced(conn).saturating_sub(server.server_offset);
+            if planted!(ReplayTakenForNew) {
+                skip = 0;
+            }
             let want = if unwanted {
                 READ_BYTES
             } else if skip > 0 {
@@ -664,7 +671,10 @@ impl Servers {
         // All of it lies before the cut, so it is stable: the number of its `Open` serves as tag.
         let number = EventNo(header.conn);
         let mut input = Input::starting_at(header.base);
-        for piece in pieces {
+        for mut piece in pieces {
+            if planted!(ReplayWrong) {
+                piece = Piece::Memory(vec![0; piece.len()].into());
+            }
             input.push_piece(number, piece);
         }
         if header.finished {

@@ -67,7 +67,7 @@ impl Fence {
     /// # Errors
     /// The kernel does not take them.
     pub(super) fn with_kernel(interface: &str, vip: IpAddr) -> Result<Self, KernelFenceError> {
-        if planted!(NoFence | NoKernelFence) {
+        if planted!(NoFence | NoKernelFence | ClockUnread) {
             return Ok(Self::shut());
         }
         let rules = KernelFence::open(interface, vip)?;
@@ -94,6 +94,9 @@ impl Fence {
 
     /// Shuts the fence, at once: before a wedge is acknowledged, and on stepping down.
     pub fn close(&mut self) {
+        if planted!(FenceLeftOpen) {
+            return;
+        }
         self.lease_until = None;
         if let Some(kernel) = &mut self.kernel {
             kernel.shut();
@@ -140,7 +143,7 @@ impl Fence {
         {
             return false;
         }
-        Self::check(Some(lease_until), BootTime::now())
+        planted!(ClockUnread) || Self::check(Some(lease_until), BootTime::now())
     }
 
     /// Renews the kernel's half if half of its time is over: call it after frames were sent.
@@ -162,6 +165,9 @@ impl Kernel {
     /// The timeout to ask for at `now`; `None` if so little is left of the lease that the kernel cannot
     /// count it (measured: less than a tick may round to no timeout at all).
     fn timeout(&self, now: BootTime, lease_until: BootTime) -> Option<Duration> {
+        if planted!(LeaseWithoutEnd) {
+            return Some(Duration::from_secs(3600));
+        }
         let timeout = lease_until.since(now).checked_sub(SLACK)?;
         // Netlink takes milliseconds.
         let whole = Duration::from_millis(u64::try_from(timeout.as_millis()).ok()?);

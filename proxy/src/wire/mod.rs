@@ -32,6 +32,7 @@ pub use fence::Fence;
 
 pub use crate::clock::BootTime;
 use crate::config::{AddressMode, FenceMode};
+use crate::fault::planted;
 pub use neighbour::Announcer;
 pub use nft::KernelFenceError;
 pub use packet::{Frame, HEADROOM, Kind, Mac, OutPacket};
@@ -362,7 +363,9 @@ impl Wire {
                 Meaning::Claim(by) => {
                     if self.owns {
                         self.counters.foreign_claims += 1;
-                        self.announcer.handle_claim(now);
+                        if !planted!(ClaimsUnanswered) {
+                            self.announcer.handle_claim(now);
+                        }
                     }
                     f(Frame {
                         source,
@@ -403,6 +406,9 @@ impl Wire {
     /// Throws away what is waiting in the socket: frames from before a takeover are stale, and
     /// the clients will say again whatever still matters.
     pub fn discard_input(&mut self) {
+        if planted!(StaleFramesTaken) {
+            return;
+        }
         let mut lengths = [0; BATCH];
         for _ in 0..DISCARD_BATCHES_MAX {
             let Ok(n) = self.receive_batch(&mut lengths) else {
@@ -520,7 +526,7 @@ impl Wire {
     /// Queues one announcement now, ahead of what waits; the schedule makes its own by
     /// [`Wire::handle_timeout`].
     pub fn announce(&mut self) {
-        if !self.owns {
+        if !self.owns || planted!(NotAnnounced) {
             return;
         }
         for frame in neighbour::announcement(self.vip, self.station) {

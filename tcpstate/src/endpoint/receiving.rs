@@ -5,6 +5,7 @@ use bytes::Bytes;
 use super::{CHALLENGE_INTERVAL, Context, Endpoint, Mark, SILENCES_MAX};
 use crate::conn_state::LinkAddr;
 use crate::event::{DATA_BYTES_MAX, Event};
+use crate::fault::planted;
 use crate::guard::{Verdict, View, judge};
 use crate::receive::trim;
 use crate::segment::{Segment, flag};
@@ -39,7 +40,7 @@ impl Endpoint {
             Verdict::Accept => {}
             verdict @ (Verdict::Answer | Verdict::Challenge) => {
                 if verdict == Verdict::Answer {
-                    self.ack_now = true;
+                    self.ack_now |= !planted!(DuplicatesUnanswered);
                 } else {
                     self.challenge(cx);
                 }
@@ -66,6 +67,7 @@ impl Endpoint {
     /// acknowledgement is cumulative, so that of an old segment is as true as any.
     fn learn_from_old(&mut self, cx: &mut Context<'_>, segment: &Segment<'_>, offset: i64) {
         let plain = segment.has(flag::ACK) && !segment.has(flag::SYN) && !segment.has(flag::RST);
+        let plain = plain && !planted!(OldSegmentsUnheard);
         if plain && self.adopted(cx.now) && offset <= self.state.received.cast_signed() {
             self.on_ack(cx, segment, offset);
         }
@@ -130,6 +132,9 @@ impl Endpoint {
         while let Some(piece) = self.reassembly.take(self.state.received) {
             self.announce_data(cx, piece);
         }
+        if planted!(AckBeforeCommit) {
+            self.stable_received = self.state.received;
+        }
         if self.reassembly.fin_at() == Some(self.state.received) {
             let offset = self.state.received;
             let number = self.announce(
@@ -188,16 +193,28 @@ impl Endpoint {
 
     /// edge = min(stable, consumed) + capacity, monotone.
     pub(super) fn update_edge(&mut self) {
-        let taken = self.consumed.min(self.stable_received);
+        let taken = if planted!(EdgeWithoutServer) {
+            self.stable_received
+        } else {
+            self.consumed.min(self.stable_received)
+        };
         self.edge = self.edge.max(taken + self.state.receive_window_max());
     }
 
     /// What a segment that leaves now says; notes that it was said.
     pub(super) fn ack_fields(&mut self, cx: &Context<'_>) -> AckFields {
-        let shift = self.state.receive_shift().unwrap_or(0);
+        let mut shift = self.state.receive_shift().unwrap_or(0);
+        if self.adopted(cx.now) && planted!(ScaleForgotten) {
+            shift += 1;
+        }
         let ack = self.stable_received;
         // Rounded up, so that the scaled field never falls below the edge.
-        let field = self.edge.saturating_sub(ack).div_ceil(1 << shift);
+        let from = if planted!(ClampWithoutWindow) {
+            self.state.received
+        } else {
+            ack
+        };
+        let field = self.edge.saturating_sub(from).div_ceil(1 << shift);
         let window = u16::try_from(field).unwrap_or(u16::MAX);
         let timestamp = self
             .state

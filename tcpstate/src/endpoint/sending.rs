@@ -7,6 +7,7 @@ use super::{ACKED_LATE_MAX, Context, Endpoint, Fate, Mark};
 use crate::adopt::{Emitted, LibraryFault, Sender, Terms};
 use crate::config::Config;
 use crate::event::{Event, EventNo, ResetBy};
+use crate::fault::planted;
 use crate::output::{HEADROOM, Output, Packet};
 use crate::segment::{Segment, TIMESTAMP_LEN, flag, seal, timestamp_option};
 use crate::seq::SeqNum;
@@ -40,7 +41,7 @@ impl Endpoint {
         segment: &Segment<'_>,
         offset: i64,
     ) -> bool {
-        let slack = if self.adopted(cx.now) {
+        let slack = if self.adopted(cx.now) && !planted!(RecordTakenForTruth) {
             ADOPTED_ACK_SLACK
         } else {
             0
@@ -180,6 +181,7 @@ impl Endpoint {
             },
         );
         self.unstable.push_back((number, Mark::LocalFin));
+        self.fin_allowed |= planted!(FinBeforeCommit);
         self.pump(cx)
     }
 
@@ -272,8 +274,13 @@ impl Endpoint {
         start: u64,
         peer_edge: u64,
     ) -> Result<Sender, LibraryFault> {
+        let theirs = if planted!(MssExceeded) {
+            u16::MAX
+        } else {
+            state.negotiated.mss
+        };
         let terms = Terms {
-            mss: state.negotiated.mss.min(cx.config.local_mss()),
+            mss: theirs.min(cx.config.local_mss()),
             peer_shift: state.negotiated.peer_shift.unwrap_or(0),
             timestamps: state.negotiated.timestamps,
             ip_header_len: state.tuple.ip_header_len(),

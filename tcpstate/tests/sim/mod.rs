@@ -32,6 +32,8 @@ pub struct Plan {
     pub script: Script,
     pub ipv6: bool,
     pub offload: bool,
+    /// Bytes of receive capacity: above 65,535 the window is scaled.
+    pub capacity: u32,
     pub seed: u64,
     /// Kill the leader before it executes its n-th output.
     pub crash_at: Option<usize>,
@@ -172,7 +174,7 @@ impl World {
             ("10.0.0.9".parse().unwrap(), "10.0.0.100".parse().unwrap())
         };
         let mut config = Config::new(vip, [80]);
-        config.receive_capacity = 24_000;
+        config.receive_capacity = plan.capacity;
         config.transmit_capacity = 20_000;
         config.retained_output_max = 28_000;
         config.segmentation_offload = plan.offload;

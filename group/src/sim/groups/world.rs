@@ -529,7 +529,7 @@ impl World {
         core.lease_alone = Duration::from_millis(100);
         core.limits.flight_bytes_max = 64 << 10;
         core.limits.transfer_window_bytes = 8 << 10;
-        core.fault = self.options.fault;
+        core.fault = self.options.fault.or(core.fault);
         let mut config = ProcessConfig::new(core);
         config.slow_after = Some(Duration::from_secs(3));
         // Groups have to wait for their turns.

@@ -13,6 +13,7 @@ use super::super::role::{Keeper, Role};
 use super::{Plane, group_time, is_fit};
 use crate::clock::BootTime;
 use crate::config::Failback;
+use crate::fault::planted;
 use crate::health::Health;
 
 /// A leader without a server, or with one that others' servers contradict, hands over no more often
@@ -101,11 +102,16 @@ impl Plane {
 
     /// Whether another should lead, and who, as this node's upkeep and the configuration go.
     fn yields(&mut self, now: BootTime) -> Option<Option<String>> {
-        if self.maintenance && self.electable().iter().any(|m| !m.lag.reluctant) {
+        let resting = self.maintenance && !planted!(MaintenanceIgnored);
+        if resting && self.electable().iter().any(|m| !m.lag.reluctant) {
             info!(vip = %self.config.vip, "in maintenance: handing over");
             return Some(None);
         }
-        let prefer = self.config.prefer.clone()?;
+        let prefer = self
+            .config
+            .prefer
+            .clone()
+            .filter(|_| !planted!(PreferenceIgnored))?;
         if *prefer == *self.group.me().name || self.config.failback == Failback::Never {
             return None;
         }
@@ -137,7 +143,8 @@ impl Plane {
 
     /// Whether a server is known not to serve.
     pub(crate) fn server_failing(&self) -> bool {
-        self.servers.is_down() || self.config.health.iter().any(Health::is_failing)
+        let unwell = self.config.health.iter().any(Health::is_failing);
+        self.servers.is_down() || unwell && !planted!(HealthIgnored)
     }
 
     /// Leader, regularly: closes that wait are judged again, for waiting has its end, and those who could
@@ -160,7 +167,11 @@ impl Plane {
         self.servers.check_life(now);
         match &self.role {
             Role::Leader(_) if self.servers.closes_changed() => {
-                let electable: Vec<_> = self.electable().into_iter().map(|m| m.member).collect();
+                let mut electable: Vec<_> =
+                    self.electable().into_iter().map(|m| m.member).collect();
+                if planted!(ClosesUnagreed) {
+                    electable.clear();
+                }
                 let may_yield = now >= self.yield_at;
                 let bytes_out = &mut self.client_bytes_out;
                 let mut keeper = Keeper {

@@ -34,6 +34,7 @@ use super::super::spill::{Piece, Spill};
 use super::super::upstream::Upstream;
 use super::{Input, OutputKeeper, Servers};
 use crate::clock::BootTime;
+use crate::fault::planted;
 
 /// After an input the queue is looked at when the server says something, and at the latest so much
 /// later; then after twice that, and so on. A server that answers each input tells by that.
@@ -441,6 +442,9 @@ impl Servers {
         order: &mut Order,
         keeper: &mut impl OutputKeeper,
     ) -> bool {
+        if planted!(OrderIgnored) {
+            order.waiting = None;
+        }
         let Some(waiting) = &mut order.waiting else {
             return true;
         };
