@@ -10,6 +10,7 @@
 //! The epoch changes with each view, so that no key outlives one; receivers follow without agreement, because the header
 //! names it. It is no forward secrecy: all keys can be derived from the group's.
 
+mod closing;
 mod control;
 mod header;
 mod inbound;

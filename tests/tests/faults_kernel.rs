@@ -2,6 +2,9 @@
 
 #![allow(clippy::unwrap_used, reason = "a test says plainly what it expects")]
 
+use std::io::{self, ErrorKind, Read as _, Write as _};
+use std::net::{SocketAddr, TcpStream};
+
 use rustix::process::Signal;
 use unbroken::status::{Redundancy, Role};
 use unbroken_tests::cluster::{Cluster, Options, PATIENCE, Service};
@@ -98,6 +101,29 @@ fn the_leader_is_cut_off() {
 fn the_leader_stops_and_wakes() {
     userns::privileged("the_leader_stops_and_wakes", || {
         survive(&[Fault::Stopped, Fault::Stopped]);
+    });
+}
+
+/// Who sees a killed node's control connection end is refused by its listener at once: the proof of death waits for nothing
+/// else that the kernel has to close.
+#[test]
+fn a_killed_node_refuses_as_soon_as_it_ends() {
+    userns::privileged("a_killed_node_refuses_as_soon_as_it_ends", || {
+        let options = Options::new(NODE, [Service::lab(SERVER)]);
+        let mut cluster = Cluster::start(options).unwrap();
+        let (leader, _) = cluster.wait_whole().unwrap();
+        let address = SocketAddr::from((cluster.lab().host(&leader).address(), 7400));
+        let client = cluster.lab().host("c").clone();
+        let mut control = client.enter(|| TcpStream::connect(address)).unwrap();
+        // A challenge, so that it is known to be accepted.
+        control.write_all(b"UBctl\0\0\x01").unwrap();
+        control.write_all(&[7; 16]).unwrap();
+        control.read_exact(&mut [0; 2]).unwrap();
+        cluster.node(&leader).signal(Signal::KILL).unwrap();
+        // To its end, or until it is reset.
+        let _ = io::copy(&mut control, &mut io::sink());
+        let refused = client.enter(|| TcpStream::connect(address));
+        assert_eq!(refused.unwrap_err().kind(), ErrorKind::ConnectionRefused);
     });
 }
 

@@ -20,6 +20,7 @@ use mio::{Interest, Registry, Token};
 use ring::aead::{Aad, LessSafeKey, Nonce};
 use socket2::{SockRef, TcpKeepalive};
 
+use super::closing::Closing;
 use super::seal::{GroupKey, TAG_BYTES};
 use crate::output::ControlEvent;
 use crate::time::Instant;
@@ -134,6 +135,7 @@ impl Control {
         #[expect(clippy::disallowed_methods, reason = "this is the driver")]
         let listener = std::net::TcpListener::bind(members[me])?;
         listener.set_nonblocking(true)?;
+        let listener = Closing::First.place(listener);
         let others = members.iter().filter(|(name, _)| *name != me);
         let peers = others.map(|(name, address)| Peer {
             name: name.clone(),
@@ -484,8 +486,8 @@ impl Control {
             return;
         };
         while self.acceptable {
-            let mut stream = match self.listener.accept() {
-                Ok((stream, _)) => stream,
+            let stream = match self.listener.accept() {
+                Ok((stream, _)) => std::net::TcpStream::from(stream),
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
                     self.acceptable = false;
                     return;
@@ -496,6 +498,7 @@ impl Control {
             let Some(slot) = self.accepted.iter().position(Option::is_none) else {
                 continue;
             };
+            let mut stream = TcpStream::from_std(Closing::Second.place(stream));
             let token = Token(base + 1 + PEERS_MAX + slot);
             if registry
                 .register(&mut stream, token, Interest::READABLE)
