@@ -529,7 +529,7 @@ impl Plane {
                 GroupOutput::CheckpointChunk { bytes, total, .. } => {
                     self.take_chunk(now, bytes, total);
                 }
-                GroupOutput::CheckpointDone => self.restore(now, cx),
+                GroupOutput::CheckpointDone => self.restore(now),
                 GroupOutput::Unicast { from, payload } => match Report::decode(&payload) {
                     Ok(Report::Closes { run, closes }) => {
                         self.servers.handle_closes(&from, run, &closes);

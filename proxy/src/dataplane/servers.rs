@@ -72,6 +72,9 @@ const CONNECT_GIVE_UP: Duration = Duration::from_secs(1);
 const RESTART_GIVE_UP: Duration = Duration::from_secs(30);
 /// How often the processes behind the targets are looked at.
 const LIFE_EVERY: Duration = Duration::from_millis(20);
+/// So many connections that a replica which joins brings up are made in a millisecond: a listener's queue is short, and what
+/// overflows it is made again after a second, or reset.
+const RESTORES_PER_MS: usize = 64;
 /// A connection to the server that is being made counts as missing after this long.
 const CONNECT_PATIENCE: Duration = Duration::from_millis(100);
 /// Where the server's process is unknown, a close counts as one if the server still accepts
@@ -291,9 +294,23 @@ impl Servers {
         number: EventNo,
         reg: &Registry,
     ) {
+        if self.keep(now, conn, port, input, number) {
+            self.connect(now, conn, reg);
+        }
+    }
+
+    /// Begins to keep a connection's input, without a connection to the server; false where no server is.
+    fn keep(
+        &mut self,
+        now: BootTime,
+        conn: ConnId,
+        port: u16,
+        input: Input,
+        number: EventNo,
+    ) -> bool {
         let Some(backend) = self.backends.get(&port) else {
             warn!(port, "a connection to a port that no service has");
-            return;
+            return false;
         };
         let target = backend.target.clone();
         self.history_bytes += input.cost_bytes();
@@ -316,7 +333,7 @@ impl Servers {
             ended: false,
         };
         self.servers.insert(conn, server);
-        self.connect(now, conn, reg);
+        true
     }
 
     fn connect(&mut self, now: BootTime, conn: ConnId, reg: &Registry) {
@@ -660,14 +677,8 @@ impl Servers {
         (headers, pieces)
     }
 
-    /// Takes a connection from a checkpoint and begins the replay.
-    pub(crate) fn restore(
-        &mut self,
-        now: BootTime,
-        header: &InputHeader,
-        pieces: Vec<Piece>,
-        reg: &Registry,
-    ) {
+    /// Takes a connection from a checkpoint; the replay begins soon.
+    pub(crate) fn restore(&mut self, now: BootTime, header: &InputHeader, pieces: Vec<Piece>) {
         // All of it lies before the cut, so it is stable: the number of its `Open` serves as tag.
         let number = EventNo(header.conn);
         let mut input = Input::starting_at(header.base);
@@ -680,6 +691,11 @@ impl Servers {
         if header.finished {
             input.finish();
         }
-        self.open(now, ConnId(header.conn), header.port, input, number, reg);
+        let before = self.servers.len() / RESTORES_PER_MS;
+        let conn = ConnId(header.conn);
+        if self.keep(now, conn, header.port, input, number) {
+            let wait = Duration::from_millis(before as u64);
+            self.later(conn, now + wait, Later::Connect);
+        }
     }
 }

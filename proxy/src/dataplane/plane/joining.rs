@@ -199,7 +199,7 @@ impl Plane {
     }
 
     /// All of it has come.
-    pub(super) fn restore(&mut self, now: BootTime, cx: &mut super::Context<'_>) {
+    pub(super) fn restore(&mut self, now: BootTime) {
         let Role::Joining(incoming) = &mut self.role else {
             return;
         };
@@ -214,7 +214,7 @@ impl Plane {
         let replica = Replica::restore(self.config.tcp.clone(), tcp_time(now), checkpoint.tcp);
         self.servers.clear(now);
         for (header, pieces) in checkpoint.inputs {
-            self.servers.restore(now, &header, pieces, cx.registry);
+            self.servers.restore(now, &header, pieces);
         }
         if let Some(order) = checkpoint.order {
             self.servers.restore_order(now, order);

@@ -67,10 +67,35 @@ impl Servers {
         let Some(server) = self.servers.get(&conn) else {
             return;
         };
+        let said = keeper.produced(conn).max(keeper.acked(conn));
+        if close == Close::Reset && server.server_offset < said {
+            return self.again(now, conn);
+        }
         match self.liveness.of(&server.target) {
             Life::Alive => self.closed(conn, close, keeper),
             Life::Dead => self.died(now, conn),
             Life::Unknown => self.later(conn, now + CLOSE_PROBE, Later::JudgeClose(close)),
+        }
+    }
+
+    /// A connection broke before the server here had said what other replicas' servers have said on it: that is no close of
+    /// theirs. (A kernel resets what stood in a listener's full queue for too long.) It is made again, and replayed.
+    fn again(&mut self, now: BootTime, conn: ConnId) {
+        let Some(server) = self.servers.get_mut(&conn) else {
+            return;
+        };
+        debug!(
+            conn = conn.0,
+            "the connection to the server broke too early: made again"
+        );
+        if server.upstream.take().is_some() {
+            server.absent_since = now;
+        }
+        server.answer.restart();
+        if server.input.complete() {
+            self.later(conn, now + CONNECT_RETRY, Later::Connect);
+        } else {
+            server.lost = true;
         }
     }
 
