@@ -68,7 +68,8 @@ impl Servers {
             return;
         };
         let said = keeper.produced(conn).max(keeper.acked(conn));
-        if close == Close::Reset && server.server_offset < said {
+        // With one order nothing of a connection can be given again by itself.
+        if close == Close::Reset && server.server_offset < said && !self.ordered() {
             return self.again(now, conn);
         }
         match self.liveness.of(&server.target) {
