@@ -59,6 +59,10 @@ pub async fn run(config: Config, mut shutdown: watch::Receiver<bool>) -> anyhow:
     let (notes, mut note_queue) = mpsc::unbounded_channel();
     let (dataplane, handle) = Dataplane::open(&config, board.clone(), &metrics, requests, notes)?;
 
+    for vip in config.vips() {
+        let vip = vip.vip;
+        info!(%vip, "while this node leads, clients on this very host do not reach the address");
+    }
     let mut coordinator = Coordinator::start(&config).await?;
     if let Some(server) = &coordinator.server {
         metrics.show_coordinator(server.meter());

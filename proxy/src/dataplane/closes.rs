@@ -42,6 +42,8 @@ impl Closed {
 #[derive(Debug)]
 struct Own {
     closed: Closed,
+    /// What was heard of the server before, as an offset.
+    said: u64,
     /// Since when it could have been agreed upon.
     since: Option<BootTime>,
 }
@@ -85,10 +87,15 @@ pub(crate) struct Closes {
 }
 
 impl Closes {
-    /// This node's server closed a connection, and lived afterwards.
-    pub(crate) fn note(&mut self, conn: ConnId, closed: Closed) {
+    /// This node's server closed a connection, and lived afterwards. `said`: what was heard of it before, as an offset.
+    pub(crate) fn note(&mut self, conn: ConnId, closed: Closed, said: u64) {
         let since = None;
-        self.own.insert(conn, Own { closed, since });
+        let own = Own {
+            closed,
+            said,
+            since,
+        };
+        self.own.insert(conn, own);
         self.fresh.insert(conn);
         self.repeat_after = REPEAT_MIN;
         self.repeat_at = None;
@@ -257,6 +264,14 @@ impl Closes {
                 .filter(|(by, _)| electable.contains(by))
                 .map(|(_, closed)| *closed)
                 .collect();
+            // A connection that broke before all was said that another's server said to its end was broken by no
+            // close: a part of the server has died.
+            let broke = own.closed == Closed::Reset
+                && (heard.iter()).any(|c| matches!(c, Closed::Fin(end) if *end > own.said));
+            if broke {
+                verdicts.push((conn, own.closed, Verdict::WentOn));
+                continue;
+            }
             if electable.is_empty() || heard.iter().any(|c| c.agrees(own.closed)) {
                 verdicts.push((conn, own.closed, Verdict::Show));
                 continue;
@@ -333,7 +348,7 @@ mod tests {
     /// A leader whose server closed at 100.
     fn closed() -> Closes {
         let mut closes = Closes::default();
-        closes.note(CONN, Closed::Fin(100));
+        closes.note(CONN, Closed::Fin(100), 100);
         closes
     }
 
@@ -367,7 +382,7 @@ mod tests {
         let mut closes = Closes::default();
         says(&mut closes, &others[0], 0, Closed::Fin(100));
         assert!(!closes.has_fresh());
-        closes.note(CONN, Closed::Fin(100));
+        closes.note(CONN, Closed::Fin(100), 100);
         assert_eq!(
             verdict(&mut closes, 0, &others, &HAS_ALL),
             Some(Verdict::Show)
@@ -375,7 +390,7 @@ mod tests {
     }
 
     #[test]
-    fn offsets_matter_but_not_for_a_reset() {
+    fn offsets_matter() {
         let others = members(1);
         let mut closes = closed();
         says(&mut closes, &others[0], 0, Closed::Fin(99));
@@ -385,13 +400,14 @@ mod tests {
             verdict(&mut closes, 0, &others, &HAS_ALL),
             Some(Verdict::Show)
         );
-        let mut closes = Closes::default();
-        closes.note(CONN, Closed::Reset);
-        says(&mut closes, &others[0], 0, Closed::Fin(5));
-        assert_eq!(
-            verdict(&mut closes, 0, &others, &HAS_ALL),
-            Some(Verdict::Show)
-        );
+        // It is shown if nothing is missing that another's server said before it closed.
+        for (said, expected) in [(5, Verdict::Show), (4, Verdict::WentOn)] {
+            let mut closes = Closes::default();
+            closes.note(CONN, Closed::Reset, said);
+            assert_eq!(verdict(&mut closes, 0, &others, &HAS_ALL), None);
+            says(&mut closes, &others[0], 0, Closed::Fin(5));
+            assert_eq!(verdict(&mut closes, 0, &others, &HAS_ALL), Some(expected));
+        }
     }
 
     #[test]
@@ -465,7 +481,7 @@ mod tests {
         );
         // On the member: the others' closes are said again, in a new run.
         let mut closes = closed();
-        closes.note(ConnId(8), Closed::Reset);
+        closes.note(ConnId(8), Closed::Reset, 0);
         assert_eq!(
             closes.poll_report(at(0), 10).map(|(r, c)| (r, c.len())),
             Some((0, 2))
@@ -481,8 +497,8 @@ mod tests {
     #[test]
     fn a_report_is_repeated_until_the_close_is_agreed_on() {
         let mut closes = closed();
-        closes.note(ConnId(8), Closed::Reset);
-        closes.note(ConnId(9), Closed::Reset);
+        closes.note(ConnId(8), Closed::Reset, 0);
+        closes.note(ConnId(9), Closed::Reset, 0);
         let mut said = Vec::new();
         let mut now = at(0);
         for _ in 0..3 {

@@ -117,6 +117,8 @@ pub(crate) struct Plane {
     yield_at: BootTime,
     /// They do.
     contradicted: bool,
+    /// It has ordered so, in this view.
+    yielding: bool,
     /// Since when the preferred member could lead in this one's place.
     preferred_since: Option<BootTime>,
     recycled: Vec<Vec<u8>>,
@@ -163,6 +165,7 @@ impl Plane {
             claim_said: BootTime::from_micros(0),
             yield_at: now,
             contradicted: false,
+            yielding: false,
             preferred_since: None,
             recycled: Vec::new(),
             datagrams_taken: false,
@@ -614,6 +617,7 @@ impl Plane {
         self.servers.handle_view(&view.full);
         self.contradicted = false;
         self.donations.keep(view);
+        self.yielding = false;
         let old = std::mem::take(&mut self.role);
         self.role = match (installed.role, old) {
             (group::Role::Leader, Role::Leader(stack)) if installed.survivor => Role::Leader(stack),

@@ -18,6 +18,7 @@ use unbroken_tcpstate::{ConnId, Event, EventNo};
 
 use self::answers::Answers;
 pub(crate) use self::answers::VOTES_MAX;
+pub(crate) use self::ending::MayYield;
 pub(crate) use self::total::{Order, OrderHeader, OrderImage, Outlook};
 use super::closes::Closes;
 use super::divergence::Answer;
@@ -469,8 +470,10 @@ impl Servers {
         }
         let mut budget = TURN_BYTES;
         let mut ended = false;
+        let mut broken = false;
         let mut found = None;
-        while outcome.is_ok() && upstream.readable() {
+        // What it said before it took no more input is heard; until then, that it takes none is found again.
+        while !broken && upstream.readable() {
             let mut skip = keeper.produced(conn).saturating_sub(server.server_offset);
             if planted!(ReplayTakenForNew) {
                 skip = 0;
@@ -484,9 +487,11 @@ impl Servers {
             };
             let want = want.min(READ_BYTES);
             if want == 0 {
+                outcome = Ok(());
                 break;
             }
             if budget == 0 {
+                outcome = Ok(());
                 self.ready.push_back(conn);
                 server.queued = true;
                 break;
@@ -509,7 +514,10 @@ impl Servers {
                     found = found.or(server.answer.end());
                     ended = true;
                 }
-                Err(e) => outcome = Err(e),
+                Err(e) => {
+                    broken = true;
+                    outcome = Err(e);
+                }
             }
         }
         let name = (conn, server.port);

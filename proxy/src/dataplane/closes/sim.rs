@@ -152,7 +152,7 @@ impl World {
                         true => Closed::Reset,
                         false => Closed::Fin(IDLE_AT),
                     };
-                    replica.closes.note(conn, closed);
+                    replica.closes.note(conn, closed, IDLE_AT);
                 }
             }
         }
@@ -171,7 +171,8 @@ impl World {
                 let due = ms >= *at && !self.clients.0.contains_key(conn);
                 if due && !replica.closed.contains_key(conn) && self.random.one_in(3) {
                     replica.closed.insert(*conn, CLOSED_AT);
-                    replica.closes.note(*conn, Closed::Fin(CLOSED_AT));
+                    let closed = Closed::Fin(CLOSED_AT);
+                    replica.closes.note(*conn, closed, CLOSED_AT);
                 }
             }
         }
@@ -216,7 +217,7 @@ impl World {
             let due = self.close_ms.get(&conn).is_some_and(|at| *at <= ms);
             let right = match closed {
                 Closed::Fin(offset) => offset == CLOSED_AT,
-                Closed::Reset => true,
+                Closed::Reset => false,
             };
             assert!(due && right, "at {ms} ms {conn:?} was shown {closed:?}");
             self.clients.0.insert(conn, closed);

@@ -10,6 +10,7 @@ use unbroken_group::Command;
 use super::super::context::Context;
 use super::super::reports::Report;
 use super::super::role::{Keeper, Role};
+use super::super::servers::MayYield;
 use super::{Plane, group_time, is_fit};
 use crate::clock::BootTime;
 use crate::config::Failback;
@@ -172,7 +173,11 @@ impl Plane {
                 if planted!(ClosesUnagreed) {
                     electable.clear();
                 }
-                let may_yield = now >= self.yield_at;
+                let may_yield = match (now >= self.yield_at, self.yielding) {
+                    (true, _) => MayYield::Yes,
+                    (false, true) => MayYield::UnderWay,
+                    (false, false) => MayYield::No,
+                };
                 let bytes_out = &mut self.client_bytes_out;
                 let mut keeper = Keeper {
                     role: &mut self.role,
@@ -217,6 +222,7 @@ impl Plane {
         }
         self.hand_over_at = now + HAND_OVER_EVERY;
         self.yield_at = now + HAND_OVER_EVERY;
+        self.yielding = true;
         if failing {
             self.group.set_progress(group::Lag {
                 behind_bytes: 0,

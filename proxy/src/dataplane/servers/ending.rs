@@ -26,6 +26,17 @@ pub(crate) struct Judged {
     pub(crate) diverged: u64,
 }
 
+/// Whether a leader may hand over because another's server goes on with what this one's closed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum MayYield {
+    /// It may.
+    Yes,
+    /// It is doing so: who leads next will show what is to be shown.
+    UnderWay,
+    /// It came to lead a moment ago: what its server did is shown.
+    No,
+}
+
 /// What a close is held against, on a leader.
 struct Asked<'a, K> {
     keeper: &'a K,
@@ -109,14 +120,17 @@ impl Servers {
             Close::Fin if !server.ended => {
                 server.ended = true;
                 if !keeper.end_known(conn) {
-                    self.closes.note(conn, Closed::Fin(server.server_offset));
+                    let end = server.server_offset;
+                    self.closes.note(conn, Closed::Fin(end), end);
                 }
             }
             Close::Fin => {}
             Close::Reset => {
                 server.upstream = None;
                 if keeper.lives(conn) {
-                    self.closes.note(conn, Closed::Reset);
+                    // One that was brought back may have repeated less than its predecessor had said.
+                    let said = server.server_offset.max(keeper.produced(conn));
+                    self.closes.note(conn, Closed::Reset, said);
                 } else {
                     server.lost = true;
                 }
@@ -197,12 +211,12 @@ impl Servers {
     }
 
     /// Leader: judges the closes that wait, and shows what is agreed on. What others' servers went on
-    /// with is a reason to hand over, or shown all the same where that `may_hand_over` forbids.
+    /// with is a reason to hand over, or shown all the same where that must not be.
     pub(crate) fn judge_closes(
         &mut self,
         now: BootTime,
         electable: &[MemberId],
-        may_hand_over: bool,
+        may_yield: MayYield,
         keeper: &mut impl OutputKeeper,
     ) -> Judged {
         let asked = Asked {
@@ -232,9 +246,9 @@ impl Servers {
                 continue;
             }
             match verdict {
-                Verdict::WentOn if may_hand_over => {
+                Verdict::WentOn if may_yield != MayYield::No => {
                     debug!(conn = conn.0, "closed here, and not elsewhere");
-                    judged.hand_over = true;
+                    judged.hand_over = may_yield == MayYield::Yes;
                     continue;
                 }
                 Verdict::WentOn | Verdict::Differs => {
