@@ -19,6 +19,8 @@ const CALM: Plan = Plan {
         reads_slowly: None,
         timestamps: true,
         buffer: 30_000,
+        idles_us: None,
+        keep_alive_us: None,
     },
     ipv6: false,
     offload: false,
@@ -26,6 +28,7 @@ const CALM: Plan = Plan {
     seed: 1,
     crash_at: None,
     crash_again_after: None,
+    crash_at_us: None,
     loss: None,
 };
 
@@ -225,6 +228,37 @@ fn a_client_that_reads_slowly() {
     );
 }
 
+/// It says nothing for an hour, with and without a kernel that asks now and then whether we are there. The leader dies at
+/// every output, and while nothing happens.
+#[test]
+fn idle_for_an_hour() {
+    const MINUTE_US: u64 = 60_000_000;
+    for keep_alive_us in [None, Some(10 * MINUTE_US)] {
+        let plan = Plan {
+            app: App::Echo,
+            script: Script {
+                sends: 2_800,
+                ping_pong: Some(700),
+                close: Close::Received(2_800),
+                idles_us: Some(60 * MINUTE_US),
+                keep_alive_us,
+                ..script()
+            },
+            ..CALM
+        };
+        crash_everywhere("idle for an hour", plan);
+        for minute in [1, 5, 6, 30, 59] {
+            let run = run(Plan {
+                seed: minute,
+                crash_at_us: Some(minute * MINUTE_US + 1),
+                crash_again_after: Some(2),
+                ..plan
+            });
+            assert!(run.micros > 60 * MINUTE_US);
+        }
+    }
+}
+
 #[test]
 fn without_timestamps_and_with_a_large_window() {
     crash_everywhere(
@@ -377,6 +411,7 @@ fn on_a_lossy_path() {
                 seed: 9_000 + seed,
                 crash_at: Some(2 + (seed as usize * 11) % 90),
                 crash_again_after: (seed % 4 == 0).then_some(30),
+                crash_at_us: None,
                 loss: Some(10 + 10 * (seed % 5)),
             });
         }

@@ -42,6 +42,10 @@ pub struct Script {
     pub timestamps: bool,
     /// Bytes of receive buffer.
     pub buffer: usize,
+    /// Says nothing for so many microseconds when half of its bytes are sent and as many have come.
+    pub idles_us: Option<u64>,
+    /// Probes a silent server this often, in microseconds.
+    pub keep_alive_us: Option<u64>,
 }
 
 impl Default for Script {
@@ -54,6 +58,8 @@ impl Default for Script {
             reads_slowly: None,
             timestamps: true,
             buffer: 30_000,
+            idles_us: None,
+            keep_alive_us: None,
         }
     }
 }
@@ -114,6 +120,8 @@ pub struct Client {
     closed: bool,
     pub aborted: bool,
     read_at: u64,
+    /// When it goes on.
+    idle_until: Option<u64>,
     pub ever_open: bool,
 }
 
@@ -132,6 +140,10 @@ impl Client {
         if script.timestamps {
             socket.set_tsval_generator(Some(|| TSVAL.get()));
         }
+        let keep_alive = script
+            .keep_alive_us
+            .map(smoltcp::time::Duration::from_micros);
+        socket.set_keep_alive(keep_alive);
         let remote = (IpAddress::from(vip), 80);
         socket.connect(interface.context(), remote, 49_500).unwrap();
         let mut sockets = SocketSet::new(Vec::new());
@@ -147,6 +159,7 @@ impl Client {
             closed: false,
             aborted: false,
             read_at: 0,
+            idle_until: None,
             ever_open: false,
         }
     }
@@ -186,7 +199,19 @@ impl Client {
                 Some(n) => (self.received.len() as u64 / n + 1) * n,
                 None => u64::MAX,
             };
-            let end = self.script.sends.min(window);
+            let half = self.script.sends / 2;
+            let end = match self.script.idles_us {
+                Some(time) => {
+                    let said = self.sent.len() as u64 >= half;
+                    if said && self.received.len() as u64 >= half {
+                        self.idle_until.get_or_insert(now + time);
+                    }
+                    let idle = self.idle_until.is_none_or(|until| now < until);
+                    let allowed = if idle { half } else { self.script.sends };
+                    allowed.min(window)
+                }
+                None => self.script.sends.min(window),
+            };
             while (self.sent.len() as u64) < end && s.can_send() {
                 let from = self.sent.len() as u64;
                 let piece: Vec<u8> = (from..end.min(from + 4096))
@@ -240,7 +265,8 @@ impl Client {
         let slow = (self.script.reads_slowly.is_some()
             && self.sockets.get::<tcp::Socket>(self.handle).can_recv())
         .then_some(self.read_at);
-        socket.into_iter().chain(slow).min()
+        let idle = self.idle_until.filter(|until| *until > now);
+        socket.into_iter().chain(slow).chain(idle).min()
     }
 
     /// The library's own fault, as a client: when a third duplicate ACK finds only its FIN

@@ -39,6 +39,8 @@ pub struct Plan {
     pub crash_at: Option<usize>,
     /// And the next one after so many outputs of its own.
     pub crash_again_after: Option<usize>,
+    /// Kill the leader at this moment, whatever it does.
+    pub crash_at_us: Option<u64>,
     /// A segment in so many is lost, each way.
     pub loss: Option<u64>,
 }
@@ -155,6 +157,7 @@ pub struct World {
     clock: ServiceClock,
     outputs: usize,
     crash_at: Option<usize>,
+    crash_at_us: Option<u64>,
     judge: wire::Judge,
     trace: u64,
     handshake_lost: bool,
@@ -232,6 +235,7 @@ impl World {
             clock,
             outputs: 0,
             crash_at: plan.crash_at,
+            crash_at_us: plan.crash_at_us,
             judge: wire::Judge::default(),
             trace: 0xcbf2_9ce4_8422_2325,
             handshake_lost: false,
@@ -261,7 +265,8 @@ impl World {
     /// Runs to the end, and compares.
     pub fn run(mut self) -> Run {
         while !self.finished() {
-            assert!(self.now < LIMIT_US, "no end in sight: {}", self.describe());
+            let limit = LIMIT_US + self.plan.script.idles_us.unwrap_or(0);
+            assert!(self.now < limit, "no end in sight: {}", self.describe());
             self.step();
             if self.handshake_lost || self.client_stuck {
                 break;
@@ -329,6 +334,7 @@ impl World {
         sooner(self.holds.front().map(|h| h.0));
         sooner(self.stables.front().map(|h| h.0));
         sooner(self.take_over_at);
+        sooner(self.crash_at_us);
         if let Some(leader) = &self.leader {
             sooner(leader.stack.poll_timeout().map(Instant::micros));
             sooner(leader.servers.queue.front().map(|q| q.0));
@@ -357,6 +363,10 @@ impl World {
         };
         self.now = self.now.max(next);
         let now = self.instant();
+        if self.crash_at_us.is_some_and(|at| at <= self.now) {
+            self.crash_at_us = None;
+            self.crash();
+        }
 
         while let Some(key) = self
             .to_client
