@@ -88,6 +88,10 @@ pub struct Options {
     pub mtu: Option<u16>,
     /// Further lines of each node's `[group]`.
     pub group: String,
+    /// Further variables of every node's environment.
+    pub environment: Vec<(&'static str, String)>,
+    /// Gives each replica's data folder a disk of its own, of so many bytes: see [`Cluster::disk`].
+    pub disk: Option<u64>,
     /// At least one.
     pub services: Vec<Service>,
 }
@@ -102,6 +106,8 @@ impl Options {
             coordinators: 0,
             mtu: None,
             group: String::new(),
+            environment: Vec::new(),
+            disk: None,
             services: services.into(),
         }
     }
@@ -114,11 +120,17 @@ struct Running {
     servers: BTreeMap<String, Process>,
 }
 
+/// Makes a file system in a mount namespace of its own, and holds both: the machine sees nothing of it.
+const HOLD_DISK: &str =
+    "mkdir -p data && mount -t tmpfs -o size=$1 tmpfs data && echo mounted && exec sleep infinity";
+
 /// The cluster. One at a time in a process: each wants all of a small machine. Dropped, it is killed; if the test is
 /// failing, it shows the ends of the nodes' logs first.
 #[derive(Debug)]
 pub struct Cluster {
     running: BTreeMap<String, Running>,
+    /// The processes that hold the replicas' disks.
+    disks: BTreeMap<String, Process>,
     options: Options,
     dir: PathBuf,
     lab: Lab,
@@ -146,6 +158,7 @@ impl Cluster {
         }
         let mut cluster = Self {
             running: BTreeMap::new(),
+            disks: BTreeMap::new(),
             options,
             dir,
             lab,
@@ -163,6 +176,9 @@ impl Cluster {
         }
         let coordinators = cluster.coordinators();
         for name in coordinators.iter().chain(&cluster.replicas()) {
+            if let Some(bytes) = cluster.options.disk {
+                cluster.make_disk(name, bytes)?;
+            }
             cluster.start_replica(name)?;
         }
         Ok(cluster)
@@ -191,6 +207,29 @@ impl Cluster {
         self.dir.join(replica)
     }
 
+    /// The data folder of a replica with a disk of its own, as this process reaches it.
+    ///
+    /// # Panics
+    /// If there are no such disks.
+    pub fn disk(&self, replica: &str) -> PathBuf {
+        let holder = self.disks.get(replica).expect("a replica with a disk");
+        let root = PathBuf::from(format!("/proc/{}/root", holder.pid()));
+        let folder = self.folder(replica).join("data");
+        root.join(folder.strip_prefix("/").expect("an absolute path"))
+    }
+
+    fn make_disk(&mut self, name: &str, bytes: u64) -> Result<()> {
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "sh", "-c", HOLD_DISK, "sh", &bytes.to_string()]);
+        command.current_dir(self.folder(name));
+        let log = self.folder(name).join("disk.log");
+        // Not on the replica, whose disk outlives its processes.
+        let mut holder = self.host("c").spawn("disk", command, &log)?;
+        holder.wait_for_line("mounted", PATIENCE)?;
+        self.disks.insert(name.to_owned(), holder);
+        Ok(())
+    }
+
     /// Starts a host's servers, waits until they listen, and starts its node. What ran there before must be dead.
     ///
     /// # Errors
@@ -212,7 +251,18 @@ impl Cluster {
     /// # Errors
     /// It cannot be started.
     pub fn start_node(&mut self, name: &str) -> Result<()> {
-        let mut command = Command::new(&self.options.program);
+        let mut command = match self.disks.get(name) {
+            None => Command::new(&self.options.program),
+            Some(holder) => {
+                let mut command = Command::new("nsenter");
+                command.arg(format!("--mount=/proc/{}/ns/mnt", holder.pid()));
+                let mut folder = std::ffi::OsString::from("--wdns=");
+                folder.push(self.folder(name));
+                command.arg(folder).arg(&self.options.program);
+                command
+            }
+        };
+        command.envs(self.options.environment.iter().cloned());
         let role = if self.coordinators().iter().any(|other| other == name) {
             "coord"
         } else {

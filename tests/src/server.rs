@@ -75,6 +75,9 @@ impl Request {
 /// connection gets wrong. Looked for whenever a connection begins.
 pub const FLIP: &str = "flip";
 
+/// A file in the server's working folder that makes it die by SIGKILL as soon as it has closed a connection.
+pub const DIE: &str = "die";
+
 /// Serves one connection to its end.
 ///
 /// # Errors

@@ -126,7 +126,10 @@ impl Traffic {
             let (kind, host) = (*kind, cluster.lab().host("c").clone());
             let (stop, progress) = (Arc::clone(&stop), Progress::shared());
             let mine = Arc::clone(&progress);
-            let thread = thread::spawn(move || kind.run(&host, server, bulk_bytes, &mine, &stop));
+            let thread = thread::spawn(move || {
+                let ended = kind.run(&host, server, bulk_bytes, &mine, &stop);
+                ended.inspect_err(|e| eprintln!("the {kind:?}: {e:#}"))
+            });
             Client {
                 kind,
                 progress,

@@ -305,11 +305,73 @@ fn hooks_are_told_who_leads() {
     });
 }
 
-/// Clients at 10.99.0.10 behind one of two routers, r4 and r5, which also hold the coordinators.
-fn behind_routers() -> Cluster {
+/// Who has the VIP, asked by a stranger at `from`: as neighbours are, or, without an address, as a host does before it takes
+/// one (RFC 4861 §7.2, RFC 4862 §5.4).
+fn solicitation(from: Ipv6Addr) -> Vec<u8> {
+    let group = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 1, 0xff00, 0x100);
+    let mut icmp = vec![135, 0, 0, 0, 0, 0, 0, 0];
+    icmp.extend(VIP6.octets());
+    let mut summed = [from.octets(), group.octets()].concat();
+    summed.extend([0, 0, 0, 24, 0, 0, 0, 58]);
+    summed.extend(&icmp);
+    let (words, _) = summed.as_chunks::<2>();
+    let sum: u32 = words
+        .iter()
+        .map(|w| u32::from(u16::from_be_bytes(*w)))
+        .sum();
+    let sum = u16::try_from((sum & 0xffff) + (sum >> 16)).unwrap();
+    icmp[2..4].copy_from_slice(&(!sum).to_be_bytes());
+    let mut frame = vec![0x33, 0x33, 0xff, 0, 1, 0];
+    frame.extend(STRANGER);
+    frame.extend([0x86, 0xdd, 0x60, 0, 0, 0, 0, 24, 58, 255]);
+    frame.extend(from.octets());
+    frame.extend(group.octets());
+    frame.extend(icmp);
+    frame
+}
+
+const STRANGER: [u8; 6] = [2, 0x98, 0, 0, 0, 0x66];
+
+/// Each probe for duplicates is answered to everybody, and is no claim.
+#[test]
+fn who_would_take_the_address_is_told() {
+    userns::privileged("who_would_take_the_address_is_told", || {
+        let cluster = Cluster::start(options(&format!("vip = \"{VIP6}/64\""))).unwrap();
+        let (leader, _) = cluster.wait_whole().unwrap();
+        let capture = cluster.lab().capture().unwrap();
+        let stranger = cluster.lab().host("c").injector().unwrap();
+        for _ in 0..20 {
+            let probe = solicitation(Ipv6Addr::UNSPECIFIED);
+            stranger.send(&probe).unwrap();
+        }
+        // Whoever has an address is answered there, after those.
+        let last = solicitation(cluster.lab().host("c").address6());
+        stranger.send(&last).unwrap();
+        let mut told = 0;
+        loop {
+            let frame = capture.next(PATIENCE).unwrap().expect("an answer");
+            let advertises = frame.speaks_for(VIP6.into()) && frame.head[54] == 136;
+            if !advertises || frame.host != leader {
+                continue;
+            }
+            match &frame.head[..6] {
+                to if to == STRANGER => break,
+                to => told += u32::from(to == [0x33, 0x33, 0, 0, 0, 1]),
+            }
+        }
+        // What a new leader announces by itself is a few.
+        assert!(told >= 20, "{told} of 20 probes were answered");
+        let alarm = cluster.status(&leader).unwrap().services[0].alarm.clone();
+        assert_eq!(alarm, None, "a probe claims nothing");
+    });
+}
+
+/// Clients at 10.99.0.10 and fd99::10 behind one of two routers, r4 and r5, which also hold the coordinators.
+fn behind_routers(vip: IpAddr) -> Cluster {
+    let prefix = if vip.is_ipv4() { 24 } else { 64 };
     let cluster = Cluster::start(Options {
         coordinators: 3,
-        ..options("")
+        ..options(&format!("vip = \"{vip}/{prefix}\""))
     })
     .unwrap();
     for router in ["r4", "r5"] {
@@ -319,34 +381,47 @@ fn behind_routers() -> Cluster {
             ("net/ipv4/conf/all/send_redirects", "0"),
             ("net/ipv4/conf/eth0/send_redirects", "0"),
             ("net/ipv4/conf/all/rp_filter", "0"),
+            ("net/ipv6/conf/all/forwarding", "1"),
         ] {
             host.sysctl(knob, value);
         }
-        host.ip("route add 10.99.0.10/32 via 10.98.0.10").unwrap();
+        let routes = "route add 10.99.0.10/32 via 10.98.0.10\nroute add fd99::10/128 via fd98::10";
+        host.ip(routes).unwrap();
     }
     let client = cluster.lab().host("c");
     client.sysctl("net/ipv4/conf/all/accept_redirects", "0");
     client.sysctl("net/ipv4/conf/eth0/accept_redirects", "0");
+    client.sysctl("net/ipv6/conf/eth0/accept_redirects", "0");
     client.sysctl("net/ipv4/conf/all/rp_filter", "0");
-    client.ip("addr add 10.99.0.10/32 dev lo").unwrap();
-    route(&cluster, "r4");
+    let addresses = "addr add 10.99.0.10/32 dev lo\naddr add fd99::10/128 dev lo nodad";
+    client.ip(addresses).unwrap();
+    route(&cluster, vip, "r4");
     cluster.wait_whole().unwrap();
     cluster
 }
 
 /// Sends the client's packets for the VIP by way of a router.
-fn route(cluster: &Cluster, router: &str) {
-    let via = cluster.lab().host(router).address();
-    let line = format!("route replace {VIP}/32 via {via} src 10.99.0.10");
+fn route(cluster: &Cluster, vip: IpAddr, router: &str) {
+    let router = cluster.lab().host(router);
+    let line = match vip {
+        IpAddr::V4(vip) => format!("{vip}/32 via {}", router.address()),
+        IpAddr::V6(vip) => format!("{vip}/128 via {}", router.address6()),
+    };
+    let line = format!("route replace {line} src {}", afar(vip));
     cluster.lab().host("c").ip(&line).unwrap();
 }
 
-const AFAR: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 99, 0, 10));
+fn afar(vip: IpAddr) -> IpAddr {
+    match vip {
+        IpAddr::V4(_) => Ipv4Addr::new(10, 99, 0, 10).into(),
+        IpAddr::V6(_) => Ipv6Addr::new(0xfd99, 0, 0, 0, 0, 0, 0, 0x10).into(),
+    }
+}
 
 /// A download from afar goes on when the way changes, and when the leader dies: the successor knows the way.
-fn served_across(cluster: &mut Cluster, change: impl FnOnce(&Cluster)) {
+fn served_across(cluster: &mut Cluster, vip: IpAddr, change: impl FnOnce(&Cluster)) {
     let (leader, view) = cluster.wait_whole().unwrap();
-    let stream = connect(cluster, VIP.into(), Some(AFAR));
+    let stream = connect(cluster, vip, Some(afar(vip)));
     let progress = Progress::shared();
     let moved = || progress.sample().bytes;
     let wait_for = |what: &str, more: u64| {
@@ -355,7 +430,7 @@ fn served_across(cluster: &mut Cluster, change: impl FnOnce(&Cluster)) {
     };
     std::thread::scope(|scope| {
         let download =
-            scope.spawn(|| client::download(stream, 1, 60 << 20, Some(12 << 20), &progress));
+            scope.spawn(|| client::download(stream, 1, 30 << 20, Some(12 << 20), &progress));
         wait_for("the first bytes", 1 << 20);
         change(cluster);
         wait_for("bytes by the other way", 4 << 20);
@@ -371,12 +446,14 @@ fn clients_behind_routers_are_served_whichever_they_use() {
     userns::privileged(
         "clients_behind_routers_are_served_whichever_they_use",
         || {
-            let mut cluster = behind_routers();
-            served_across(&mut cluster, |cluster| {
-                // The next hop changes: the other router, and the first is gone.
-                route(cluster, "r5");
-                cluster.lab().cut("r4").unwrap();
-            });
+            for vip in [VIP.into(), VIP6.into()] {
+                let mut cluster = behind_routers(vip);
+                served_across(&mut cluster, vip, |cluster| {
+                    // The next hop changes: the other router, and the first is gone.
+                    route(cluster, vip, "r5");
+                    cluster.lab().cut("r4").unwrap();
+                });
+            }
         },
     );
 }
@@ -384,13 +461,18 @@ fn clients_behind_routers_are_served_whichever_they_use() {
 #[test]
 fn segments_fit_a_path_that_shrinks() {
     userns::privileged("segments_fit_a_path_that_shrinks", || {
-        let mut cluster = behind_routers();
-        served_across(&mut cluster, |cluster| {
-            let router = cluster.lab().host("r4");
-            router
-                .ip("route replace 10.99.0.10/32 via 10.98.0.10 mtu lock 1100")
-                .unwrap();
-        });
+        // Neither is below what a path must take: 68 (RFC 791), 1280 (RFC 8200).
+        let narrow = [
+            (VIP.into(), "10.99.0.10/32 via 10.98.0.10 mtu lock 1100"),
+            (VIP6.into(), "fd99::10/128 via fd98::10 mtu lock 1300"),
+        ];
+        for (vip, narrow) in narrow {
+            let mut cluster = behind_routers(vip);
+            served_across(&mut cluster, vip, |cluster| {
+                let router = cluster.lab().host("r4");
+                router.ip(&format!("route replace {narrow}")).unwrap();
+            });
+        }
     });
 }
 
@@ -399,9 +481,12 @@ fn segments_fit_a_path_that_shrinks() {
 #[test]
 fn a_client_on_a_backups_host_is_served() {
     userns::privileged("a_client_on_a_backups_host_is_served", || {
-        let cluster = Cluster::start(options("")).unwrap();
+        let mut cluster = Cluster::start(options("")).unwrap();
         let (leader, _) = cluster.wait_whole().unwrap();
         for name in cluster.replicas() {
+            let said = "clients on this very host do not reach the address";
+            let node = cluster.node(&name);
+            node.wait_for_line(said, PATIENCE).unwrap();
             let to = SocketAddr::from((VIP, 80));
             let wait = if name == leader {
                 Duration::from_millis(500)

@@ -3,9 +3,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a test says plainly what it expects")]
 
-use std::io::{Read as _, Write as _};
-use std::net::{Shutdown, TcpStream};
-use std::process::Command;
+use std::io::{ErrorKind, Read as _, Write as _};
+use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::thread;
@@ -13,9 +12,10 @@ use std::time::Duration;
 
 use rustix::net::sockopt::tcp_congestion;
 use rustix::process::Signal;
+use socket2::{Domain, Socket, Type};
 use unbroken_tests::client::{self, Progress};
 use unbroken_tests::cluster::{Cluster, Options, PATIENCE, Service};
-use unbroken_tests::netns::userns;
+use unbroken_tests::netns::{Host, PathOptions, userns, wait_until};
 use unbroken_tests::pattern;
 use unbroken_tests::server::Request;
 use unbroken_tests::traffic::{Kind, Traffic};
@@ -66,7 +66,9 @@ fn kernels_set_in_every_way() {
             host.sysctl(knob, usual.trim());
         }
         // The last: there is no way back that every kernel knows.
-        offloads_off(&cluster);
+        for host in cluster.lab().hosts() {
+            host.offloads_off("eth0").unwrap();
+        }
         survive(&mut cluster, "offloads off");
     });
 }
@@ -84,23 +86,6 @@ fn choose_congestion_control(cluster: &Cluster, algorithm: &str) {
     assert_eq!(taken, algorithm, "what the kernel took");
 }
 
-/// Every frame is one segment, with its checksum in it.
-fn offloads_off(cluster: &Cluster) {
-    for host in cluster.lab().hosts() {
-        let mut command = Command::new("ethtool");
-        command.args(["-K", "eth0"]);
-        command.args(["tso", "off", "gso", "off", "gro", "off", "tx", "off"]);
-        let output = host.output(command);
-        let output = output.expect("ethtool (package ethtool) can be run");
-        let error = String::from_utf8_lossy(&output.stderr);
-        assert!(
-            output.status.success(),
-            "ethtool on {}: {error}",
-            host.name()
-        );
-    }
-}
-
 #[test]
 fn large_frames() {
     userns::privileged("large_frames", || {
@@ -108,6 +93,117 @@ fn large_frames() {
         options.mtu = Some(9000);
         let mut cluster = Cluster::start(options).unwrap();
         survive(&mut cluster, "MTU 9000");
+    });
+}
+
+/// A round trip of 10 ms, and one frame of a hundred is lost in each direction, during the takeover too.
+#[test]
+fn a_long_and_lossy_path() {
+    userns::privileged("a_long_and_lossy_path", || {
+        let mut cluster = Cluster::start(Options::new(NODE, [Service::lab(SERVER)])).unwrap();
+        let options = PathOptions {
+            delay: Duration::from_millis(5),
+            loss_ppm: 10_000,
+            seed: 1,
+        };
+        let path = cluster.lab().lengthen("c", options).unwrap();
+        for algorithm in ["reno", "cubic", "bbr"] {
+            choose_congestion_control(&cluster, algorithm);
+            eprintln!("{algorithm}");
+            // At what such a path carries, a connection of this size lives longer than the failover takes.
+            let traffic = Traffic::with_bulk(&cluster, 80, &Kind::BUSY, 2 << 20);
+            let before = path.counts();
+            fail_over(&mut cluster, || traffic.wait_progress());
+            traffic.finish();
+            let (carried, lost) = path.counts();
+            eprintln!("carried {}, lost {}", carried - before.0, lost - before.1);
+            assert!(lost > before.1, "nothing was lost");
+        }
+    });
+}
+
+/// From this port of the client's. One that a connection in TIME-WAIT holds is free when the kernel lets go (RFC 6191: when its
+/// clock of timestamps has moved on).
+fn connect_from(cluster: &Cluster, port: u16) -> TcpStream {
+    let from = SocketAddr::from((cluster.lab().host("c").address(), port));
+    let mut connected = None;
+    wait_until("the port is free", PATIENCE, || {
+        let attempt = cluster.lab().host("c").enter(|| {
+            let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
+            socket.set_reuse_address(true)?;
+            socket.bind(&from.into())?;
+            let vip = SocketAddr::from((unbroken_tests::cluster::VIP, 80));
+            socket.connect_timeout(&vip.into(), PATIENCE)?;
+            Ok::<TcpStream, std::io::Error>(socket.into())
+        });
+        match attempt {
+            Ok(stream) => connected = Some(stream),
+            Err(e) if e.kind() == ErrorKind::AddrNotAvailable => {}
+            Err(e) => panic!("from {from} again: {e}"),
+        }
+        connected.is_some()
+    })
+    .unwrap();
+    connected.unwrap()
+}
+
+/// Whether the host's kernel has a connection from this port in TIME-WAIT, as `/proc/net/tcp` prints it.
+fn waits(host: &Host, port: u16) -> bool {
+    let table = host.enter(|| std::fs::read_to_string("/proc/thread-self/net/tcp"));
+    let local = format!(":{port:04X}");
+    table.unwrap().lines().any(|line| {
+        let fields: Vec<&str> = line.split_ascii_whitespace().collect();
+        matches!(fields[..], [_, from, _, "06", ..] if from.ends_with(&local))
+    })
+}
+
+/// A conversation, after which the client or the server closes first. The other closes then.
+fn converse(stream: TcpStream, client_first: bool) {
+    if client_first {
+        let mut round = 0;
+        let more = || {
+            round += 1;
+            round < 4
+        };
+        client::exchange(stream, 64, Duration::ZERO, &Progress::shared(), more).unwrap();
+    } else {
+        client::download(stream, 9, 1000, None, &Progress::shared()).unwrap();
+    }
+}
+
+/// Whichever side is in TIME-WAIT: the same four numbers name a new connection afterwards, with the leader that knew the
+/// old one, and with its heir.
+#[test]
+fn connections_in_time_wait() {
+    userns::privileged("connections_in_time_wait", || {
+        let mut cluster = Cluster::start(Options::new(NODE, [Service::lab(SERVER)])).unwrap();
+        cluster.wait_whole().unwrap();
+        let client = cluster.lab().host("c").clone();
+        client.sysctl("net/ipv4/tcp_tw_reuse", "1");
+        let capture = cluster.lab().capture().unwrap();
+        let ports = [(20_001, true), (20_002, false)];
+        for (port, client_first) in ports {
+            converse(connect_from(&cluster, port), client_first);
+            converse(connect_from(&cluster, port), client_first);
+        }
+        assert!(waits(&client, 20_001), "the client closed first");
+        fail_over(&mut cluster, || {});
+        for (port, client_first) in ports {
+            converse(connect_from(&cluster, port), client_first);
+            // And as the other side's turn.
+            converse(connect_from(&cluster, port), !client_first);
+        }
+        let mut answers = 0;
+        while let Some(frame) = capture.next(Duration::ZERO).unwrap() {
+            let tcp = frame.speaks_for(unbroken_tests::cluster::VIP.into())
+                && frame.head[12..14] == [8, 0]
+                && frame.head[23] == 6;
+            if tcp {
+                answers += 1;
+                assert_eq!(frame.head[47] & 4, 0, "an RST from {}", frame.host);
+            }
+        }
+        assert!(answers > 0, "the switch was not heard");
     });
 }
 

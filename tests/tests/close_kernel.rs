@@ -3,12 +3,14 @@
 
 #![allow(clippy::unwrap_used, reason = "a test says plainly what it expects")]
 
+use std::os::unix::process::ExitStatusExt as _;
 use std::time::{Duration, Instant};
 
-use rustix::process::Signal;
+use rustix::process::{Pid, Signal, kill_process};
 use unbroken_tests::client::{self, Progress};
-use unbroken_tests::cluster::{Cluster, Options, Service};
+use unbroken_tests::cluster::{Cluster, Options, PATIENCE, Service};
 use unbroken_tests::netns::userns;
+use unbroken_tests::server;
 use unbroken_tests::traffic::{Kind, Traffic};
 
 const NODE: &str = env!("CARGO_BIN_EXE_lab-node");
@@ -26,6 +28,53 @@ fn checked() -> Service {
         ),
         ..Service::lab(SERVER)
     }
+}
+
+/// At the very moment of its death the leader's server has closed a connection: that client's stream ends where it should,
+/// and the others' do not end.
+#[test]
+fn the_leaders_server_dies_as_it_closes() {
+    userns::privileged("the_leaders_server_dies_as_it_closes", || {
+        let mut cluster = Cluster::start(Options::new(NODE, [Service::lab(SERVER)])).unwrap();
+        let (mut leader, _) = cluster.wait_whole().unwrap();
+        let traffic = Traffic::start(&cluster, 80, &Kind::ALL);
+        for _ in 0..2 {
+            let order = cluster.folder(&leader).join(server::DIE);
+            std::fs::write(&order, "").unwrap();
+            let was = leader;
+            let status = cluster.server(&was, "lab").wait(PATIENCE).unwrap();
+            assert_eq!(status.signal(), Some(Signal::KILL.as_raw()));
+            cluster.wait_other_leader(&was).unwrap();
+            traffic.wait_progress();
+            std::fs::remove_file(&order).unwrap();
+            cluster.start_server(&was, "lab").unwrap();
+            (leader, _) = cluster.wait_whole().unwrap();
+        }
+        traffic.finish();
+        assert_eq!(divergences(&cluster), 0);
+    });
+}
+
+/// The process that listens lives on, so nothing tells the death of its worker from closes but that the others' servers
+/// do not close.
+#[test]
+fn the_leaders_worker_dies_and_its_master_stays() {
+    userns::privileged("the_leaders_worker_dies_and_its_master_stays", || {
+        let mut service = Service::lab(SERVER);
+        service.server.push("--prefork".to_owned());
+        let mut cluster = Cluster::start(Options::new(NODE, [service])).unwrap();
+        let (leader, _) = cluster.wait_whole().unwrap();
+        let traffic = Traffic::start(&cluster, 80, &Kind::ALL);
+        let master = cluster.server(&leader, "lab");
+        let worker = master.wait_for_line("worker ", PATIENCE).unwrap();
+        let worker = worker.trim_start_matches("worker ").parse().ok();
+        kill_process(worker.and_then(Pid::from_raw).unwrap(), Signal::KILL).unwrap();
+        cluster.wait_other_leader(&leader).unwrap();
+        assert!(cluster.server(&leader, "lab").is_running());
+        traffic.wait_progress();
+        cluster.wait_whole().unwrap();
+        traffic.finish();
+    });
 }
 
 fn divergences(cluster: &Cluster) -> u64 {

@@ -19,7 +19,9 @@ const SERVER: &str = env!("CARGO_BIN_EXE_lab-server");
 enum Fault {
     /// SIGKILL to the node alone: its server lives on and is closed by the kernel.
     Node,
-    /// SIGKILL to everything on the host.
+    /// SIGKILL to its server, and at once to the node too.
+    ServerAndNode,
+    /// SIGKILL to everything on the host, the node first.
     Machine,
     /// The cable is pulled: the carrier is lost.
     Cable,
@@ -37,6 +39,10 @@ impl Fault {
     fn strike(self, cluster: &mut Cluster, leader: &str) {
         match self {
             Self::Node => cluster.node(leader).signal(Signal::KILL).unwrap(),
+            Self::ServerAndNode => {
+                cluster.server(leader, "lab").signal(Signal::KILL).unwrap();
+                cluster.node(leader).signal(Signal::KILL).unwrap();
+            }
             Self::Machine => drop(cluster.lab().kill_host(leader).unwrap()),
             Self::Cable => cluster.lab().cut(leader).unwrap(),
             Self::Mute => cluster.lab().mute(leader).unwrap(),
@@ -48,7 +54,7 @@ impl Fault {
 
     fn mend(self, cluster: &mut Cluster, victim: &str) {
         match self {
-            Self::Node | Self::Machine => {
+            Self::Node | Self::ServerAndNode | Self::Machine => {
                 cluster.kill(victim).unwrap();
                 cluster.start_replica(victim).unwrap();
             }
@@ -86,7 +92,7 @@ fn survive(faults: &[Fault]) {
 #[test]
 fn the_leaders_node_and_machine_die() {
     userns::privileged("the_leaders_node_and_machine_die", || {
-        survive(&[Fault::Node, Fault::Machine]);
+        survive(&[Fault::Node, Fault::ServerAndNode, Fault::Machine]);
     });
 }
 
@@ -237,45 +243,67 @@ fn a_failure_during_joining() {
     });
 }
 
-/// Without a quorum of coordinators no view changes, and connections go on: even when a backup dies, and the leader says
-/// that redundancy is less. With the quorum back, so is everything.
+/// Without a quorum of coordinators no view changes, and connections go on, and the leader says what is lost: even when a
+/// backup dies that is not needed for `resilience`. With the quorum back, so is everything.
 #[test]
 fn the_coordinators_lose_their_quorum() {
     userns::privileged("the_coordinators_lose_their_quorum", || {
-        let mut options = Options::new(NODE, [Service::lab(SERVER)]);
-        options.coordinators = 3;
-        let mut cluster = Cluster::start(options).unwrap();
-        let (leader, view) = cluster.wait_whole().unwrap();
-        let clients = Traffic::start(&cluster, 80, &Kind::BUSY);
-        clients.wait_progress();
-        let coordinators = cluster.coordinators();
-        for name in &coordinators[..2] {
-            cluster.kill(name).unwrap();
+        for replicas in [3, 2] {
+            frozen(replicas);
         }
-        clients.wait_progress();
-        let backup = cluster.replicas().into_iter().find(|name| *name != leader);
-        let backup = backup.unwrap();
-        cluster.kill(&backup).unwrap();
-        wait_until("the leader says what is lost", PATIENCE, || {
+    });
+}
+
+fn frozen(replicas: u8) {
+    let mut options = Options::new(NODE, [Service::lab(SERVER)]);
+    options.replicas = replicas;
+    options.coordinators = 3;
+    let mut cluster = Cluster::start(options).unwrap();
+    let (leader, view) = cluster.wait_whole().unwrap();
+    let clients = Traffic::start(&cluster, 80, &Kind::BUSY);
+    clients.wait_progress();
+    let coordinators = cluster.coordinators();
+    for name in &coordinators[..2] {
+        cluster.kill(name).unwrap();
+    }
+    let said = |cluster: &Cluster, redundancy: Redundancy, what: &[&str]| {
+        wait_until(&format!("{redundancy:?} {what:?}"), PATIENCE, || {
             let Some(status) = cluster.status(&leader) else {
                 return false;
             };
             let service = &status.services[0];
+            assert_eq!(service.role, Role::Leader);
+            assert_eq!(service.view.id, view, "no view without a quorum");
             let reason = service.redundancy_reason.as_deref().unwrap_or_default();
-            service.redundancy == Redundancy::Unprotected
-                && reason.contains("no quorum")
-                && reason.contains("1 of 2 backups")
+            service.redundancy == redundancy && what.iter().all(|what| reason.contains(what))
         })
         .unwrap();
+    };
+    said(&cluster, Redundancy::Unprotected, &["no quorum"]);
+    clients.wait_progress();
+    let backup = cluster.replicas().into_iter().find(|name| *name != leader);
+    let backup = backup.unwrap();
+    if replicas == 3 {
+        cluster.kill(&backup).unwrap();
+        said(
+            &cluster,
+            Redundancy::Unprotected,
+            &["no quorum", "1 of 2 backups"],
+        );
         clients.wait_progress();
-        let status = cluster.status(&leader).unwrap();
-        assert_eq!(status.services[0].role, Role::Leader);
-        assert_eq!(status.services[0].view.id, view, "no view without a quorum");
-        for name in &coordinators[..2] {
-            cluster.start_node(name).unwrap();
-        }
+    }
+    for name in &coordinators[..2] {
+        cluster.start_node(name).unwrap();
+    }
+    if replicas == 3 {
         cluster.start_replica(&backup).unwrap();
-        cluster.wait_whole().unwrap();
-        clients.finish();
-    });
+    }
+    cluster.wait_whole().unwrap();
+    // What was frozen moves again.
+    cluster.kill(&leader).unwrap();
+    cluster.wait_other_leader(&leader).unwrap();
+    clients.wait_progress();
+    cluster.start_replica(&leader).unwrap();
+    cluster.wait_whole().unwrap();
+    clients.finish();
 }

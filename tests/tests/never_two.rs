@@ -13,6 +13,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use unbroken_tests::client::{self, Progress};
 use unbroken_tests::cluster::{Cluster, Options, PATIENCE, Service, VIP};
 use unbroken_tests::netns::{Capture, Injector, userns, wait_until};
+use unbroken_tests::traffic::{Kind, Traffic};
 
 const NODE: &str = env!("CARGO_BIN_EXE_lab-node");
 const SERVER: &str = env!("CARGO_BIN_EXE_lab-server");
@@ -49,15 +50,12 @@ impl Speakers {
         }
     }
 
-    /// Waits until somebody else than `old` has spoken last.
-    fn wait_for_other(&self, old: &str) {
+    /// Waits until somebody else than `old` has spoken last. Says whether that was so in time.
+    fn wait_for_other(&self, old: &str, time: Duration) -> bool {
         let turns = self.turns.lock().unwrap();
         let still = |turns: &mut Vec<String>| turns.last().is_none_or(|last| last == old);
-        let (_turns, waited) = self
-            .changed
-            .wait_timeout_while(turns, PATIENCE, still)
-            .unwrap();
-        assert!(!waited.timed_out(), "nobody succeeded {old}");
+        let (_turns, waited) = self.changed.wait_timeout_while(turns, time, still).unwrap();
+        !waited.timed_out()
     }
 }
 
@@ -78,8 +76,52 @@ fn takeovers(cluster: &Cluster) -> u64 {
     services.map(|service| service.counters.takeovers).sum()
 }
 
+/// How a leader sleeps.
+#[derive(Debug, Clone, Copy)]
+enum Nap {
+    /// Until somebody else has spoken, and so long after.
+    Succeeded(Duration),
+    /// So long, whatever the others do.
+    For(Duration),
+    /// It wakes every 100 ms for 5, until somebody else has spoken and so often after.
+    Doze(u32),
+}
+
+impl Nap {
+    fn take(self, signal: impl Fn(Signal), wait_for_other: impl Fn(Duration) -> bool) {
+        signal(Signal::STOP);
+        match self {
+            Self::Succeeded(time) => {
+                assert!(wait_for_other(PATIENCE), "nobody succeeded");
+                std::thread::sleep(time);
+            }
+            Self::For(time) => std::thread::sleep(time),
+            Self::Doze(after) => {
+                let (mut left, mut succeeded) = (PATIENCE.as_millis() / 100, after);
+                while succeeded > 0 {
+                    left = left.checked_sub(1).expect("nobody succeeded");
+                    succeeded -= u32::from(wait_for_other(Duration::ZERO));
+                    std::thread::sleep(Duration::from_millis(95));
+                    signal(Signal::CONT);
+                    std::thread::sleep(Duration::from_millis(5));
+                    signal(Signal::STOP);
+                }
+            }
+        }
+        signal(Signal::CONT);
+    }
+}
+
+/// Naps that end when the successor serves, or a moment later.
+fn naps(rounds: u32) -> Vec<Nap> {
+    let after = |round: u32| Duration::from_millis(u64::from(round) * 37 % 150);
+    (0..rounds)
+        .map(|round| Nap::Succeeded(after(round)))
+        .collect()
+}
+
 /// Says in which round somebody spoke who should have been silent, if in any.
-fn sleepers(options: Options, rounds: u32) -> Option<String> {
+fn sleepers(options: Options, naps: &[Nap]) -> Option<String> {
     let mut cluster = Cluster::start(options).unwrap();
     let mut pids = BTreeMap::new();
     for name in cluster.replicas() {
@@ -97,9 +139,10 @@ fn sleepers(options: Options, rounds: u32) -> Option<String> {
     std::thread::scope(|scope| {
         scope.spawn(|| speakers.listen(&capture, &stop));
         let downloads = [(); 2].map(|()| scope.spawn(|| download(&cluster, &stop)));
+        let others = Traffic::start(&cluster, 80, &[Kind::Upload, Kind::Exchange, Kind::Brief]);
         let begun = Instant::now();
         let body = catch_unwind(AssertUnwindSafe(|| {
-            for round in 0..rounds {
+            for (round, nap) in (0u32..).zip(naps) {
                 wait_until("frames of the leader", PATIENCE, || {
                     speakers.turns.lock().unwrap().last() == Some(&leader)
                 })
@@ -107,10 +150,8 @@ fn sleepers(options: Options, rounds: u32) -> Option<String> {
                 let before = (speakers.turns.lock().unwrap().len(), takeovers(&cluster));
                 // At any moment of its work and of its lease.
                 std::thread::sleep(Duration::from_micros(u64::from(round) * 7_919 % 20_000));
-                signal(&leader, Signal::STOP);
-                speakers.wait_for_other(&leader);
-                std::thread::sleep(Duration::from_millis(u64::from(round) * 37 % 150));
-                signal(&leader, Signal::CONT);
+                let other = |time| speakers.wait_for_other(&leader, time);
+                nap.take(|what| signal(&leader, what), other);
                 let woken = std::mem::replace(&mut leader, cluster.wait_whole().unwrap().0);
                 let turns = speakers.turns.lock().unwrap()[before.0..].to_vec();
                 let changes = takeovers(&cluster) - before.1;
@@ -124,7 +165,7 @@ fn sleepers(options: Options, rounds: u32) -> Option<String> {
         }));
         stop.store(true, Ordering::Relaxed);
         let downloads = downloads.map(|download| download.join());
-        println!("{rounds} rounds in {:?}", begun.elapsed());
+        println!("{} rounds in {:?}", naps.len(), begun.elapsed());
         if let Err(panic) = body {
             resume_unwind(panic);
         }
@@ -133,6 +174,7 @@ fn sleepers(options: Options, rounds: u32) -> Option<String> {
             for download in downloads {
                 download.unwrap();
             }
+            others.finish();
         }
     });
     found
@@ -141,8 +183,28 @@ fn sleepers(options: Options, rounds: u32) -> Option<String> {
 #[test]
 fn a_leader_that_wakes_says_nothing_more() {
     userns::privileged("a_leader_that_wakes_says_nothing_more", || {
-        let found = sleepers(options(), rounds());
+        let found = sleepers(options(), &naps(rounds()));
         assert_eq!(found, None);
+    });
+}
+
+/// Too short for a succession, about as long as one takes, and longer than anybody waits for it: `UNBROKEN_SLEEP` seconds.
+#[test]
+fn however_long_a_leader_sleeps() {
+    userns::privileged("however_long_a_leader_sleeps", || {
+        let seconds = std::env::var("UNBROKEN_SLEEP");
+        let seconds: u64 = seconds.map_or(2, |text| text.parse().unwrap());
+        let naps = [10, 30, 60, 100, 1000 * seconds];
+        let naps = naps.map(|millis| Nap::For(Duration::from_millis(millis)));
+        assert_eq!(sleepers(options(), &naps), None);
+    });
+}
+
+/// A twentieth of a processor, in small pieces.
+#[test]
+fn a_slow_leader_says_nothing_more() {
+    userns::privileged("a_slow_leader_says_nothing_more", || {
+        assert_eq!(sleepers(options(), &[Nap::Doze(8); 4]), None);
     });
 }
 

@@ -1,23 +1,60 @@
 //! `lab-server ADDRESS:PORT`: the tests' deterministic server as a program of its own, which can be
 //! killed like one. SIGTERM makes it close all its connections and, as many a server does, live on for
 //! a while: until it is killed.
+//!
+//! `lab-server ADDRESS:PORT --prefork`: a master that listens, and a worker that serves. Each worker is named by a line
+//! `worker PID`; one that dies has a successor.
 
 use std::collections::BTreeMap;
 use std::net::{Shutdown, TcpListener, TcpStream};
+use std::os::fd::{AsFd, OwnedFd};
+use std::process::Command;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
 use anyhow::{Context, bail};
+use rustix::process::Signal;
 use tokio::signal::unix::{SignalKind, signal};
+use unbroken_tests::server;
 
 /// Connections that live, by the order in which they were accepted.
 type Accepted = Arc<Mutex<BTreeMap<u64, TcpStream>>>;
 
 fn main() -> anyhow::Result<()> {
-    let mut arguments = std::env::args().skip(1);
-    let (Some(address), None) = (arguments.next(), arguments.next()) else {
-        bail!("usage: lab-server ADDRESS:PORT");
-    };
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    match arguments[..] {
+        [address] => serve(&listen(address)?),
+        [address, "--prefork"] => prefork(listen(address)?),
+        // The listener is its standard input.
+        [_, "--worker"] => {
+            rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
+            let listener = std::io::stdin().as_fd().try_clone_to_owned()?;
+            serve(&TcpListener::from(listener))
+        }
+        _ => bail!("usage: lab-server ADDRESS:PORT [--prefork]"),
+    }
+}
+
+fn listen(address: &str) -> anyhow::Result<TcpListener> {
+    let listener = TcpListener::bind(address);
+    listener.with_context(|| format!("listening on {address}"))
+}
+
+fn prefork(listener: TcpListener) -> anyhow::Result<()> {
+    let address = listener.local_addr()?.to_string();
+    let listener = OwnedFd::from(listener);
+    loop {
+        let mut worker = Command::new(std::env::current_exe()?);
+        worker.args([&address, "--worker"]);
+        worker.stdin(listener.try_clone()?);
+        let mut worker = worker.spawn().context("starting a worker")?;
+        println!("worker {}", worker.id());
+        worker.wait().context("waiting for a worker")?;
+    }
+}
+
+fn serve(listener: &TcpListener) -> anyhow::Result<()> {
     let accepted = Accepted::default();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -35,9 +72,7 @@ fn main() -> anyhow::Result<()> {
             }
         }
     });
-    let listener =
-        TcpListener::bind(&address).with_context(|| format!("listening on {address}"))?;
-    println!("serving {address}");
+    println!("serving {}", listener.local_addr()?);
     for number in 0.. {
         let (stream, _) = listener.accept().context("accepting")?;
         let copy = stream.try_clone().context("a second descriptor")?;
@@ -45,8 +80,11 @@ fn main() -> anyhow::Result<()> {
         let accepted = Arc::clone(&accepted);
         thread::spawn(move || {
             // The client sees the same as we: a connection that ends.
-            let _ = unbroken_tests::server::serve_one(stream);
+            let served = server::serve_one(stream);
             lock(&accepted).remove(&number);
+            if served.is_ok() && std::fs::exists(server::DIE).unwrap_or(false) {
+                let _ = rustix::process::kill_process(rustix::process::getpid(), Signal::KILL);
+            }
         });
     }
     Ok(())

@@ -10,6 +10,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::mem::MaybeUninit;
 use std::net::IpAddr;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
 use socket2::{Domain, Protocol, SockAddr, SockAddrStorage, Socket, Type};
@@ -60,17 +61,12 @@ pub struct Capture {
 impl Capture {
     /// Called in the switch's namespace; `ports` maps interface numbers to hosts.
     pub(super) fn open(ports: BTreeMap<i32, String>) -> io::Result<Self> {
-        let everything = u16::try_from(libc::ETH_P_ALL)
-            .expect("a small constant")
-            .to_be();
         let socket = Socket::new(
             Domain::PACKET,
             Type::RAW,
-            Some(Protocol::from(i32::from(everything))),
+            Some(Protocol::from(i32::from(everything()))),
         )?;
-        rustix::net::sockopt::set_socket_recv_buffer_size_force(&socket, RECEIVE_BUFFER).or_else(
-            |_| rustix::net::sockopt::set_socket_recv_buffer_size(&socket, RECEIVE_BUFFER),
-        )?;
+        enlarge(&socket)?;
         Ok(Self { socket, ports })
     }
 
@@ -120,19 +116,7 @@ impl Injector {
     /// Called in the host's namespace.
     pub(super) fn open(interface: &str) -> io::Result<Self> {
         let socket = Socket::new(Domain::PACKET, Type::RAW, None)?;
-        let index = rustix::net::netdevice::name_to_index(&socket, interface)?;
-        let fill = |storage: *mut SockAddrStorage, length: *mut libc::socklen_t| {
-            // SAFETY: the storage is zeroed and larger than any address.
-            let address = unsafe { &mut *storage.cast::<libc::sockaddr_ll>() };
-            address.sll_family = u16::try_from(libc::AF_PACKET).expect("a small constant");
-            address.sll_ifindex = i32::try_from(index).expect("a small number");
-            let size = size_of::<libc::sockaddr_ll>();
-            // SAFETY: the length belongs to us during the call.
-            unsafe { *length = libc::socklen_t::try_from(size).expect("a few bytes") };
-            Ok(())
-        };
-        // SAFETY: the closure sets family, interface and length; zeroes are right for the rest.
-        let ((), to) = unsafe { SockAddr::try_init(fill) }?;
+        let to = link_address(&socket, interface, 0)?;
         Ok(Self { socket, to })
     }
 
@@ -147,6 +131,82 @@ impl Injector {
             Err(e) => Err(e),
         }
     }
+}
+
+/// One end of a link, in both directions: what comes in there, whoever it is for, and what is put on it.
+#[derive(Debug)]
+pub(super) struct Port(Socket);
+
+impl Port {
+    /// Called in the namespace of the interface.
+    pub(super) fn open(interface: &str) -> io::Result<Self> {
+        let socket = Socket::new(Domain::PACKET, Type::RAW, None)?;
+        enlarge(&socket)?;
+        socket.set_nonblocking(true)?;
+        socket.bind(&link_address(&socket, interface, everything())?)?;
+        Ok(Self(socket))
+    }
+
+    /// The next frame that has come in; `None` if there is none now.
+    pub(super) fn receive<'a>(&self, buffer: &'a mut [u8]) -> io::Result<Option<&'a [u8]>> {
+        loop {
+            // SAFETY: what is initialised may be seen as what may not be; recvfrom(2) only writes bytes.
+            let room = unsafe { &mut *(std::ptr::from_mut(buffer) as *mut [MaybeUninit<u8>]) };
+            match self.0.recv_from(room) {
+                Ok((n, from)) if port(&from).is_some() => return Ok(Some(&buffer[..n])),
+                Ok(_) => {}
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(None),
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(e),
+            }
+        }
+    }
+
+    /// Sends one frame. One that the interface does not take now is lost.
+    pub(super) fn send(&self, frame: &[u8]) -> io::Result<()> {
+        match self.0.send(frame) {
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(()),
+            Err(e) if e.raw_os_error() == Some(libc::ENOBUFS) => Ok(()),
+            sent => sent.map(drop),
+        }
+    }
+}
+
+impl AsFd for Port {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+/// All protocols, as packet sockets are told: in network order.
+fn everything() -> u16 {
+    let all = u16::try_from(libc::ETH_P_ALL);
+    all.expect("a small constant").to_be()
+}
+
+fn enlarge(socket: &Socket) -> io::Result<()> {
+    rustix::net::sockopt::set_socket_recv_buffer_size_force(socket, RECEIVE_BUFFER)
+        .or_else(|_| rustix::net::sockopt::set_socket_recv_buffer_size(socket, RECEIVE_BUFFER))?;
+    Ok(())
+}
+
+/// The address of an interface; `protocol` in network order, 0 for who only sends.
+fn link_address(socket: &Socket, interface: &str, protocol: u16) -> io::Result<SockAddr> {
+    let index = rustix::net::netdevice::name_to_index(socket, interface)?;
+    let fill = |storage: *mut SockAddrStorage, length: *mut libc::socklen_t| {
+        // SAFETY: the storage is zeroed and larger than any address.
+        let address = unsafe { &mut *storage.cast::<libc::sockaddr_ll>() };
+        address.sll_family = u16::try_from(libc::AF_PACKET).expect("a small constant");
+        address.sll_protocol = protocol;
+        address.sll_ifindex = i32::try_from(index).expect("a small number");
+        let size = size_of::<libc::sockaddr_ll>();
+        // SAFETY: the length belongs to us during the call.
+        unsafe { *length = libc::socklen_t::try_from(size).expect("a few bytes") };
+        Ok(())
+    };
+    // SAFETY: the closure sets family, protocol, interface and length; zeroes are right for the rest.
+    let ((), address) = unsafe { SockAddr::try_init(fill) }?;
+    Ok(address)
 }
 
 /// The interface at which a frame came in; `None` for one that goes out.

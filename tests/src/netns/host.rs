@@ -144,7 +144,18 @@ impl Host {
         self.enter(|| run_tool(command, lines, &self.inner.name))
     }
 
-    /// Runs a tool of iproute2 on this host.
+    /// Has every frame that leaves by this interface be one segment, with its checksum in it.
+    ///
+    /// # Errors
+    /// `ethtool` (package ethtool) is missing or failed.
+    pub fn offloads_off(&self, interface: &str) -> Result<(), LabError> {
+        let mut command = Command::new("ethtool");
+        command.args(["-K", interface]);
+        command.args(["tso", "off", "gso", "off", "gro", "off", "tx", "off"]);
+        self.tool(command, &format!("ethtool -K {interface}"))
+    }
+
+    /// Runs a tool on this host.
     pub(super) fn tool(&self, command: Command, what: &str) -> Result<(), LabError> {
         self.enter(|| run_tool(command, what, &self.inner.name))
     }
@@ -171,7 +182,15 @@ pub(super) fn run_tool(mut command: Command, input: &str, place: &str) -> Result
         .stdout(Stdio::null())
         .stderr(Stdio::piped());
     let mut child = command.spawn().map_err(|source| match source.kind() {
-        io::ErrorKind::NotFound => LabError::MissingIproute2,
+        io::ErrorKind::NotFound => {
+            let program = command.get_program().to_string_lossy().into_owned();
+            let package = match &program[..] {
+                "nft" => "nftables",
+                "ethtool" => "ethtool",
+                _ => "iproute2",
+            };
+            LabError::MissingTool { program, package }
+        }
         _ => LabError::Os {
             action: format!("run {command:?}"),
             source,

@@ -31,6 +31,7 @@
 
 mod frames;
 mod host;
+mod path;
 mod process;
 pub mod userns;
 
@@ -38,8 +39,8 @@ use std::collections::BTreeMap;
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::os::unix::process::CommandExt;
-use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
@@ -48,8 +49,10 @@ use rustix::process::{Pid, PidfdFlags, Signal};
 use socket2::{Domain, Type};
 use thiserror::Error;
 
+use frames::Port;
 pub use frames::{Capture, Captured, Injector};
 pub use host::Host;
+pub use path::{Path, PathOptions};
 pub use process::{Process, ProcessError, Timeout, wait_until};
 
 /// Every namespace of every lab is called `ub-<owner's pid>-<number>-<host>`.
@@ -67,9 +70,14 @@ const CONNECT_WAIT: Duration = Duration::from_secs(10);
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum LabError {
-    /// The `ip` program is missing.
-    #[error("the program `ip` is missing: install the package iproute2")]
-    MissingIproute2,
+    /// A program is missing.
+    #[error("the program `{program}` is missing: install the package {package}")]
+    MissingTool {
+        /// Its name.
+        program: String,
+        /// Debian's package of it.
+        package: &'static str,
+    },
     /// `ip` refused.
     #[error("`ip {arguments}` failed in {place}: {message}")]
     Ip {
@@ -216,6 +224,32 @@ impl Lab {
             host.ip(&format!("link set dev eth0 mtu {mtu}"))?;
         }
         self.switch.ip(&format!("link set dev br0 mtu {mtu}"))
+    }
+
+    /// Makes the way between the host and the switch a long and lossy one. Each of its frames is one segment from then on,
+    /// so that what is lost is what a network loses.
+    ///
+    /// # Errors
+    /// `ip` or `ethtool` failed, or packet sockets are not permitted.
+    pub fn lengthen(&self, host: &str, options: PathOptions) -> Result<Path, LabError> {
+        let end = self.host(host);
+        let port = end.name();
+        let [near, far] = ["near", "far"].map(|side| format!("{port}-{side}"));
+        self.switch.ip(&format!(
+            "link set dev {port} nomaster\nlink add {near} type veth peer name {far}\n\
+             link set dev {near} up\nlink set dev {far} master br0 up"
+        ))?;
+        end.offloads_off("eth0")?;
+        self.switch.offloads_off(&far)?;
+        wait_until_connected(&self.switch, &self.hosts)?;
+        let open = || {
+            let [host, switch] = [port, &near].map(|name| Port::open(name).map(Arc::new));
+            Path::open(&host?, &switch?, options)
+        };
+        self.switch.enter(open).map_err(|source| LabError::Os {
+            action: format!("lengthen the way to {port}"),
+            source,
+        })
     }
 
     /// Makes the switch drop every frame from and to the host, silently: the carrier stays, as when
@@ -543,7 +577,10 @@ fn remove_leftovers() {
         let Some(owner) = owner.and_then(|pid| pid.parse::<u32>().ok()) else {
             continue;
         };
-        if Path::new("/proc").join(owner.to_string()).exists() {
+        if std::path::Path::new("/proc")
+            .join(owner.to_string())
+            .exists()
+        {
             continue;
         }
         if let Ok(host) = Host::open(name, name, Ipv4Addr::UNSPECIFIED, Ipv6Addr::UNSPECIFIED) {
