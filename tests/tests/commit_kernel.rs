@@ -1,15 +1,18 @@
-//! Output commit (R1) and what is heard while nobody leads, shown with nodes that are held still.
+//! Output commit (R1) and what is heard while nobody leads, shown with nodes that are held still; and what a server says
+//! again that was started again.
 
 #![allow(clippy::unwrap_used, reason = "a test says plainly what it expects")]
 
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::TcpStream;
+use std::process::Command;
 use std::time::Duration;
 
 use rustix::process::Signal;
 use unbroken_tests::cluster::{Cluster, Options, PATIENCE, Service};
 use unbroken_tests::netns::{userns, wait_until};
 use unbroken_tests::server::Request;
+use unbroken_tests::traffic::{Kind, Traffic};
 
 const NODE: &str = env!("CARGO_BIN_EXE_lab-node");
 const SERVER: &str = env!("CARGO_BIN_EXE_lab-server");
@@ -127,6 +130,32 @@ fn with_flood_a_request_lost_in_the_gap_is_not_waited_for() {
                 again == 0
             });
             assert!(unseen, "the client sent its request again each time");
+        },
+    );
+}
+
+/// A backup's server is brought to the same point by replay. It says everything once more, and nobody is to hear that.
+#[test]
+fn what_a_restarted_server_says_again_is_not_heard_twice() {
+    userns::privileged(
+        "what_a_restarted_server_says_again_is_not_heard_twice",
+        || {
+            let mut cluster = Cluster::start(Options::new(NODE, [Service::lab(SERVER)])).unwrap();
+            let (leader, _) = cluster.wait_whole().unwrap();
+            let client = Traffic::start(&cluster, 80, &[Kind::Exchange]);
+            client.wait_progress();
+            let mut backups = cluster.replicas().into_iter();
+            let backup = backups.find(|name| *name != leader).unwrap();
+            cluster.server(&backup, "lab").kill().unwrap();
+            cluster.start_server(&backup, "lab").unwrap();
+            cluster.wait_whole().unwrap();
+            let mut command = Command::new(NODE);
+            command.args(["handover", &backup]);
+            let output = cluster.lab().host(&backup).output(command).unwrap();
+            assert!(output.status.success(), "{output:?}");
+            assert_eq!(cluster.wait_other_leader(&leader).unwrap().0, backup);
+            client.wait_progress();
+            client.finish();
         },
     );
 }

@@ -363,9 +363,7 @@ impl Wire {
                 Meaning::Claim(by) => {
                     if self.owns {
                         self.counters.foreign_claims += 1;
-                        if !planted!(ClaimsUnanswered) {
-                            self.announcer.handle_claim(now);
-                        }
+                        self.announcer.handle_claim(now);
                     }
                     f(Frame {
                         source,

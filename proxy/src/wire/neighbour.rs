@@ -19,6 +19,7 @@ use super::packet::{
     PROTOCOL_ICMPV6, RawFrame, finish, mac_at, sum, trim_ip, write_ethernet,
 };
 use crate::clock::BootTime;
+use crate::fault::planted;
 
 const ECHO_REPLY_V6: u8 = 129;
 const ECHO_REQUEST_V6: u8 = 128;
@@ -410,6 +411,9 @@ impl Announcer {
 
     /// Another station announced the VIP at `now`: ours is brought forward, within its rate.
     pub fn handle_claim(&mut self, now: BootTime) {
+        if planted!(ClaimsUnanswered) {
+            return;
+        }
         let Some(next) = self.next else { return };
         let earliest = self.last.map_or(now, |last| now.max(last + CLAIM_SPACING));
         self.next = Some(next.min(earliest));
