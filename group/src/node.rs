@@ -40,6 +40,7 @@ pub use self::events::{Event, Events, Received, StateWanted};
 pub use self::group::{CallError, Group, JoinError, Progress, Replies, SendError};
 pub use self::handler::Handler;
 use self::room::{Place, Room, Unplaced};
+pub(crate) use self::worker::Seen;
 use self::worker::{Input, Worker};
 
 use crate::config::Config;

@@ -448,3 +448,33 @@ async fn an_old_handle_does_nothing_to_a_later_membership() {
         (&vec!["now".into()], &vec!["now".into()])
     );
 }
+
+/// Nobody waits for the first any more: it is forgotten, or joins and leaves, and the next is not refused for it.
+#[tokio::test]
+async fn a_join_that_was_given_up_stands_in_nobodys_way() {
+    let site = Site::new(1);
+    let node = site.start(1);
+    for round in 0..20 {
+        let name = format!("g{round}");
+        assert!(
+            timeout(Duration::ZERO, Group::join(&node, &name))
+                .await
+                .is_err()
+        );
+        if round % 2 == 1 {
+            // By now it has joined.
+            soon("another", Group::join(&node, &format!("h{round}")))
+                .await
+                .unwrap();
+        }
+        let (_, mut events) = soon("join", Group::join(&node, &name)).await.unwrap();
+        assert!(matches!(
+            soon("the state", events.next()).await,
+            Some(Event::Init)
+        ));
+    }
+    assert_eq!(
+        Group::join(&node, "g0").await.err(),
+        Some(JoinError::Already)
+    );
+}

@@ -84,6 +84,11 @@ impl Events {
         self.batch.pop_front()
     }
 
+    /// Whether the next event came together with the last.
+    pub(crate) fn more_at_hand(&self) -> bool {
+        !self.batch.is_empty()
+    }
+
     /// The next event; `None` after [`Event::Left`], or when the node is gone.
     pub async fn next(&mut self) -> Option<Event> {
         if let Some(event) = self.batch.pop_front() {

@@ -1,6 +1,6 @@
 //! A program's handle of a group.
 
-use super::worker::{Input, Joined, Membership, ReplyEvent, Sending};
+use super::worker::{Input, Joined, Membership, ReplyEvent, Seen, Sending};
 use super::{Events, Inputs, Node, Room};
 use crate::process::{
     Calling, Command, GroupId, GroupView, Multicast, Order, Refused, Stability, ThreadId, Want,
@@ -55,7 +55,7 @@ pub struct Group {
     id: GroupId,
     me: MemberId,
     inputs: Inputs,
-    view: watch::Receiver<Option<GroupView>>,
+    view: watch::Receiver<Option<Seen>>,
     progress: watch::Receiver<(u64, u64)>,
     room: Arc<Room>,
 }
@@ -98,10 +98,10 @@ impl Group {
 
     /// The newest view; it may be ahead of the events that the program has taken. `None` before the first.
     pub fn view(&self) -> Option<GroupView> {
-        self.view.borrow().clone()
+        self.view.borrow().as_ref().map(|seen| seen.view.clone())
     }
 
-    pub(crate) fn views(&self) -> watch::Receiver<Option<GroupView>> {
+    pub(crate) fn views(&self) -> watch::Receiver<Option<Seen>> {
         self.view.clone()
     }
 
@@ -110,12 +110,18 @@ impl Group {
         Progress(self.progress.clone())
     }
 
-    /// Waits until this member is in no view any more, and gives the view that it is not in; `None`: this node is out first.
+    /// Waits until this membership of a member has ended, and gives the view in which that is seen: the member is not in it, or
+    /// came back. `None`: this node is out first.
     pub async fn monitor(&self, member: &MemberId) -> Option<u64> {
         let mut view = self.view.clone();
-        let gone = |v: &Option<GroupView>| v.as_ref().is_some_and(|v| v.rank(member).is_none());
+        let first = view.wait_for(Option::is_some).await;
+        let since = first.ok()?.as_ref().and_then(|seen| seen.since(member));
+        let gone = |seen: &Option<Seen>| {
+            let seen = seen.as_ref();
+            seen.is_some_and(|s| s.since(member).is_none() || s.since(member) != since)
+        };
         let view = view.wait_for(gone).await.ok()?;
-        view.as_ref().map(|v| v.id)
+        view.as_ref().map(|seen| seen.view.id)
     }
 
     /// Sends to all, FIFO. Returns when the message is on its way.

@@ -1,10 +1,9 @@
 //! How much a program may hand to its node's thread before it waits.
 
 use super::SendError;
-use std::future::poll_fn;
+use super::tasks::first;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::task::Poll;
 use tokio::sync::Notify;
 
 /// Bytes that may wait for the thread, or for it to find room in the group.
@@ -62,11 +61,7 @@ impl Room {
             if self.take(bytes)? {
                 return Ok(place());
             }
-            poll_fn(|cx| match news.as_mut().poll(cx) {
-                Poll::Ready(()) => Poll::Ready(()),
-                Poll::Pending => all.as_mut().poll(cx),
-            })
-            .await;
+            first(news, all).await;
         }
     }
 
@@ -121,7 +116,7 @@ impl Drop for Place {
 mod tests {
     use super::*;
     use std::pin::pin;
-    use std::task::{Context, Waker};
+    use std::task::{Context, Poll, Waker};
 
     fn now<T>(f: impl Future<Output = T>) -> Option<T> {
         match pin!(f).poll(&mut Context::from_waker(Waker::noop())) {

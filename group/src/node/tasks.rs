@@ -5,6 +5,7 @@ use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, Wake, Waker};
+use tokio::sync::Notify;
 
 type Task<'a> = Pin<Box<dyn Future<Output = ()> + Send + 'a>>;
 
@@ -93,6 +94,32 @@ impl<'a> Tasks<'a> {
         } else {
             Poll::Pending
         }
+    }
+}
+
+/// The first of two that ends.
+pub(crate) async fn first<T>(
+    mut a: Pin<&mut impl Future<Output = T>>,
+    mut b: Pin<&mut impl Future<Output = T>>,
+) -> T {
+    std::future::poll_fn(|cx| match a.as_mut().poll(cx) {
+        Poll::Ready(t) => Poll::Ready(t),
+        Poll::Pending => b.as_mut().poll(cx),
+    })
+    .await
+}
+
+/// Looks, and looks again whenever there is news, until there is something.
+pub(crate) async fn look<T>(news: &Notify, f: impl Fn() -> Option<T>) -> T {
+    loop {
+        // Before the look, so that nothing is missed.
+        let news = news.notified();
+        let mut news = std::pin::pin!(news);
+        news.as_mut().enable();
+        if let Some(found) = f() {
+            return found;
+        }
+        news.await;
     }
 }
 

@@ -31,6 +31,9 @@ const BATCHES_MAX: usize = 8;
 const INPUTS_MAX: usize = 512;
 /// The status is told this often at most.
 const STATUS_EVERY: Duration = Duration::from_millis(20);
+/// A life that was shorter than this is followed by a pause, which doubles from the first of these to the last.
+const SHORT_LIFE: Duration = Duration::from_secs(10);
+const PAUSES: [Duration; 2] = [Duration::from_millis(10), Duration::from_secs(1)];
 const WAKER: Token = Token(TOKENS);
 
 /// What the thread is asked for.
@@ -76,11 +79,36 @@ pub(crate) enum ReplyEvent {
     },
 }
 
+/// The newest view, and with which view each of its members came: one may leave and come back between two looks.
+#[derive(Clone, Debug)]
+pub(crate) struct Seen {
+    pub(crate) view: GroupView,
+    since: Vec<u64>,
+}
+
+impl Seen {
+    fn new(view: GroupView, before: Option<&Self>) -> Self {
+        let since = view.members.iter().map(|m| {
+            let before = before.filter(|_| !view.joined.contains(m));
+            before.and_then(|b| b.since(m)).unwrap_or(view.id)
+        });
+        Self {
+            since: since.collect(),
+            view,
+        }
+    }
+
+    /// The first view of this membership of a member.
+    pub(crate) fn since(&self, member: &MemberId) -> Option<u64> {
+        self.since.get(self.view.rank(member)?).copied()
+    }
+}
+
 /// A membership as it begins.
 pub(crate) struct Joined {
     pub(crate) me: MemberId,
     pub(crate) events: Events,
-    pub(crate) view: watch::Receiver<Option<GroupView>>,
+    pub(crate) view: watch::Receiver<Option<Seen>>,
     pub(crate) progress: watch::Receiver<(u64, u64)>,
     pub(crate) room: Arc<Room>,
 }
@@ -93,13 +121,15 @@ struct Seat {
     batch: Batch,
     queued: Arc<AtomicU64>,
     paused: bool,
-    view: watch::Sender<Option<GroupView>>,
+    view: watch::Sender<Option<Seen>>,
     progress: watch::Sender<(u64, u64)>,
     room: Arc<Room>,
     /// What was handed over and finds no room in the group, and a wish to leave behind it.
     held: VecDeque<Input>,
     done: BTreeMap<u64, oneshot::Sender<()>>,
     calls: BTreeMap<u64, UnboundedSender<ReplyEvent>>,
+    /// Nobody waited for it any more when it began; it is being left.
+    unwanted: bool,
 }
 
 pub(super) struct Worker {
@@ -111,6 +141,11 @@ pub(super) struct Worker {
     process: Process,
     /// Counts processes: answers for an earlier one are void.
     life: u64,
+    born_at: Instant,
+    /// The process is out, and the next begins then.
+    reborn_at: Option<Instant>,
+    /// Before the next life, should this one be short.
+    pause: Duration,
     registry: Box<dyn Registry>,
     receiver: Receiver<Input>,
     status: Arc<Mutex<Option<GroupStatus>>>,
@@ -123,6 +158,8 @@ pub(super) struct Worker {
     /// What was handed over and is in no group yet, of all seats.
     unplaced: Arc<Unplaced>,
     joining: BTreeMap<String, oneshot::Sender<Result<Joined, JoinError>>>,
+    /// Who joins again before a membership that nobody waited for has ended.
+    again: BTreeMap<String, oneshot::Sender<Result<Joined, JoinError>>>,
     next_number: u64,
     stopping: Option<oneshot::Sender<()>>,
     over: bool,
@@ -164,6 +201,9 @@ impl Worker {
             bundles,
             process,
             life: 0,
+            born_at: at,
+            reborn_at: None,
+            pause: PAUSES[0],
             registry,
             receiver,
             status,
@@ -173,6 +213,7 @@ impl Worker {
             holding: BTreeSet::new(),
             unplaced: Arc::default(),
             joining: BTreeMap::new(),
+            again: BTreeMap::new(),
             next_number: 0,
             stopping: None,
             over: false,
@@ -230,6 +271,7 @@ impl Worker {
                 self.process.handle_timeout(at);
                 self.settle(inputs)?;
             }
+            self.be_reborn(inputs)?;
             self.driver.sender.handle_timeout(at);
             self.tell_status(at);
             if !idle {
@@ -275,7 +317,11 @@ impl Worker {
             std::thread::yield_now();
             Some(Duration::ZERO)
         } else {
-            let due = [self.process.poll_timeout(), self.driver.poll_timeout()];
+            let due = [
+                self.process.poll_timeout(),
+                self.driver.poll_timeout(),
+                self.reborn_at,
+            ];
             inputs.about_to_sleep();
             // What came before that wakes nobody.
             if let Ok(input) = self.receiver.try_recv() {
@@ -380,15 +426,45 @@ impl Worker {
                     return Ok(());
                 }
                 self.life += 1;
-                self.send_bundles();
-                self.process = begin(&self.config, &mut self.driver, now())?;
-                for group in self.joining.keys().cloned() {
-                    let joined = self.process.handle_command(now(), Command::Join { group });
-                    joined.expect("the same names were taken before");
+                let at = now();
+                if at.since(self.born_at) >= SHORT_LIFE {
+                    self.pause = PAUSES[0];
                 }
+                // Who is put out again and again does not spin.
+                self.reborn_at = Some(at + self.pause);
+                self.pause = (self.pause * 2).min(PAUSES[1]);
             }
         }
         Ok(())
+    }
+
+    /// The next life begins, if it is time.
+    fn be_reborn(&mut self, inputs: &Inputs) -> io::Result<()> {
+        let at = now();
+        if self.reborn_at.is_none_or(|t| t > at) {
+            return Ok(());
+        }
+        self.reborn_at = None;
+        self.born_at = at;
+        self.send_bundles();
+        self.process = begin(&self.config, &mut self.driver, at)?;
+        for (group, done) in std::mem::take(&mut self.joining) {
+            self.join(group, done);
+        }
+        self.settle(inputs)
+    }
+
+    fn join(&mut self, group: String, done: oneshot::Sender<Result<Joined, JoinError>>) {
+        let name = group.clone();
+        match self.process.handle_command(now(), Command::Join { group }) {
+            // A process that is out is followed by another, which joins.
+            Ok(()) | Err(Refused::NotAMember) => {
+                self.joining.insert(name, done);
+            }
+            Err(_) => {
+                let _ = done.send(Err(JoinError::Refused));
+            }
+        }
     }
 
     fn on_input(&mut self, input: Input) {
@@ -399,20 +475,25 @@ impl Worker {
                 }
             }
             Input::Join(group, done) => {
-                let there = self.seats.values().any(|s| s.name == group);
-                if there || self.joining.contains_key(&group) {
-                    let _ = done.send(Err(JoinError::Already));
-                    return;
-                }
-                let command = Command::Join {
-                    group: group.clone(),
+                // In the place of one that does not wait any more.
+                let waits = |known: &BTreeMap<_, oneshot::Sender<_>>| {
+                    known.get(&group).map(oneshot::Sender::is_closed)
                 };
-                match self.process.handle_command(now(), command) {
-                    Ok(()) => {
+                let seat = self.seats.values().find(|s| s.name == group);
+                match (
+                    seat.map(|s| s.unwanted),
+                    waits(&self.joining),
+                    waits(&self.again),
+                ) {
+                    (None, None, _) => self.join(group, done),
+                    (None, Some(true), _) => {
                         self.joining.insert(group, done);
                     }
-                    Err(_) => {
-                        let _ = done.send(Err(JoinError::Refused));
+                    (Some(true), _, None | Some(true)) => {
+                        self.again.insert(group, done);
+                    }
+                    _ => {
+                        let _ = done.send(Err(JoinError::Already));
                     }
                 }
             }
@@ -581,7 +662,8 @@ impl Worker {
             GroupEvent::Init => Event::Init,
             GroupEvent::State(state) => Event::State(state),
             GroupEvent::View(view) => {
-                seat.view.send_replace(Some(view.clone()));
+                let seen = Seen::new(view.clone(), seat.view.borrow().as_ref());
+                seat.view.send_replace(Some(seen));
                 Event::View(view)
             }
             GroupEvent::Message(message) => Event::Message(Received {
@@ -626,7 +708,10 @@ impl Worker {
                 // Those who wait for room learn that there is none.
                 seat.room.close();
                 self.give_batch(group);
-                self.seats.remove(&group);
+                let seat = self.seats.remove(&group);
+                if let Some((name, done)) = seat.and_then(|s| self.again.remove_entry(&s.name)) {
+                    self.join(name, done);
+                }
                 return;
             }
         };
@@ -668,12 +753,41 @@ impl Worker {
             held: VecDeque::new(),
             done: BTreeMap::new(),
             calls: BTreeMap::new(),
+            unwanted: false,
         };
         self.seats.insert(group, seat);
         let waits = self.joining.remove(&name);
         if waits.is_none_or(|w| w.send(Ok(joined)).is_err()) {
             // Nobody waits for it any more.
+            let seat = self.seats.get_mut(&group).expect("inserted above");
+            seat.unwanted = true;
             let _ = self.process.handle_command(now(), Command::Leave { group });
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Who looks at the third view alone sees that a member has left and come back.
+    #[test]
+    fn a_return_between_two_looks_is_seen() {
+        let (a, b) = (MemberId::new("r1", 1), MemberId::new("r2", 2));
+        let view = |id, members: &[&MemberId], joined: &[&MemberId]| GroupView {
+            id,
+            members: members.iter().copied().cloned().collect(),
+            joined: joined.iter().copied().cloned().collect(),
+            departed: Vec::new(),
+        };
+        let first = Seen::new(view(1, &[&a, &b], &[&a, &b]), None);
+        let second = Seen::new(view(2, &[&a], &[]), Some(&first));
+        let third = Seen::new(view(3, &[&a, &b], &[&b]), Some(&second));
+        let since = |seen: &Seen| (seen.since(&a), seen.since(&b));
+        assert_eq!(since(&first), (Some(1), Some(1)));
+        assert_eq!(since(&second), (Some(1), None));
+        assert_eq!(since(&third), (Some(1), Some(3)));
+        let fourth = Seen::new(view(4, &[&a, &b], &[]), Some(&third));
+        assert_eq!(since(&fourth), since(&third));
     }
 }

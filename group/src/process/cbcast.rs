@@ -14,6 +14,9 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 /// Threads that one member may have in one view: a peer must not make us keep clocks without end.
 pub(crate) const THREADS_MAX: usize = 4096;
 
+/// What a message costs while it waits, besides its body and its stamp.
+const PENDING_BYTES: u64 = 64;
+
 /// A message that waits for its turn.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Pending {
@@ -22,6 +25,12 @@ pub(crate) struct Pending {
     pub(crate) total: bool,
     pub(crate) body: Bytes,
     pub(crate) call: Option<super::types::Calling>,
+}
+
+impl Pending {
+    fn bytes(&self) -> u64 {
+        PENDING_BYTES + self.body.len() as u64 + 8 * self.stamp.0.len() as u64
+    }
 }
 
 /// One causal thread in one view.
@@ -41,6 +50,8 @@ pub(crate) struct Threads {
     threads: BTreeMap<ThreadId, Thread>,
     /// Those in which something waits.
     active: BTreeSet<ThreadId>,
+    /// By sender, the bytes of what waits.
+    kept: Vec<u64>,
 }
 
 impl Threads {
@@ -49,7 +60,13 @@ impl Threads {
             ranks,
             threads: BTreeMap::new(),
             active: BTreeSet::new(),
+            kept: vec![0; ranks],
         }
+    }
+
+    /// Bytes of this sender's messages that wait for their turn.
+    pub(crate) fn kept_bytes(&self, sender: usize) -> u64 {
+        self.kept.get(sender).copied().unwrap_or(0)
     }
 
     /// As an image must have it: every clock as long as the view.
@@ -60,7 +77,13 @@ impl Threads {
                 && t.waiting.len() == ranks
                 && waiting.all(|p| p.stamp.0.len() == ranks)
         };
-        self.ranks == ranks && self.threads.values().all(fits)
+        let kept = |sender: usize| {
+            let waiting = self.threads.values().filter_map(|t| t.waiting.get(sender));
+            waiting.flatten().map(Pending::bytes).sum::<u64>()
+        };
+        self.ranks == ranks
+            && self.threads.values().all(fits)
+            && (0..ranks).map(kept).eq(self.kept.iter().copied())
     }
 
     fn thread(&mut self, id: ThreadId) -> Option<&mut Thread> {
@@ -89,9 +112,11 @@ impl Threads {
         if pending.stamp.0.len() != self.ranks {
             return;
         }
+        let bytes = pending.bytes();
         if let Some(queue) = self.thread(id).and_then(|t| t.waiting.get_mut(sender)) {
             queue.push_back(pending);
             self.active.insert(id);
+            self.kept[sender] += bytes;
         }
     }
 
@@ -144,6 +169,7 @@ impl Threads {
         let thread = self.threads.get_mut(&id)?;
         let pending = thread.waiting.get_mut(sender)?.pop_front()?;
         thread.delivered.0[sender] += 1;
+        self.kept[sender] -= pending.bytes();
         if thread.waiting.iter().all(VecDeque::is_empty) {
             self.active.remove(&id);
         }

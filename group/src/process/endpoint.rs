@@ -44,6 +44,9 @@ pub(crate) struct Cx<'a> {
 /// What a waiting message costs besides its body.
 const EVENT_BYTES: u64 = 64;
 
+/// Of one sender, bytes of cbcasts and abcasts that wait for their turn, and of gbcasts that wait for the end of the view.
+const KEPT_BYTES_MAX: u64 = 64 << 20;
+
 /// Messages between two members.
 #[derive(Serialize, Deserialize)]
 struct Direct {
@@ -86,6 +89,8 @@ pub(crate) struct Endpoint {
     total: Total,
     /// gbcasts that wait for the end of the view: rank and number.
     gbcasts: BTreeMap<(u8, u64), (Bytes, Option<Calling>)>,
+    /// By rank, their bytes.
+    gbcast_bytes: Vec<u64>,
     /// This member's own among them, sent again in the next view if it comes too late for this one.
     own_gbcasts: VecDeque<(u64, Multicast)>,
     /// By member and lane: messages and replies.
@@ -150,6 +155,7 @@ impl Endpoint {
             threads: Threads::new(0),
             total: Total::new(0),
             gbcasts: BTreeMap::new(),
+            gbcast_bytes: Vec::new(),
             own_gbcasts: VecDeque::new(),
             directs: BTreeMap::new(),
             together: BTreeMap::new(),
@@ -301,6 +307,9 @@ impl Endpoint {
                 self.deliver(cx, rank, Order::View, body, call);
             }
             Kind::View => {
+                if let Some(kept) = self.gbcast_bytes.get_mut(rank) {
+                    *kept += EVENT_BYTES + body.len() as u64;
+                }
                 let rank = u8::try_from(rank).expect("MEMBERS_MAX");
                 self.gbcasts.insert((rank, number), (body, call));
             }
@@ -340,6 +349,13 @@ impl Endpoint {
             call,
         };
         self.emit(cx, GroupEvent::Message(message));
+    }
+
+    /// As [`Self::takes`], of this sender: one whose messages wait and wait for their turn, or for the end of the view, is at
+    /// fault, or others are late. What it sends beyond the bound is not taken until then, so that its own window fills.
+    fn takes_from(&self, rank: usize) -> bool {
+        let kept = self.threads.kept_bytes(rank) + self.gbcast_bytes.get(rank).unwrap_or(&0);
+        self.takes() && (self.blocked.is_some() || kept < KEPT_BYTES_MAX)
     }
 
     /// Whether messages are taken. A program that does not keep up takes none, and neither does a joiner that keeps too many
@@ -469,6 +485,7 @@ impl Endpoint {
             self.rank
         });
         self.gbcasts.clear();
+        self.gbcast_bytes = vec![0; ranks];
         self.blocked = None;
         self.expelled.clear();
         self.safe_until = 0;
@@ -579,7 +596,7 @@ mod tests {
     use crate::process::lane;
     use crate::process::ledger::Loading;
     use crate::process::types::ThreadId;
-    use crate::process::wire::{Header, Small};
+    use crate::process::wire::{Envelope, Header, Kind, Small};
     use crate::wire::{Pos, Reader};
 
     fn site(i: u128) -> MemberId {
@@ -661,6 +678,73 @@ mod tests {
         });
         let sent: usize = sent.sum();
         assert!((40_000..60_000).contains(&sent), "{sent}");
+    }
+
+    /// cbcasts that wait for what never comes: their sender fills its window, and not our memory, while the view lasts.
+    #[test]
+    fn what_is_kept_of_one_sender_is_bounded_within_a_view() {
+        let (me, other) = (site(1), site(2));
+        let names = vec!["r1".into(), "r2".into()];
+        let mut config = ProcessConfig::new(Config::new(1, me.clone(), names, 9));
+        config.core.limits.datagram_bytes_max = 65_000;
+        config.core.limits.flight_bytes_max = u64::MAX;
+        let (mut out, mut requests) = (VecDeque::new(), Vec::new());
+        let mut all = Allowance {
+            bytes: u64::MAX,
+            missed: false,
+        };
+        let mut cx = Cx {
+            now: Instant::from_micros(1),
+            config: &config,
+            out: &mut out,
+            requests: &mut requests,
+            resend_left: &mut 0,
+            allowance: &mut Allowance::default(),
+        };
+        let mut endpoint = Endpoint::new(&mut cx, &me, &begun(1, &[1, 2], &[], Some(1)));
+        let mut faulty = Outgoing::new(1);
+        let mut send = |endpoint: &mut Endpoint, cx: &mut Cx<'_>, kind: Kind| {
+            let envelope = Envelope {
+                kind,
+                safe: false,
+                call: None,
+            };
+            faulty.push(envelope.put(&[b'x'; 60_000]), false);
+            let mut header = Header {
+                lane: 1,
+                group: 1,
+                view: 1,
+                ..Header::default()
+            };
+            let limits = &cx.config.core.limits;
+            for body in faulty.burst(cx.now, &mut header, &[], limits, &mut all) {
+                let (header, items) = Header::read(&body).unwrap();
+                endpoint.on_datagram(cx, &other, &header, Reader::over(items), None);
+            }
+            endpoint.ins[1].log.held()
+        };
+        let never = |n| Kind::Causal {
+            thread: ThreadId(0),
+            stamp: crate::process::vclock::VClock(vec![1, n]),
+        };
+        let mut held = 0;
+        for n in 1..2000 {
+            held = send(&mut endpoint, &mut cx, never(n));
+        }
+        let kept = endpoint.threads.kept_bytes(1);
+        let most = KEPT_BYTES_MAX + 70_000;
+        assert!(
+            (KEPT_BYTES_MAX..most).contains(&kept) && held < 1999,
+            "{kept}"
+        );
+        assert!(!endpoint.takes_from(1) && endpoint.takes());
+        // The end of the view needs what there is.
+        endpoint.block();
+        assert!(endpoint.takes_from(1));
+        let mut next = begun(2, &[1, 2], &[], None);
+        next.cut = Some(vec![0, held]);
+        assert!(endpoint.install(&mut cx, &next));
+        assert!(endpoint.takes_from(1), "a new view, and nothing kept");
     }
 
     /// More threads than a view may have wait for the next view: it takes as many as it may, and asks once for one more.

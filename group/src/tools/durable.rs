@@ -14,6 +14,7 @@ pub use self::log::DiskError;
 use self::last::{Book, Last, Summary};
 use self::log::Disk;
 use super::{Machine, Replicated, UpdateError};
+use crate::node::tasks::{first, look};
 use crate::node::{Event, Events, Group, Inputs, JoinError, Node};
 use crate::process::{GroupView, Multicast, Order, ThreadId};
 use crate::view::MemberId;
@@ -21,9 +22,8 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
-use std::pin::{Pin, pin};
+use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
-use std::task::Poll;
 use thiserror::Error;
 use tokio::sync::{Notify, oneshot};
 
@@ -440,18 +440,6 @@ impl<M> State<M> {
     }
 }
 
-/// The first of two that ends.
-async fn first<T>(
-    mut a: Pin<&mut impl Future<Output = T>>,
-    mut b: Pin<&mut impl Future<Output = T>>,
-) -> T {
-    std::future::poll_fn(|cx| match a.as_mut().poll(cx) {
-        Poll::Ready(t) => Poll::Ready(t),
-        Poll::Pending => b.as_mut().poll(cx),
-    })
-    .await
-}
-
 /// The disk's thread: what has come meanwhile is written together.
 fn write(
     mut disk: Disk,
@@ -500,21 +488,14 @@ impl<M: Machine> Shared<M> {
     }
 
     async fn when(&self, f: impl Fn(&State<M>) -> bool) -> Result<(), UpdateError> {
-        loop {
-            let changed = self.changed.notified();
-            let mut changed = pin!(changed);
-            changed.as_mut().enable();
-            {
-                let state = self.state();
-                if state.over {
-                    return Err(UpdateError::Out);
-                }
-                if f(&state) {
-                    return Ok(());
-                }
+        let done = || {
+            let state = self.state();
+            if state.over {
+                return Some(Err(UpdateError::Out));
             }
-            changed.await;
-        }
+            f(&state).then_some(Ok(()))
+        };
+        look(&self.changed, done).await
     }
 
     fn on_written(&self, done: Result<(Place, usize, bool), DiskError>) {

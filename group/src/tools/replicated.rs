@@ -2,6 +2,7 @@
 //!
 //! BJ87 (replicated data: updates multicast, reads local).
 
+use crate::node::tasks::look;
 use crate::node::{Event, Events, Group, JoinError, Node, SendError};
 use crate::process::{GroupView, Multicast, Order, ThreadId, Want};
 use crate::view::MemberId;
@@ -121,24 +122,15 @@ impl<M: Machine> Replicated<M> {
     /// # Errors
     /// [`UpdateError::Out`].
     pub async fn when<T>(&self, f: impl Fn(&M) -> Option<T>) -> Result<T, UpdateError> {
-        loop {
-            // Before the look, so that no change is missed.
-            let changed = self.changed.notified();
-            let mut changed = std::pin::pin!(changed);
-            changed.as_mut().enable();
-            {
-                let shared = lock(&self.shared);
-                if shared.out {
-                    return Err(UpdateError::Out);
-                }
-                if shared.there
-                    && let Some(found) = f(&shared.machine)
-                {
-                    return Ok(found);
-                }
+        let found = || {
+            let shared = lock(&self.shared);
+            if shared.out {
+                return Some(Err(UpdateError::Out));
             }
-            changed.await;
-        }
+            let there = shared.there.then_some(&shared.machine);
+            there.and_then(&f).map(Ok)
+        };
+        look(&self.changed, found).await
     }
 
     /// Sends an update, and gives the machine's answer when it has been applied here, and so at the same place in the order
@@ -248,7 +240,10 @@ async fn run<M: Machine>(
             Event::Left { .. } => break,
         }
         drop(shared);
-        changed.notify_waiters();
+        // Those who wait look when what came together has been taken, not after each of many.
+        if !events.more_at_hand() {
+            changed.notify_waiters();
+        }
     }
     // Whoever waits learns that nothing comes.
     let mut shared = lock(&shared);

@@ -3,7 +3,7 @@
 //! BJ87, Birman 1993: all members see the same views with the members in the same order, so each knows its rank and that of all
 //! others without a word being said. The oldest leads; when it departs, the next oldest does.
 
-use crate::node::Group;
+use crate::node::{Group, Seen};
 use crate::process::GroupView;
 use crate::view::MemberId;
 use tokio::sync::watch;
@@ -45,7 +45,7 @@ impl Rank {
 #[derive(Clone)]
 pub struct Succession {
     me: MemberId,
-    views: watch::Receiver<Option<GroupView>>,
+    views: watch::Receiver<Option<Seen>>,
     told: Option<Rank>,
 }
 
@@ -77,8 +77,8 @@ impl Succession {
     fn view<T>(&self, f: impl FnOnce(&GroupView, &MemberId) -> Option<T>) -> Option<T> {
         // Its sender is dropped when this member is out.
         self.views.has_changed().ok()?;
-        let view = self.views.borrow();
-        f(view.as_ref()?, &self.me)
+        let seen = self.views.borrow();
+        f(&seen.as_ref()?.view, &self.me)
     }
 
     /// Waits until this member's rank or the number of members is another than was told last, and tells it; the first time at

@@ -71,7 +71,7 @@ impl Endpoint {
         let lane = usize::from(lane);
         // Another's lane is copied only while the view is being left.
         let copy = lane != rank && self.blocked.is_some() && lane != self.rank;
-        if (lane != rank && !copy) || !self.takes() {
+        if (lane != rank && !copy) || !self.takes_from(lane) {
             return;
         }
         if let Some(inc) = self.ins.get_mut(lane) {

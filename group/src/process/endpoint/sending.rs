@@ -415,7 +415,7 @@ impl Endpoint {
         for rank in 0..self.ins.len() {
             let lane = u8::try_from(rank).expect("MEMBERS_MAX");
             let due = self.ins[rank].assembler.nak_due();
-            if rank == self.rank || due.is_none_or(|t| t > cx.now) || !self.takes() {
+            if rank == self.rank || due.is_none_or(|t| t > cx.now) || !self.takes_from(rank) {
                 continue;
             }
             let Some(ranges) = self.ins[rank].assembler.missing(cx.now) else {
@@ -530,7 +530,7 @@ impl Endpoint {
         let takes = self.takes();
         let lanes = lanes
             .filter(|(rank, _)| *rank != self.rank)
-            .filter_map(|(_, inc)| inc.due(takes));
+            .filter_map(|(rank, inc)| inc.due(self.takes_from(rank)));
         let directs = self.directs.iter();
         let directs = directs
             .flat_map(|((_, lane), d)| [d.inc.due(takes || *lane == REPLIES), d.out.probe_due()])

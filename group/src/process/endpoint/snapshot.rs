@@ -20,6 +20,7 @@ impl Endpoint {
                 .iter()
                 .all(crate::process::lane::Incoming::consistent)
             && self.threads.consistent(ranks)
+            && self.gbcast_bytes.len() == ranks
             && directs
                 .into_iter()
                 .all(|d| d.out.consistent(1, None) && d.inc.consistent())
