@@ -369,7 +369,7 @@ fn redis_joins_from_a_checkpoint_under_load() {
         let megabytes = megabytes(100);
         let history = format!(
             "history = {{ memory = \"{}MB\" }}\n{CHECKPOINTS}",
-            megabytes / 2
+            megabytes / 10
         );
         let mut cluster = Cluster::start(Options::new(NODE, [redis(&history)])).unwrap();
         cluster.wait_whole().unwrap();
