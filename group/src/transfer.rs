@@ -146,6 +146,8 @@ pub(crate) struct Receiving {
     asked: u64,
     kept: BTreeMap<u64, Bytes>,
     pub(crate) retry_at: Instant,
+    /// Nothing is asked for now: what has come is still being put away.
+    held: bool,
 }
 
 impl Receiving {
@@ -156,6 +158,7 @@ impl Receiving {
             asked: 0,
             kept: BTreeMap::new(),
             retry_at: now,
+            held: false,
         }
     }
 
@@ -209,6 +212,10 @@ impl Receiving {
     /// What to ask for now: the next part when half of the window has come, the missing part when nothing comes.
     pub(crate) fn want(&mut self, now: Instant, limits: &Limits) -> Option<(u64, u32)> {
         if self.done() {
+            return None;
+        }
+        if self.held {
+            self.retry_at = self.retry_at.max(now + PIECE_RETRY);
             return None;
         }
         let window = window(limits);
@@ -322,6 +329,14 @@ impl Core {
         }
     }
 
+    /// Joiner: whether the transfer of its checkpoint is held up for now, because what has come is still being put away.
+    /// To be told again as long as it is; what was asked for before comes all the same.
+    pub fn hold_transfer(&mut self, held: bool) {
+        if let Some(receiving) = &mut self.receiving {
+            receiving.held = held;
+        }
+    }
+
     /// Whether the checkpoint has come in whole.
     pub(crate) fn has_checkpoint(&self) -> bool {
         self.checkpoint_done
@@ -341,6 +356,12 @@ mod tests {
         };
         let now = Instant::from_micros(0);
         let mut receiving = Receiving::new(now);
+        receiving.held = true;
+        assert_eq!(receiving.want(now, &limits), None);
+        // Looked at again later, not at once.
+        assert!(receiving.retry_at > now);
+        receiving.held = false;
+        let now = receiving.retry_at;
         assert_eq!(receiving.want(now, &limits), Some((0, 1000)));
         let piece = Piece {
             since: 1,

@@ -12,6 +12,7 @@ use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 use unbroken_tests::client::{self as bytes, Progress};
 use unbroken_tests::cluster::{Cluster, Options, PATIENCE, Service, whole};
 use unbroken_tests::netns::{userns, wait_until};
@@ -220,11 +221,11 @@ fn ask(cluster: &Cluster, replica: &str, words: &[&[u8]]) -> io::Result<Reply> {
 }
 
 /// Waits until every replica's redis holds the same; they do when all have taken all inputs.
-fn same_everywhere(cluster: &Cluster, counter: u64) {
+fn same_everywhere(cluster: &Cluster, counter: u64, patience: Duration) {
     let began = std::time::Instant::now();
     let mut seen = Vec::new();
     let what = format!("all copies of redis are equal, with a counter of {counter}");
-    let waited = wait_until(&what, PATIENCE, || {
+    let waited = wait_until(&what, patience, || {
         seen = cluster
             .replicas()
             .iter()
@@ -272,7 +273,7 @@ fn under_load(cluster: &mut Cluster, clients: usize, act: impl FnOnce(&mut Clust
         "{} requests, counted to {count}",
         told.requests.load(Ordering::Relaxed)
     );
-    same_everywhere(cluster, count);
+    same_everywhere(cluster, count, patience(megabytes(0)));
 }
 
 /// Waits for so many more requests.
@@ -334,12 +335,16 @@ fn fill(cluster: &Cluster, values: usize) {
     }
 }
 
+/// How long so much data may take to be brought up, or compared.
+fn patience(megabytes: usize) -> Duration {
+    PATIENCE * u32::try_from(1 + megabytes / 100).unwrap()
+}
+
 /// Waits as long as so much data may take to be whole again.
 fn wait_whole(cluster: &Cluster, megabytes: usize) {
-    let patience = PATIENCE * u32::try_from(1 + megabytes / 100).unwrap();
     let began = std::time::Instant::now();
     let mut seen = String::new();
-    let waited = wait_until("the cluster is whole", patience, || {
+    let waited = wait_until("the cluster is whole", patience(megabytes), || {
         let statuses = cluster.statuses();
         let services = statuses.iter().flatten().filter_map(|s| s.services.first());
         let members = services.flat_map(|s| &s.members);

@@ -104,6 +104,8 @@ pub(crate) struct Plane {
     wire_readable: bool,
     progress_at: BootTime,
     join_again_at: Option<BootTime>,
+    /// It leaves its view, since it cannot bring its servers up again.
+    pub(crate) lost_servers: bool,
     /// Checkpoints that are being given, or to be read from the disk for that.
     pub(crate) donations: Donations,
     hand_over_at: BootTime,
@@ -158,6 +160,7 @@ impl Plane {
             wire_readable: true,
             progress_at: now,
             join_again_at: None,
+            lost_servers: false,
             donations: Donations::default(),
             hand_over_at: now,
             recent: Recent::default(),
@@ -247,6 +250,9 @@ impl Plane {
     pub(crate) fn turn(&mut self, now: BootTime, cx: &mut Context<'_>) {
         self.receive_frames(now, cx);
         self.servers.tend_kept();
+        if matches!(self.role, Role::Joining(_)) {
+            self.group.hold_transfer(self.servers.spill().0.is_behind());
+        }
         if self.give_parts(now) {
             self.settle(now, cx);
         }
@@ -771,6 +777,7 @@ impl Plane {
         self.changed = true;
         self.life += 1;
         self.join_again_at = None;
+        self.lost_servers = false;
         let config = (self.config.group)();
         cx.renew(self.config.index, config.me.clone());
         self.group = group::Core::new(config, super::seed(), group_time(now));

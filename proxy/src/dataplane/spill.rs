@@ -28,7 +28,9 @@ use unbroken_tcpstate::ConnId;
 /// Bytes that are written and read at a time.
 pub(crate) const FRAME_BYTES: usize = 256 * 1024;
 /// What waits to be written is in memory beside what else is kept there: so much at most.
-const WAITING_BYTES_MAX: u64 = 64 << 20;
+const WAITING_BYTES_MAX: u64 = 256 << 20;
+/// A replica that joins takes no more of its checkpoint while so much waits.
+const WAITING_MUCH_BYTES: u64 = 32 << 20;
 /// What was read for connections and is not used yet.
 const LOADED_BYTES_MAX: u64 = 64 << 20;
 
@@ -373,6 +375,11 @@ impl Spill {
     /// Bytes in memory that wait to be written.
     pub(crate) fn waiting_bytes(&self) -> u64 {
         self.shared.waiting.load(Ordering::Acquire)
+    }
+
+    /// Whether the disk does not keep up: whoever can wait with more should.
+    pub(crate) fn is_behind(&self) -> bool {
+        self.waiting_bytes() > WAITING_MUCH_BYTES && self.alarm().is_none()
     }
 
     /// What is wrong with the disk, for people.

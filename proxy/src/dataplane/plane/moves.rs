@@ -205,7 +205,11 @@ impl Plane {
     /// (R5), if there is one that could.
     pub(super) fn hand_over_if_failing(&mut self, now: BootTime, cx: &mut Context<'_>) {
         let died = self.servers.take_dead();
+        if self.lost_servers {
+            return;
+        }
         if died && !self.servers.begin_again(now) {
+            self.lost_servers = true;
             error!(vip = %self.config.vip, "the server died, and what it was given is not kept: joining anew");
             self.command(now, Command::Leave);
             self.settle(now, cx);

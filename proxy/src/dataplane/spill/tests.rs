@@ -170,6 +170,26 @@ fn a_file_taken_is_its_pieces() {
 }
 
 #[test]
+fn a_disk_that_does_not_keep_up_says_so_before_it_refuses() {
+    let disk = Disk::new(1 << 30);
+    let frame = Bytes::from(vec![7; 8 << 20]);
+    // As if the thread had come to none of it.
+    disk.shared
+        .waiting
+        .fetch_add(WAITING_MUCH_BYTES + 1, Ordering::AcqRel);
+    assert!(disk.is_behind() && disk.store(frame.clone()).is_some());
+    disk.shared
+        .waiting
+        .fetch_add(WAITING_BYTES_MAX - WAITING_MUCH_BYTES, Ordering::AcqRel);
+    assert!(disk.store(frame).is_none());
+    disk.shared
+        .waiting
+        .fetch_sub(WAITING_BYTES_MAX + 1, Ordering::AcqRel);
+    disk.wait_written();
+    assert!(!disk.is_behind());
+}
+
+#[test]
 fn not_more_is_read_than_is_used() {
     let disk = Disk::new(1 << 30);
     let frames = LOADED_BYTES_MAX / FRAME_BYTES as u64;
