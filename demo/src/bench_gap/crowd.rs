@@ -17,15 +17,16 @@ use crate::payload::{Exchange, MESSAGE_BYTES, fill, request};
 use crate::pulse::{Ask, PULSE_BYTES};
 
 /// Between two pulses, and between a request and the next, on one connection.
-const PACE_US: u64 = 200_000;
+const PACE_US: u64 = 400_000;
 
 /// What one connection has seen since the moment that is asked about.
 #[derive(Debug, Default)]
 struct Seen {
     /// When the first thing came that was due, or was asked for, after the moment; 0: not yet.
     moved_us: AtomicU64,
-    /// The longest that something was late: a pulse after it was due, an answer after its request.
-    late_us: AtomicU64,
+    /// The longest that something was waited for, counted from when it was due (a pulse) or asked for, and from the moment
+    /// on.
+    waited_us: AtomicU64,
 }
 
 #[derive(Debug, Default)]
@@ -45,8 +46,8 @@ impl Shared {
         let from = self.from_us.load(Ordering::Relaxed);
         let seen = &self.seen[index];
         if now >= from {
-            let late = now.saturating_sub(due_us);
-            seen.late_us.fetch_max(late, Ordering::Relaxed);
+            let waited = now.saturating_sub(due_us.max(from));
+            seen.waited_us.fetch_max(waited, Ordering::Relaxed);
         }
         if due_us >= from && seen.moved_us.load(Ordering::Relaxed) == 0 {
             seen.moved_us.store(now, Ordering::Relaxed);
@@ -54,15 +55,13 @@ impl Shared {
     }
 }
 
-/// What a moment did to the connections, in microseconds.
+/// How long each connection waited from a moment on, in microseconds.
 #[derive(Debug, Clone)]
-pub(super) struct Moved {
-    /// From the moment until each of them moved again.
-    pub(super) after_us: Vec<u64>,
-    /// The latest that anything was that came to each one that receives.
-    pub(super) pulses_late_us: Vec<u64>,
-    /// The longest round trip of each one that asks.
-    pub(super) answers_late_us: Vec<u64>,
+pub(super) struct Waited {
+    /// Those that receive.
+    pub(super) receiving_us: Vec<u64>,
+    /// Those that ask.
+    pub(super) asking_us: Vec<u64>,
 }
 
 /// The program: one thread on the client's host.
@@ -109,7 +108,7 @@ impl Crowd {
         // Until everything is cleared nothing is of the moment.
         self.shared.from_us.store(u64::MAX, Ordering::Relaxed);
         for seen in &self.shared.seen {
-            seen.late_us.store(0, Ordering::Relaxed);
+            seen.waited_us.store(0, Ordering::Relaxed);
             seen.moved_us.store(0, Ordering::Relaxed);
         }
         self.shared.from_us.store(now_us(), Ordering::Relaxed);
@@ -123,20 +122,15 @@ impl Crowd {
     }
 
     /// What the moment did; all have moved.
-    pub(super) fn take(&self) -> Moved {
-        let from = self.shared.from_us.load(Ordering::Relaxed);
-        let late = |odd: usize| {
+    pub(super) fn take(&self) -> Waited {
+        let waited = |odd: usize| {
             let of = self.shared.seen.iter().skip(odd).step_by(2);
-            of.map(|seen| seen.late_us.load(Ordering::Relaxed))
+            of.map(|seen| seen.waited_us.load(Ordering::Relaxed))
                 .collect()
         };
-        let seen = self.shared.seen.iter();
-        Moved {
-            after_us: seen
-                .map(|seen| seen.moved_us.load(Ordering::Relaxed).saturating_sub(from))
-                .collect(),
-            pulses_late_us: late(0),
-            answers_late_us: late(1),
+        Waited {
+            receiving_us: waited(0),
+            asking_us: waited(1),
         }
     }
 

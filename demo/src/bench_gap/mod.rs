@@ -349,33 +349,29 @@ impl Bench<'_> {
         crowd.end()
     }
 
-    fn add_crowd(&mut self, kind: Fault, count: usize, moved: crowd::Moved) {
+    fn add_crowd(&mut self, kind: Fault, count: usize, waited: crowd::Waited) {
         let goals = if kind == Fault::None {
             &[]
         } else {
             CROWD_GOALS
         };
-        let mut after = moved.after_us;
-        after.sort_unstable();
-        let last = |mut values: Vec<u64>| {
-            values.sort_unstable();
-            values.last().copied().unwrap_or_default()
-        };
-        let half = after.get(after.len() / 2).copied().unwrap_or_default();
+        let mut all = [&waited.receiving_us[..], &waited.asking_us].concat();
+        all.sort_unstable();
+        let last = |values: Vec<u64>| values.into_iter().max().unwrap_or_default();
+        let half = all.get(all.len() / 2).copied().unwrap_or_default();
         for (key, title, goals, value) in [
-            ("half", "until half of them moved again", &[][..], half),
-            ("all", "until every one moved again", goals, last(after)),
+            ("half", "half waited no longer than", &[][..], half),
             (
                 "receive",
-                "the latest byte of all that receive",
-                &[],
-                last(moved.pulses_late_us),
+                "longest of all that receive",
+                goals,
+                last(waited.receiving_us),
             ),
             (
                 "ask",
-                "the longest round trip of all that ask",
-                &[],
-                last(moved.answers_late_us),
+                "longest of all that ask",
+                goals,
+                last(waited.asking_us),
             ),
         ] {
             let key = format!("many_{kind:?}_{key}").to_lowercase();
