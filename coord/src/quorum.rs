@@ -23,6 +23,8 @@
 mod log;
 mod message;
 mod raft;
+#[cfg(test)]
+mod tests;
 
 use std::collections::BTreeSet;
 use std::time::Duration;
