@@ -130,7 +130,7 @@ impl Up {
         assert!(self.book.read(|_| ()).is_none(), "it waits");
     }
 
-    async fn awaits_this(&self, name: &str) {
+    async fn awaits_at_least(&self, name: &str) {
         let seen = async {
             while !self.book.awaits().contains(name) {
                 tokio::task::yield_now().await;
@@ -138,6 +138,19 @@ impl Up {
         };
         soon("it is awaited", seen).await;
         assert!(self.book.read(|_| ()).is_none(), "it waits");
+    }
+
+    /// Waits until its site's view is without a member that has died.
+    async fn runs_without(&self, name: &str) {
+        let gone = async {
+            while self.node.status().is_none_or(|s| {
+                s.view
+                    .is_none_or(|v| v.full.iter().any(|m| &*m.name == name))
+            }) {
+                tokio::task::yield_now().await;
+            }
+        };
+        soon("the dead one is out", gone).await;
     }
 }
 
@@ -171,6 +184,8 @@ async fn the_last_to_fail_is_waited_for_and_nothing_acknowledged_is_lost() {
     first.add("e").await;
     // One after the other, and the first comes back in between.
     third.die().await;
+    first.runs_without("r3").await;
+    second.runs_without("r3").await;
     second.die().await;
     let third = world.start(3).await;
     third.has("a,b,c,d,e").await;
@@ -178,8 +193,8 @@ async fn the_last_to_fail_is_waited_for_and_nothing_acknowledged_is_lost() {
     third.add("f").await;
     third.die().await;
     let second = world.start(2).await;
-    // Whether it had seen the third go before it went itself, is chance.
-    second.awaits_this("r1").await;
+    // Whether its disk knew that the third is gone, is chance.
+    second.awaits_at_least("r1").await;
     let third = world.start(3).await;
     third.has("a,b,c,d,e,f").await;
     second.has("a,b,c,d,e,f").await;

@@ -187,13 +187,8 @@ fn a_renewal_extends_and_is_seldom() {
         }
         let counters = wire.counters();
         assert_eq!(counters.send_errors, 0, "{counters:?}");
-        let (renewals, most) = (wire.fence().renewals(), BootTime::now().since(begun));
-        println!("{flushes} flushes, {renewals} renewals in {most:?}");
-        let most = most.as_millis() / (lease.as_millis() / 4);
-        assert!(
-            u128::from(renewals) <= most,
-            "{renewals}: half of a lease each"
-        );
+        let renewals = wire.fence().renewals();
+        assert!(renewals * 100 <= flushes, "{renewals} in {flushes} flushes");
     });
 }
 
