@@ -42,6 +42,8 @@ pub(crate) struct Seeking {
     wait_again: Option<Duration>,
     /// The cut at which this member began to join.
     joined_cut: u64,
+    /// Not before: a view that a peer made up, and that is in no znode, must not make us write without rest.
+    write_at: Instant,
 }
 
 /// The lease node of a lone leader, watched for signs of life.
@@ -217,6 +219,7 @@ impl Core {
                     (CasResult::Written { version }, None) => self.on_written(version),
                     (CasResult::BadVersion | CasResult::Unknown, founding) => {
                         self.seeking.founding = founding;
+                        self.seeking.write_at = self.now + RETRY_INTERVAL;
                         self.read_at = self.now;
                         self.read_view();
                     }
@@ -243,7 +246,7 @@ impl Core {
         let Some((view, version)) = self.seeking.seen.clone() else {
             return;
         };
-        if self.writing {
+        if self.writing || self.now < self.seeking.write_at {
             return;
         }
         let lost = match self.lost(&view) {

@@ -492,3 +492,57 @@ fn one_datagram_of_many_requests_is_answered_as_one() {
     let spent = world.spent.0;
     assert!((100 << 10..=ANSWER_BYTES_MAX).contains(&spent), "{spent}");
 }
+
+/// A peer that has the key makes up a view that is in no znode, and whose members are all dead: who would found the next
+/// generation over it writes in vain, and not without rest.
+#[test]
+fn a_view_that_was_made_up_is_not_written_over_without_rest() {
+    let names = vec!["r1".to_owned(), "r2".to_owned()];
+    let me = MemberId::new("r1", 7);
+    let mut core = Core::new(Config::new(1, me, names, 42), 1, Instant::from_micros(0));
+    let view = |id, leader| View {
+        instance: 42,
+        generation: 1,
+        id: ViewId(id),
+        full: vec![leader],
+        joining: Vec::new(),
+        k: 0,
+        lease_us: 1000,
+        clock_us: 0,
+        cut: 0,
+        proposal: 1,
+    };
+    let written = view(3, MemberId::new("r2", 9)).encode();
+    let made_up = view(99, MemberId::new("r1", 6)).encode();
+    let mut now = 1;
+    let at = Instant::from_micros;
+    core.handle_command(at(now), Command::Join).unwrap();
+    let forged = Message::NewView {
+        version: 1,
+        znode: made_up,
+    };
+    let body = wire::body(&Header::default(), &[forged]);
+    core.handle_datagram(at(now), &MemberId::new("r2", 9), &body);
+    let mut writes = 0;
+    // A coordinator that answers at once.
+    while now < 1_000_000 {
+        core.handle_timeout(at(now));
+        for _ in 0..100 {
+            let reply = match core.poll_output() {
+                None => break,
+                Some(Output::ReadView) => RegistryReply::View(ReadResult::Value {
+                    value: written.clone().into(),
+                    version: 4,
+                }),
+                Some(Output::CompareAndSet { .. }) => {
+                    writes += 1;
+                    RegistryReply::Cas(CasResult::BadVersion)
+                }
+                Some(_) => continue,
+            };
+            core.handle_registry(at(now), reply);
+        }
+        now += 1000;
+    }
+    assert!((10..=101).contains(&writes), "{writes} writes in a second");
+}
