@@ -143,6 +143,23 @@ impl Exchange {
         self.answered += 1;
         message
     }
+
+    /// Appends the answers to the requests in the first `held` bytes of `buffer` to `answers`; moves what is left of the next
+    /// request to its front, and gives its length.
+    pub(crate) fn answer_all(
+        &mut self,
+        buffer: &mut [u8],
+        held: usize,
+        answers: &mut Vec<u8>,
+    ) -> usize {
+        let (requests, rest) = buffer[..held].as_chunks::<MESSAGE_BYTES>();
+        let left = rest.len();
+        for request in requests {
+            answers.extend_from_slice(&self.answer(request));
+        }
+        buffer.copy_within(held - left..held, 0);
+        left
+    }
 }
 
 #[cfg(test)]

@@ -129,15 +129,8 @@ async fn exchange(mut stream: TcpStream) -> io::Result<()> {
         if got == 0 {
             return Ok(());
         }
-        held += got;
-        let (requests, _) = buffer[..held].as_chunks::<MESSAGE_BYTES>();
         answers.clear();
-        for request in requests {
-            answers.extend_from_slice(&state.answer(request));
-        }
-        let used = requests.len() * MESSAGE_BYTES;
-        buffer.copy_within(used..held, 0);
-        held -= used;
+        held = state.answer_all(&mut buffer, held + got, &mut answers);
         stream.write_all(&answers).await?;
     }
 }

@@ -57,6 +57,42 @@ pub(crate) enum Verdict {
     WentOn,
     /// Those who could be asked have closed too, in other ways.
     Differs,
+    /// It broke before all was said that somebody else's server said to its end.
+    Broke,
+}
+
+/// Whether a leader may hand over because another's server goes on with what this one's closed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum MayYield {
+    /// It may.
+    Yes,
+    /// It is doing so: who leads next will show what is to be shown.
+    UnderWay,
+    /// Not for a moment: it came to lead, or handed over, a moment ago.
+    No,
+}
+
+/// What is done about a verdict.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Deed {
+    Show,
+    /// It is shown although the servers differ.
+    ShowDiffering,
+    HandOver,
+    Wait,
+}
+
+impl Verdict {
+    pub(crate) fn deed(self, may_yield: MayYield) -> Deed {
+        match (self, may_yield) {
+            (Self::Show, _) => Deed::Show,
+            (Self::WentOn | Self::Broke, MayYield::Yes) => Deed::HandOver,
+            (Self::WentOn | Self::Broke, MayYield::UnderWay) => Deed::Wait,
+            // Another's server has all that was said: it will be its to say, as soon as it may lead.
+            (Self::Broke, MayYield::No) => Deed::Wait,
+            (Self::WentOn, MayYield::No) | (Self::Differs, _) => Deed::ShowDiffering,
+        }
+    }
 }
 
 /// What is asked of the leader's stack.
@@ -269,7 +305,7 @@ impl Closes {
             let broke = own.closed == Closed::Reset
                 && (heard.iter()).any(|c| matches!(c, Closed::Fin(end) if *end > own.said));
             if broke {
-                verdicts.push((conn, own.closed, Verdict::WentOn));
+                verdicts.push((conn, own.closed, Verdict::Broke));
                 continue;
             }
             if electable.is_empty() || heard.iter().any(|c| c.agrees(own.closed)) {
@@ -401,13 +437,25 @@ mod tests {
             Some(Verdict::Show)
         );
         // It is shown if nothing is missing that another's server said before it closed.
-        for (said, expected) in [(5, Verdict::Show), (4, Verdict::WentOn)] {
+        for (said, expected) in [(5, Verdict::Show), (4, Verdict::Broke)] {
             let mut closes = Closes::default();
             closes.note(CONN, Closed::Reset, said);
             assert_eq!(verdict(&mut closes, 0, &others, &HAS_ALL), None);
             says(&mut closes, &others[0], 0, Closed::Fin(5));
             assert_eq!(verdict(&mut closes, 0, &others, &HAS_ALL), Some(expected));
         }
+    }
+
+    #[test]
+    fn what_broke_is_never_shown_while_another_could_finish_it() {
+        use MayYield::{No, UnderWay, Yes};
+        let deeds = |verdict: Verdict| [Yes, UnderWay, No].map(|may| verdict.deed(may));
+        assert_eq!(deeds(Verdict::Show), [Deed::Show; 3]);
+        assert_eq!(deeds(Verdict::Differs), [Deed::ShowDiffering; 3]);
+        let went_on = [Deed::HandOver, Deed::Wait, Deed::ShowDiffering];
+        assert_eq!(deeds(Verdict::WentOn), went_on);
+        let broke = [Deed::HandOver, Deed::Wait, Deed::Wait];
+        assert_eq!(deeds(Verdict::Broke), broke);
     }
 
     #[test]

@@ -18,7 +18,6 @@ use unbroken_tcpstate::{ConnId, Event, EventNo};
 
 use self::answers::Answers;
 pub(crate) use self::answers::VOTES_MAX;
-pub(crate) use self::ending::MayYield;
 pub(crate) use self::total::{Order, OrderHeader, OrderImage, Outlook};
 use super::closes::Closes;
 use super::divergence::Answer;

@@ -7,10 +7,10 @@ use tracing::{error, info, warn};
 use unbroken_group as group;
 use unbroken_group::Command;
 
+use super::super::closes::MayYield;
 use super::super::context::Context;
 use super::super::reports::Report;
 use super::super::role::{Keeper, Role};
-use super::super::servers::MayYield;
 use super::{Plane, group_time, is_fit};
 use crate::clock::BootTime;
 use crate::config::Failback;

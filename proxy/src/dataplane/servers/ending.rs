@@ -8,7 +8,7 @@ use tracing::{debug, warn};
 use unbroken_group::MemberId;
 use unbroken_tcpstate::ConnId;
 
-use super::super::closes::{Closed, Shown, Verdict};
+use super::super::closes::{Closed, Deed, MayYield, Shown};
 use super::super::liveness::Life;
 use super::super::reports::{CloseReport, Report};
 use super::{
@@ -24,17 +24,6 @@ pub(crate) struct Judged {
     pub(crate) hand_over: bool,
     /// Closes that were shown although others' servers went on, or closed otherwise.
     pub(crate) diverged: u64,
-}
-
-/// Whether a leader may hand over because another's server goes on with what this one's closed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum MayYield {
-    /// It may.
-    Yes,
-    /// It is doing so: who leads next will show what is to be shown.
-    UnderWay,
-    /// It came to lead a moment ago: what its server did is shown.
-    No,
 }
 
 /// What a close is held against, on a leader.
@@ -245,13 +234,9 @@ impl Servers {
                 self.died(now, conn);
                 continue;
             }
-            match verdict {
-                Verdict::WentOn if may_yield != MayYield::No => {
-                    debug!(conn = conn.0, "closed here, and not elsewhere");
-                    judged.hand_over = may_yield == MayYield::Yes;
-                    continue;
-                }
-                Verdict::WentOn | Verdict::Differs => {
+            match verdict.deed(may_yield) {
+                Deed::Show => {}
+                Deed::ShowDiffering => {
                     warn!(
                         conn = conn.0,
                         ?closed,
@@ -259,7 +244,12 @@ impl Servers {
                     );
                     judged.diverged += 1;
                 }
-                Verdict::Show => {}
+                Deed::HandOver => {
+                    debug!(conn = conn.0, "closed here, and not elsewhere");
+                    judged.hand_over = true;
+                    continue;
+                }
+                Deed::Wait => continue,
             }
             self.closes.settle(conn);
             match closed {
