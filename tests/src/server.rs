@@ -78,6 +78,23 @@ pub const FLIP: &str = "flip";
 /// A file in the server's working folder that makes it die by SIGKILL as soon as it has closed a connection.
 pub const DIE: &str = "die";
 
+/// A file in the server's working folder: it holds how many of the connections that begin are broken off at once.
+pub const RESET: &str = "reset";
+
+/// Whether a connection that begins is broken off.
+///
+/// # Errors
+/// The number cannot be written back.
+pub fn is_broken_off() -> io::Result<bool> {
+    let left = std::fs::read_to_string(RESET).ok();
+    let left = left.and_then(|left| left.trim().parse().ok());
+    let Some(left) = left.filter(|left: &u32| *left > 0) else {
+        return Ok(false);
+    };
+    std::fs::write(RESET, (left - 1).to_string())?;
+    Ok(true)
+}
+
 /// Serves one connection to its end.
 ///
 /// # Errors

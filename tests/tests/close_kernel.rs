@@ -55,6 +55,34 @@ fn the_leaders_server_dies_as_it_closes() {
     });
 }
 
+/// Who joins replays every connection to its own server; where one of these is broken off before the server has said what the
+/// others' have said, that is no close: it is made again, and the client is served by the joiner when it leads.
+#[test]
+fn a_replay_that_is_broken_off_is_made_again() {
+    userns::privileged("a_replay_that_is_broken_off_is_made_again", || {
+        let mut options = Options::new(NODE, [Service::lab(SERVER)]);
+        options.replicas = 2;
+        options.coordinators = 3;
+        let mut cluster = Cluster::start(options).unwrap();
+        let (leader, view) = cluster.wait_whole().unwrap();
+        let traffic = Traffic::start(&cluster, 80, &[Kind::Exchange, Kind::Exchange]);
+        traffic.wait_progress();
+        let joiner = cluster.replicas().into_iter().find(|r| *r != leader);
+        let joiner = joiner.unwrap();
+        cluster.kill(&joiner).unwrap();
+        cluster.start_server(&joiner, "lab").unwrap();
+        let resets = cluster.folder(&joiner).join(server::RESET);
+        std::fs::write(&resets, "6").unwrap();
+        cluster.start_node(&joiner).unwrap();
+        cluster.wait_whole().unwrap();
+        assert_eq!(std::fs::read_to_string(&resets).unwrap(), "0");
+        cluster.kill(&leader).unwrap();
+        assert_eq!(cluster.wait_leader(view).unwrap().0, joiner);
+        traffic.wait_progress();
+        traffic.finish();
+    });
+}
+
 /// The process that listens lives on, so nothing tells the death of its worker from closes but that the others' servers
 /// do not close.
 #[test]

@@ -11,9 +11,11 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::process::Command;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context, bail};
 use rustix::process::Signal;
+use socket2::SockRef;
 use tokio::signal::unix::{SignalKind, signal};
 use unbroken_tests::server;
 
@@ -75,6 +77,10 @@ fn serve(listener: &TcpListener) -> anyhow::Result<()> {
     println!("serving {}", listener.local_addr()?);
     for number in 0.. {
         let (stream, _) = listener.accept().context("accepting")?;
+        if server::is_broken_off().context(server::RESET)? {
+            SockRef::from(&stream).set_linger(Some(Duration::ZERO))?;
+            continue;
+        }
         let copy = stream.try_clone().context("a second descriptor")?;
         lock(&accepted).insert(number, copy);
         let accepted = Arc::clone(&accepted);
