@@ -99,6 +99,9 @@ impl Core {
                 granted: BTreeSet::new(),
             });
         }
+        if self.phase == Phase::Backup && self.wedged.is_none() {
+            self.remind_leader();
+        }
         if self.phase == Phase::Backup && (self.wedged.is_some() || !self.leader_fine()) {
             self.read_view_sometimes();
             if self.all_is_lost() {
@@ -717,11 +720,12 @@ impl Core {
             return;
         };
         let view = view.clone();
-        self.adopt_written(*view, version);
+        self.on_view(*view, version);
     }
 
-    /// Installs the view that this member wrote, and tells everyone concerned.
-    pub(crate) fn adopt_written(&mut self, view: View, version: i32) {
+    /// Tells everyone concerned of the view that this member wrote, before it installs it. What is lost of it is made up for by
+    /// [`Core::remind_leader`].
+    pub(crate) fn tell_written(&mut self, view: &View, version: i32) {
         let leads = *view.leader() == self.config.me;
         let mut concerned: BTreeSet<MemberId> = view.members().cloned().collect();
         if let Some(old) = &self.view {
@@ -736,7 +740,14 @@ impl Core {
         let body: Bytes = wire::body(&self.header(), &[message]);
         let to: Vec<MemberId> = concerned.into_iter().collect();
         self.send_all(&to, body);
-        self.on_view(view, version);
+    }
+
+    /// A leader that says nothing may not know that it leads: another wrote the view, and its word was lost.
+    fn remind_leader(&mut self) {
+        let leader = self.view().leader().clone();
+        if self.silent(&leader, self.config.heartbeat + self.config.heartbeat / 2) {
+            self.tell_view(&leader);
+        }
     }
 
     /// Whether the proposal that is being written is this one.

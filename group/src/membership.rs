@@ -214,7 +214,7 @@ impl Core {
                 match (result, self.seeking.founding.take()) {
                     (CasResult::Written { version }, Some(view)) => {
                         self.seeking.founding = Some(view.clone());
-                        self.adopt_written(view, version);
+                        self.on_view(view, version);
                     }
                     (CasResult::Written { version }, None) => self.on_written(version),
                     (CasResult::BadVersion | CasResult::Unknown, founding) => {
@@ -518,7 +518,11 @@ impl Core {
         if view.id <= cur.id {
             return;
         }
-        let me = &self.config.me;
+        // The write may be read before its own answer comes.
+        if self.wrote(view.proposal) {
+            self.tell_written(&view, version);
+        }
+        let (me, cur) = (&self.config.me, self.view());
         let next = view.id.0 == cur.id.0 + 1 && view.generation == cur.generation;
         if view.is_full(me) {
             let reached = self.delivered.max(if self.phase == Phase::Leading {

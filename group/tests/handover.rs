@@ -4,8 +4,8 @@ use bytes::Bytes;
 use std::collections::BTreeMap;
 use std::time::Duration;
 use unbroken_group::{
-    CasResult, Command, CommandError, Config, Core, Instant, Lag, MemberId, Output, ReadResult,
-    RegistryReply, Role,
+    CasResult, Command, CommandError, Config, Core, Instant, Lag, MemberId, Notice, Output,
+    ReadResult, RegistryReply, Role,
 };
 
 /// Members over a network that loses nothing and takes no time, and a coordinator in memory.
@@ -15,6 +15,11 @@ struct Group {
     view: Option<(Bytes, i32)>,
     lease: i32,
     unicasts: Vec<(String, Bytes)>,
+    /// What was written is read before the write's own answer comes.
+    read_first: bool,
+    /// What a member says as soon as it has written a view is lost.
+    news_lost: bool,
+    suspicions: usize,
 }
 
 impl Group {
@@ -27,6 +32,9 @@ impl Group {
             view: None,
             lease: 0,
             unicasts: Vec::new(),
+            read_first: false,
+            news_lost: false,
+            suspicions: 0,
         };
         for (name, number) in names.iter().zip(1..) {
             let me = MemberId::new(name.clone(), u128::from(number));
@@ -75,9 +83,12 @@ impl Group {
 
     fn settle(&mut self, name: &str) {
         let now = self.now;
+        let mut mute = false;
         while let Some(output) = self.core(name).poll_output() {
             let me = self.cores[name].me().clone();
             match output {
+                Output::Send { .. } if mute => {}
+                Output::Notice(Notice::Suspected { .. }) => self.suspicions += 1,
                 Output::Send { to, bodies } => {
                     for to in to.iter() {
                         let Some(core) = self.cores.get_mut(&*to.name) else {
@@ -103,7 +114,13 @@ impl Group {
                     let have = self.view.as_ref().map(|(_, version)| *version);
                     let result = if have == expected_version {
                         let version = have.map_or(0, |v| v + 1);
-                        self.view = Some((value, version));
+                        self.view = Some((value.clone(), version));
+                        mute = self.news_lost;
+                        if self.read_first {
+                            let read = ReadResult::Value { value, version };
+                            self.core(name)
+                                .handle_registry(now, RegistryReply::View(read));
+                        }
                         CasResult::Written { version }
                     } else {
                         CasResult::BadVersion
@@ -227,4 +244,21 @@ fn what_is_sent_to_the_leader_comes_with_its_sender() {
     assert!(!group.core("r1").send_to_leader(now, b"to itself"));
     let long = vec![0; group.cores["r2"].unicast_bytes_max() + 1];
     assert!(!group.core("r2").send_to_leader(now, &long));
+}
+
+/// Whoever writes a view for another to lead lets it know, whichever way it learns of its own write, and again when that was lost.
+#[test]
+fn the_next_leader_hears_of_it_before_anybody_suspects_it() {
+    for (read_first, news_lost) in [(true, false), (false, true), (true, true)] {
+        let mut group = Group::of(3, None);
+        group.read_first = read_first;
+        group.news_lost = news_lost;
+        let view = group.cores["r1"].status().view.expect("a view").id;
+        group.hand_over(Some("r3")).expect("it can");
+        group.run_until(|g| g.leader() == "r3");
+        group.run_until(|g| g.cores.values().all(|c| c.role().is_some()));
+        let after = group.cores["r3"].status().view.expect("a view");
+        assert_eq!((after.id.0, after.full.len()), (view.0 + 1, 3));
+        assert_eq!(group.suspicions, 0, "{read_first} {news_lost}");
+    }
 }

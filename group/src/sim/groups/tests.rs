@@ -28,7 +28,7 @@ fn many_seeds_pass() {
 /// Runs in which defects show themselves that seldom do.
 #[test]
 fn telling_seeds_pass() {
-    seeds(272, 1);
+    seeds(90, 1);
 }
 
 #[test]
@@ -107,9 +107,17 @@ fn a_gbcast_that_does_not_wait_is_found() {
 
 #[test]
 fn a_joiner_that_forgets_what_waited_is_found() {
+    // Of each kind of message: which is missing first differs from seed to seed.
     found(
         Fault::JoinerForgets,
-        &["state", "view synchrony", "fbcast", "cbcast", "abcast"],
+        &[
+            "state",
+            "view synchrony",
+            "fbcast",
+            "cbcast",
+            "abcast",
+            "safe",
+        ],
     );
 }
 
@@ -120,7 +128,7 @@ fn messages_of_an_earlier_membership_are_found() {
 
 #[test]
 fn an_acknowledgement_after_the_report_that_counts_is_found() {
-    found_from(272, Fault::VouchAfterReport, &["safe"]);
+    found_from(90, Fault::VouchAfterReport, &["safe"]);
 }
 
 fn with_twins(seed: u64) -> Options {
