@@ -44,6 +44,8 @@ unbroken_planted::faults! {
     HistoryTrimmed,
     /// R3: with one order for all connections, nobody waits until an input is taken.
     OrderIgnored,
+    /// R3: a server that is behind is given no more of a connection that is over.
+    SlowCutOff,
     /// R3: a backup does not compare its server's answers with the leader's.
     AnswersUnjudged,
     /// R3: a leader goes on although two others contradict it.

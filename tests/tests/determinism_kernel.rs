@@ -4,7 +4,7 @@
 
 use std::fs;
 use std::io::{Read as _, Write as _};
-use std::net::TcpStream;
+use std::net::{Shutdown, TcpStream};
 
 use unbroken::status::{DivergenceStatus, Role, ServiceStatus};
 use unbroken_tests::cluster::{Cluster, Options, PATIENCE, Service};
@@ -164,6 +164,60 @@ fn another_version_of_a_server_is_found_before_it_can_lead_unless_that_is_harmle
             assert_eq!(cluster.wait_leader(view).unwrap().0, sound);
             assert_eq!(ask_version(&cluster), answer);
         }
+    });
+}
+
+/// A server that says how many bytes it was sent until their end, and writes that down; where the folder has a file `slow` when it
+/// starts, it begins to read late, and counts one too many.
+const COUNTS: &str = r#"
+import os, socketserver, time
+slow = os.path.exists("slow")
+class Handler(socketserver.BaseRequestHandler):
+    def handle(self):
+        if slow:
+            time.sleep(0.5)
+        count = 0
+        while data := self.request.recv(65536):
+            count += len(data)
+        with open("count", "w") as file:
+            file.write(str(count))
+        self.request.sendall(b"%010d" % (count + slow))
+class Server(socketserver.ThreadingTCPServer):
+    allow_reuse_address = True
+Server(("127.0.0.1", int(os.environ["PORT"])), Handler).serve_forever()
+"#;
+
+#[test]
+fn a_server_that_is_slower_is_given_all_and_compared_when_the_client_is_gone() {
+    let name = "a_server_that_is_slower_is_given_all_and_compared_when_the_client_is_gone";
+    userns::privileged(name, || {
+        // More than the sockets before a server that does not read take.
+        let sent = vec![7; 8 << 20];
+        let counts = Service {
+            server: ["python3", "-c", COUNTS].map(str::to_owned).into(),
+            ..Service::lab(SERVER)
+        };
+        let mut cluster = Cluster::start(Options::new(NODE, [counts])).unwrap();
+        let (leader, view) = cluster.wait_whole().unwrap();
+        let [slow, sound] = others(&cluster, &leader);
+        cluster.kill(&slow).unwrap();
+        fs::write(cluster.folder(&slow).join("slow"), "").unwrap();
+        cluster.start_replica(&slow).unwrap();
+        cluster.wait_whole().unwrap();
+
+        let mut client = cluster.connect(80).unwrap();
+        client.write_all(&sent).unwrap();
+        client.shutdown(Shutdown::Write).unwrap();
+        let mut answer = String::new();
+        client.read_to_string(&mut answer).unwrap();
+        assert_eq!(answer.parse(), Ok(sent.len()));
+        drop(client);
+        let found = wait_divergence(&cluster, &slow);
+        assert_eq!((found.port, found.first), (80, Some(9)), "{found:?}");
+        let count = fs::read_to_string(cluster.folder(&slow).join("count")).unwrap();
+        assert_eq!(count.parse(), Ok(sent.len()));
+        cluster.kill(&leader).unwrap();
+        assert_eq!(cluster.wait_leader(view).unwrap().0, sound);
     });
 }
 

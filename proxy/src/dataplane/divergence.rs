@@ -237,6 +237,11 @@ impl Answer {
         std::mem::take(&mut self.marks).into()
     }
 
+    /// Backup: whether the leader's server has said more than the one here.
+    pub(crate) fn awaits(&self) -> bool {
+        !self.awaited.is_empty()
+    }
+
     /// Backup: the leader's server has said this.
     pub(crate) fn handle_mark(&mut self, theirs: OutputMark) -> Option<Found> {
         if theirs.offset <= self.settled {

@@ -6,6 +6,7 @@
 mod answers;
 mod ending;
 mod keeping;
+mod lingering;
 mod total;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
@@ -18,6 +19,7 @@ use unbroken_tcpstate::{ConnId, Event, EventNo};
 
 use self::answers::Answers;
 pub(crate) use self::answers::VOTES_MAX;
+use self::lingering::Lingering;
 pub(crate) use self::total::{Order, OrderHeader, OrderImage, Outlook};
 use super::closes::Closes;
 use super::divergence::Answer;
@@ -144,6 +146,8 @@ pub(crate) struct Servers {
     plane: usize,
     backends: BTreeMap<u16, Backend>,
     servers: HashMap<ConnId, Server>,
+    /// Those that are over for the client, and with which the server here is behind.
+    lingering: Lingering,
     ready: VecDeque<ConnId>,
     /// Connections that wait for a moment, by it.
     waiting: BTreeSet<(BootTime, ConnId)>,
@@ -196,6 +200,7 @@ impl Servers {
             plane,
             backends,
             servers: HashMap::new(),
+            lingering: Lingering::default(),
             ready: VecDeque::new(),
             waiting: BTreeSet::new(),
             answers: Answers::default(),
@@ -275,7 +280,7 @@ impl Servers {
                     upstream.abort();
                 }
             }
-            Event::Closed { conn } => drop(self.remove(*conn)),
+            Event::Closed { conn } => self.end_connection(now, *conn),
             Event::Answered { conn, marks } => self.handle_marks(*conn, marks),
             // Seen above.
             Event::HalfOpen { .. }
@@ -366,18 +371,29 @@ impl Servers {
     }
 
     fn remove(&mut self, conn: ConnId) -> Option<Upstream> {
+        self.take(conn)?.upstream
+    }
+
+    fn take(&mut self, conn: ConnId) -> Option<Server> {
         let server = self.servers.remove(&conn)?;
         self.history_bytes -= server.input.cost_bytes();
         self.closes.settle(conn);
         if let Some((at, _)) = server.later {
             self.waiting.remove(&(at, conn));
         }
-        server.upstream
+        Some(server)
+    }
+
+    fn get_mut(&mut self, conn: ConnId) -> Option<&mut Server> {
+        match self.servers.get_mut(&conn) {
+            Some(server) => Some(server),
+            None => self.lingering.get_mut(conn),
+        }
     }
 
     /// Puts a connection in the queue of those that have something to do.
     pub(crate) fn wake(&mut self, conn: ConnId) {
-        if let Some(server) = self.servers.get_mut(&conn)
+        if let Some(server) = self.get_mut(conn)
             && !server.queued
         {
             server.queued = true;
@@ -387,11 +403,7 @@ impl Servers {
 
     /// The event loop saw a connection to the server become ready.
     pub(crate) fn handle_ready(&mut self, conn: ConnId, readable: bool, writable: bool) {
-        if let Some(upstream) = self
-            .servers
-            .get_mut(&conn)
-            .and_then(|s| s.upstream.as_mut())
-        {
+        if let Some(upstream) = self.get_mut(conn).and_then(|s| s.upstream.as_mut()) {
             upstream.handle_ready(readable, writable);
             self.wake(conn);
         }
@@ -411,6 +423,9 @@ impl Servers {
             if let Some(server) = self.servers.get_mut(&conn) {
                 server.queued = false;
                 self.turn(now, conn, keeper);
+            } else if let Some(server) = self.lingering.get_mut(conn) {
+                server.queued = false;
+                self.turn_lingering(conn);
             }
         }
     }
@@ -568,7 +583,8 @@ impl Servers {
     /// When something waits to be done.
     pub(crate) fn poll_timeout(&self) -> Option<BootTime> {
         let waiting = self.waiting.first().map(|(at, _)| *at);
-        [waiting, self.order_timeout()].into_iter().flatten().min()
+        let times = [waiting, self.order_timeout(), self.lingering.poll_timeout()];
+        times.into_iter().flatten().min()
     }
 
     /// Does what has waited long enough.
@@ -578,6 +594,7 @@ impl Servers {
         reg: &Registry,
         keeper: &mut impl OutputKeeper,
     ) {
+        self.lingering.expire(now);
         // A server is asked once a turn, however many of its closes are to be judged.
         let mut asked = BTreeMap::new();
         for _ in 0..LATER_PER_TURN {
@@ -651,7 +668,8 @@ impl Servers {
     }
 
     fn drop_connections(&mut self) {
-        for (_, server) in self.servers.drain() {
+        let servers = self.servers.drain().map(|(_, server)| server);
+        for server in servers.chain(self.lingering.drain()) {
             if let Some(upstream) = server.upstream {
                 upstream.abort();
             }

@@ -70,6 +70,18 @@ impl Answers {
         }
     }
 
+    /// A server was read on a connection that is over: there is nothing to tell of it.
+    pub(super) fn note_over(
+        &mut self,
+        name: (ConnId, u16),
+        answer: &mut Answer,
+        found: Option<Found>,
+    ) {
+        if !self.announcing {
+            self.judge(name, answer, found);
+        }
+    }
+
     fn judge(&mut self, (conn, port): (ConnId, u16), answer: &mut Answer, found: Option<Found>) {
         let found = found.map(|found| Divergence { conn, port, found });
         self.found.extend(found);
@@ -105,7 +117,7 @@ impl Servers {
     pub(crate) fn judge_answers_anew(&mut self) {
         self.answers.found.clear();
         self.answers.votes.clear();
-        for server in self.servers.values_mut() {
+        for server in self.servers.values_mut().chain(self.lingering.iter_mut()) {
             server.answer.judge_anew();
         }
     }
@@ -143,7 +155,11 @@ impl Servers {
         if self.answers.announcing || planted!(AnswersUnjudged) {
             return;
         }
-        if let Some(server) = self.servers.get_mut(&conn) {
+        let server = match self.servers.get_mut(&conn) {
+            Some(server) => Some(server),
+            None => self.lingering.get_mut(conn),
+        };
+        if let Some(server) = server {
             for mark in marks {
                 let found = server.answer.handle_mark(*mark);
                 let what = (conn, server.port);
