@@ -2,7 +2,7 @@
 //!
 //! An event is cut into chunks wherever a datagram is full, so that all datagrams of a burst but the last have the same
 //! size (the kernel then segments one large send). A receiver puts chunks together by position (event, byte), so a
-//! retransmission may cut elsewhere than the original did. BSS91 §6 (FBCAST is the FIFO layer of CBCAST).
+//! retransmission may cut elsewhere than the original did. BSS91 §5 (FIFO is what remains of CBCAST with one sender).
 
 use crate::config::Limits;
 use crate::time::Instant;

@@ -1,6 +1,6 @@
 //! Leaving a view: suspicion, pre-vote, wedge, copying up to the cut, waiting for the old lease, writing the successor.
 //!
-//! BSS91 (flush), with the agreement done by a compare-and-set instead of a protocol of our own.
+//! BSS91 §5.5 (flush), with the agreement done by a compare-and-set instead of a protocol of our own.
 
 use crate::config::{Config, planted};
 use crate::core::{Core, Phase};

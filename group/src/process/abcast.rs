@@ -1,6 +1,6 @@
 //! abcast: one order at all members.
 //!
-//! BSS91: an abcast is a cbcast that nobody delivers before it was given its place; the holder of a token places those
+//! BSS91 §5.2: an abcast is a cbcast that nobody delivers before it was given its place; the holder of a token places those
 //! whose causal turn has come, and sends the order (a *sequence*) in its own lane. The token moves to a member that sends
 //! most of the abcasts, so that it can place its own at once. At the end of a view all members hold the same messages and
 //! sequences; what has no place by then is delivered in a fixed order (thread, rank), the same at all.

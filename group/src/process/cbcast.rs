@@ -1,7 +1,7 @@
 //! cbcast: a message is delivered after all that its sender had delivered or sent before it in the same causal thread.
 //!
-//! BSS91: each message carries the vector of what its sender had delivered, with itself counted; a receiver delays it
-//! until what was delivered here admits it. One vector per causal thread (BSS91 on several groups: threads that do not
+//! BSS91 §5.1: each message carries the vector of what its sender had delivered, with itself counted; a receiver delays it
+//! until what was delivered here admits it. One vector per causal thread (BSS91 §6, on several groups: threads that do not
 //! concern each other do not wait for each other). Clocks begin at zero with each view, since a view's end delivers
 //! everything.
 

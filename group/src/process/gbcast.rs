@@ -1,6 +1,6 @@
 //! The end of a view, and gbcast, which is delivered there: at all members between the same messages.
 //!
-//! BJ87 (GBCAST is ordered with respect to every other multicast), BSS91 (flush). Every survivor reports what it
+//! BJ87 (GBCAST is ordered with respect to every other multicast), BSS91 §5.5 (flush). Every survivor reports what it
 //! holds of each lane; the site leader has it fetch from others what they hold and it does not; when all hold the same, the
 //! leader enters the cut. A leader that dies meanwhile is replaced by one that collects the reports anew: what it needs is in
 //! the ledger, and survivors repeat their reports until the view has ended.

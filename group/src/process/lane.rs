@@ -1,6 +1,6 @@
 //! fbcast between many: one member's messages in order, to all others of a view or to one of them.
 //!
-//! BSS91: FBCAST is the FIFO layer below. The sender numbers messages, packs many into a datagram and does not wait;
+//! BSS91 §5, §5.3 (stability): FBCAST is the FIFO layer below. The sender numbers messages, packs many into a datagram and does not wait;
 //! receivers acknowledge cumulatively and ask for what is missing; messages are kept until all hold them.
 
 use super::wire::{self, Header, Small};

@@ -4,7 +4,7 @@
 //! A change of a group (somebody joins, leaves or died, or a gbcast was sent) begins with `Block`: the survivors of its view
 //! send nothing new and deliver nothing more in it, and report to the site leader what they hold of each other's lanes. When
 //! each of them holds the same, the leader enters the `Cut`. Since it is an entry of the ledger, all end the view at the
-//! same place, whatever fails meanwhile. BSS91 (flush); the place of Isis' coordinator is taken by the site group.
+//! same place, whatever fails meanwhile. BSS91 §5.5 (flush); the place of Isis' coordinator is taken by the site group.
 
 use super::types::{GROUPS_MAX, GroupId, GroupView, MEMBERS_MAX, NAME_BYTES_MAX};
 use super::wire::{Entry, Op};

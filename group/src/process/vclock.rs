@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 /// For each rank, how many of its messages.
 ///
-/// FM88, M89; BSS91. A clock is as long as its view; one of another length is a peer's error.
+/// FM88, M89; BSS91 §4.3. A clock is as long as its view; one of another length is a peer's error.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct VClock(pub(crate) Vec<u64>);
 
@@ -13,7 +13,7 @@ impl VClock {
         Self(vec![0; ranks])
     }
 
-    /// BSS91, the delay of CBCAST: whether a message with this stamp of the member of rank `sender` comes next where `self` counts what
+    /// BSS91 §5.1, the delay of CBCAST: whether a message with this stamp of the member of rank `sender` comes next where `self` counts what
     /// was delivered: it is the sender's next, and all that its sender had delivered was delivered here.
     pub(crate) fn admits(&self, sender: usize, stamp: &Self) -> bool {
         self.0.len() == stamp.0.len()
