@@ -19,6 +19,7 @@ Simulates process groups: one seed, one run. Prints each seed that violates an i
   --fault NAME  plant a defect, e.g. skip-lease-wait
   --groups      whole processes with many groups (multicasts, state transfer, calls), not the site group alone
   --trace       print what happens
+  --long        members stopped for up to half a minute, and slow hosts (without --groups)
   --twins       at every input, go on with what was restored from a snapshot, beside one that never was
   --jobs N      threads (one for each processor)
 ";
@@ -58,6 +59,7 @@ fn wish() -> Option<Wish> {
             "--jobs" => wish.jobs = usize::try_from(number()?).ok().filter(|n| *n > 0)?,
             "--groups" => wish.groups = true,
             "--trace" => wish.options.trace = true,
+            "--long" => wish.options.long = true,
             "--twins" => wish.options.twins = true,
             "--fault" => wish.options.fault = Some(fault(&args.next()?)?),
             _ => return None,

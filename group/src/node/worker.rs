@@ -155,6 +155,8 @@ pub(super) struct Worker {
     told: Vec<GroupId>,
     /// Seats with something held.
     holding: BTreeSet<GroupId>,
+    /// Whose turn it is next among these.
+    place_from: GroupId,
     /// What was handed over and is in no group yet, of all seats.
     unplaced: Arc<Unplaced>,
     joining: BTreeMap<String, oneshot::Sender<Result<Joined, JoinError>>>,
@@ -211,6 +213,7 @@ impl Worker {
             seats: BTreeMap::new(),
             told: Vec::new(),
             holding: BTreeSet::new(),
+            place_from: GroupId(0),
             unplaced: Arc::default(),
             joining: BTreeMap::new(),
             again: BTreeMap::new(),
@@ -265,7 +268,9 @@ impl Worker {
                 }
             }
             self.settle(inputs)?;
-            self.place_held(inputs)?;
+            if self.place_held(inputs)? {
+                idle = false;
+            }
             let at = now();
             if self.process.poll_timeout().is_some_and(|t| t <= at) {
                 self.process.handle_timeout(at);
@@ -582,37 +587,53 @@ impl Worker {
         }
     }
 
-    /// Places what was held, as far as there is room now.
-    fn place_held(&mut self, inputs: &Inputs) -> io::Result<()> {
-        for group in std::mem::take(&mut self.holding) {
-            let held = self.seats.get_mut(&group).map(|s| &mut s.held);
-            let mut held = held.map(std::mem::take).unwrap_or_default();
-            let mut placed = false;
-            while let Some(input) = held.pop_front() {
-                if let Input::Send(sending, _) = &input
-                    && !self.process.room(group, sending.message.order)
-                {
-                    held.push_front(input);
-                    break;
-                }
-                placed = true;
-                self.on_input(input);
-            }
-            let Some(seat) = self.seats.get_mut(&group) else {
-                continue;
-            };
-            if held.is_empty() {
-                // A call that found messages waiting may be placed now.
-                seat.room.news.notify_waiters();
-            } else {
-                seat.held = held;
-                self.holding.insert(group);
-            }
-            if placed {
+    /// Places what was held, as far as there is room now, and no more of it than leaves sockets and timers their turn. Whether there
+    /// is more.
+    fn place_held(&mut self, inputs: &Inputs) -> io::Result<bool> {
+        let mut left = INPUTS_MAX;
+        let from = self.place_from;
+        let turns = self.holding.range(from..).chain(self.holding.range(..from));
+        for group in turns.copied().collect::<Vec<_>>() {
+            let before = left;
+            self.place_held_of(group, &mut left);
+            if left < before {
                 self.settle(inputs)?;
             }
+            if left == 0 {
+                self.place_from = group;
+                return Ok(true);
+            }
         }
-        Ok(())
+        Ok(false)
+    }
+
+    /// Places what was held of one group; at most `left`.
+    fn place_held_of(&mut self, group: GroupId, left: &mut usize) {
+        let held = self.seats.get_mut(&group).map(|s| &mut s.held);
+        let mut held = held.map(std::mem::take).unwrap_or_default();
+        self.holding.remove(&group);
+        while *left > 0
+            && let Some(input) = held.pop_front()
+        {
+            if let Input::Send(sending, _) = &input
+                && !self.process.room(group, sending.message.order)
+            {
+                held.push_front(input);
+                break;
+            }
+            *left -= 1;
+            self.on_input(input);
+        }
+        let Some(seat) = self.seats.get_mut(&group) else {
+            return;
+        };
+        if held.is_empty() {
+            // A call that found messages waiting may be placed now.
+            seat.room.news.notify_waiters();
+        } else {
+            seat.held = held;
+            self.holding.insert(group);
+        }
     }
 
     fn on_send(&mut self, sending: Sending) -> Result<(), Refused> {

@@ -15,6 +15,9 @@ pub struct Options {
     /// At every input, put a core restored from a snapshot in the place of the one before, and compare what it does with
     /// one that was never restored.
     pub twins: bool,
+    /// Troubles that last for seconds: members that are stopped for up to half a minute, and slow hosts, which run now and then.
+    /// Not for [`super::run_groups`].
+    pub long: bool,
     /// A defect to plant.
     #[cfg(any(test, feature = "faults"))]
     pub fault: Option<crate::config::Fault>,
@@ -49,9 +52,53 @@ pub(super) enum Trouble {
 }
 
 /// Microseconds at which all is healed.
-pub(super) const HEALED_AT: u64 = 2_500_000;
+const HEALED_AT: u64 = 2_500_000;
+/// The same, in a long run.
+const HEALED_LATE: u64 = 40_000_000;
+/// A process is stopped for so long in a long run, at the least and beyond that.
+const LONG_PAUSE: [u64; 2] = [100_000, 29_900_000];
 
-pub(super) fn draw(rng: &mut Rng, nodes: usize) -> Vec<(u64, Trouble)> {
+impl Options {
+    /// Microseconds at which all is healed.
+    pub(super) fn healed_at(&self) -> u64 {
+        if self.long { HEALED_LATE } else { HEALED_AT }
+    }
+
+    /// What goes wrong, and when.
+    pub(super) fn draw(&self, rng: &mut Rng, nodes: usize) -> Vec<(u64, Trouble)> {
+        let mut plan = draw(rng, nodes);
+        if self.long {
+            draw_long(rng, nodes, &mut plan);
+        }
+        plan
+    }
+}
+
+/// Adds what lasts for seconds.
+fn draw_long(rng: &mut Rng, nodes: usize, plan: &mut Vec<(u64, Trouble)>) {
+    for _ in 0..2 + below(rng, 4) {
+        let mut at = 100_000 + below(rng, HEALED_LATE / 2);
+        let [least, most] = LONG_PAUSE;
+        // As often short as long.
+        let shorter = below(rng, 8);
+        let pause = least + below(rng, most >> shorter);
+        let node = usize::try_from(below(rng, nodes as u64)).expect("few nodes");
+        match below(rng, 4) {
+            0 => plan.push((at, Trouble::Pause(node, pause))),
+            1 | 2 => plan.push((at, Trouble::PauseLeader(pause))),
+            _ => {
+                let (end, busy) = (at + pause, 1_000 + below(rng, 40_000));
+                while at < end {
+                    let stopped = busy / 2 + below(rng, busy);
+                    plan.push((at, Trouble::Pause(node, stopped)));
+                    at += stopped + 500 + below(rng, 10_000);
+                }
+            }
+        }
+    }
+}
+
+fn draw(rng: &mut Rng, nodes: usize) -> Vec<(u64, Trouble)> {
     let mut plan = Vec::new();
     let node = |rng: &mut Rng| usize::try_from(below(rng, nodes as u64)).expect("few nodes");
     let troubles = 2 + below(rng, 7);

@@ -55,6 +55,23 @@ fn and_more_seeds_pass() {
     seeds(300_001, 500);
 }
 
+/// Members that are stopped for up to half a minute, and slow hosts.
+#[test]
+fn long_troubles_are_survived() {
+    for seed in 1..=25 {
+        let report = run(&Options {
+            seed,
+            long: true,
+            ..Options::default()
+        });
+        assert_eq!(
+            report.outcome,
+            Outcome::Passed,
+            "see: cargo run --release -p unbroken-group --features faults --bin sim -- --long --seed {seed} --trace"
+        );
+    }
+}
+
 #[test]
 fn one_seed_is_one_run() {
     for seed in 1..6 {

@@ -4,7 +4,7 @@ use super::app::{self, App};
 use super::control::Connection;
 use super::invariants::{self, Invariant, Observed};
 use super::network::{Network, below, chance};
-use super::plan::{self, HEALED_AT, Options, Trouble};
+use super::plan::{Options, Trouble};
 use super::registry::{Registry, Request};
 use super::twin::Pair;
 use crate::core::Core;
@@ -183,7 +183,7 @@ pub(super) fn run_forgetting(options: &Options, forget: fn(&mut Core)) -> Report
             break;
         };
         w.now = at;
-        if at > HEALED_AT + LIVE_WITHIN {
+        if at > w.options.healed_at() + LIVE_WITHIN {
             w.fail(
                 "liveness",
                 format!("not together: {}", w.where_everyone_is()),
@@ -265,7 +265,8 @@ impl World {
             longest_silence_us: 0,
             forget: |_| {},
         };
-        for (at, trouble) in plan::draw(&mut w.rng, count) {
+        let plan = w.options.draw(&mut w.rng, count);
+        for (at, trouble) in plan {
             w.at(at, Happening::Trouble(trouble));
         }
         for node in 0..count {
@@ -274,7 +275,7 @@ impl World {
             w.at(at, Happening::Progress { node });
         }
         w.at(1000, Happening::Load);
-        w.at(HEALED_AT, Happening::Heal);
+        w.at(w.options.healed_at(), Happening::Heal);
         w
     }
 
