@@ -48,6 +48,8 @@ unbroken_planted::faults! {
     SlowCutOff,
     /// R3: a backup does not compare its server's answers with the leader's.
     AnswersUnjudged,
+    /// R3: what a backup's server answered otherwise than the last leader's is forgotten at once when another leads.
+    DoubtForgotten,
     /// R3: a leader goes on although two others contradict it.
     OutvotedLeads,
     /// R4: a new leader's service clock is not the group's.

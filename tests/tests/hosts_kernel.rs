@@ -216,7 +216,8 @@ fn a_host_is_slow() {
         let mut cluster = Cluster::start(options()).unwrap();
         cluster.wait_whole().unwrap();
         let traffic = Traffic::with_bulk(&cluster, 80, &Kind::BUSY, BULK);
-        for (leads, period) in [(false, 200), (true, 50)] {
+        // Each stops for longer than the others wait (`suspect_after`, 50 ms).
+        for (leads, period) in [(false, 200), (true, 100)] {
             let (leader, _) = cluster.wait_whole().unwrap();
             let mut replicas = cluster.replicas().into_iter();
             let victim = replicas.find(|name| (*name == leader) == leads).unwrap();

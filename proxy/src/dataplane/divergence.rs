@@ -237,6 +237,11 @@ impl Answer {
         std::mem::take(&mut self.marks).into()
     }
 
+    /// Up to where the leader has told, or this replica has agreed.
+    pub(crate) fn settled(&self) -> u64 {
+        self.settled
+    }
+
     /// Backup: whether the leader's server has said more than the one here.
     pub(crate) fn awaits(&self) -> bool {
         !self.awaited.is_empty()

@@ -17,9 +17,12 @@ use super::divergence::Divergence;
 use super::servers::VOTES_MAX;
 use crate::clock::BootTime;
 use crate::config;
+use crate::fault::planted;
 
 /// How long a backup waits for others that agree with it against the leader.
 const VOTE_WAIT: Duration = Duration::from_millis(500);
+/// How long a backup that diverged from a leader is held for unfit under the next one, unless it is seen to answer as that one does.
+const DOUBTED_FOR: Duration = Duration::from_secs(1);
 /// How often it reports meanwhile: a report may be lost.
 const REPORT_EVERY: Duration = Duration::from_millis(50);
 /// A replica that diverges again and again joins anew after a wait, which doubles up to the second of
@@ -55,6 +58,8 @@ enum State {
     Fit,
     /// It diverged, and acts at this moment.
     Diverged(BootTime),
+    /// It diverged from a former leader; whether from this one too is found out by this moment at the latest.
+    Doubted(BootTime),
     /// It has left until this moment, or until the node is started anew.
     Out(Option<BootTime>),
 }
@@ -113,7 +118,7 @@ impl Verdict {
             return;
         }
         self.stop |= policy == config::Divergence::Stop;
-        if self.state == State::Fit {
+        if matches!(self.state, State::Fit | State::Doubted(_)) {
             let wait = if others { VOTE_WAIT } else { Duration::ZERO };
             self.state = State::Diverged(now + wait);
             self.report_at = now;
@@ -137,15 +142,35 @@ impl Verdict {
         self.state != State::Fit
     }
 
-    /// A view with another leader, or this one as leader: the verdict was on the last one's answers.
-    pub(crate) fn handle_new_leader(&mut self) {
-        if matches!(self.state, State::Diverged(_)) {
-            self.state = State::Fit;
+    /// A view with another leader, or this one as leader (`leads`): the verdict was on the last one's answers. A backup is doubted
+    /// until it is seen to answer as the new one does: that one may die at once, and two faults in a row must not let it lead.
+    pub(crate) fn handle_new_leader(&mut self, now: BootTime, leads: bool) {
+        match self.state {
+            State::Doubted(_) | State::Diverged(_) if leads || planted!(DoubtForgotten) => {
+                self.state = State::Fit;
+            }
+            State::Diverged(_) => self.state = State::Doubted(now + DOUBTED_FOR),
+            State::Fit | State::Doubted(_) | State::Out(_) => {}
+        }
+        if !self.is_out() {
             self.stop = false;
         }
         self.votes.clear();
         self.reports.clear();
         self.accusers.clear();
+    }
+
+    /// Where this replica is yet to be seen to answer as the leader does.
+    pub(crate) fn doubted_at(&self) -> Option<Divergence> {
+        self.latest
+            .filter(|_| matches!(self.state, State::Doubted(_)))
+    }
+
+    /// It does.
+    pub(crate) fn acquit(&mut self) {
+        if matches!(self.state, State::Doubted(_)) {
+            self.state = State::Fit;
+        }
     }
 
     /// Who is a full member now. One that was brought up anew is another.
@@ -179,12 +204,16 @@ impl Verdict {
         match self.state {
             State::Fit => None,
             State::Diverged(at) => Some(at.min(self.report_at)),
+            State::Doubted(at) => Some(at),
             State::Out(at) => at,
         }
     }
 
     /// What a replica that has diverged does now.
     pub(crate) fn poll_action(&mut self, now: BootTime) -> Option<Action> {
+        if matches!(self.state, State::Doubted(at) if now >= at) {
+            self.acquit();
+        }
         let State::Diverged(at) = self.state else {
             return None;
         };
@@ -244,6 +273,7 @@ impl Verdict {
         match self.state {
             State::Fit => None,
             State::Diverged(_) => Some(format!("{what}{place}")),
+            State::Doubted(_) => Some(format!("{what}{place}, before another led")),
             State::Out(Some(at)) => Some(format!(
                 "{what}{place}; it is brought up anew in {} s",
                 at.since(now).as_secs() + 1
@@ -367,7 +397,29 @@ mod tests {
         assert!(leader.accused_by(&a) && !leader.accused_by(&b));
         let mut backup = verdict();
         backup.handle_divergence(at(0), divergence(80), true);
-        backup.handle_new_leader();
-        assert!(!backup.unfit() && backup.poll_action(at(9999)).is_none());
+        // Under the next leader it is doubted, until it is seen to answer alike, or for a second.
+        backup.handle_new_leader(at(100), false);
+        assert!(
+            backup.unfit() && backup.doubted_at().is_some() && backup.reason(at(100)).is_some()
+        );
+        assert_eq!((backup.poll_action(at(1099)), backup.unfit()), (None, true));
+        let mut acquitted = self::verdict();
+        acquitted.handle_divergence(at(0), divergence(80), true);
+        acquitted.handle_new_leader(at(100), false);
+        acquitted.acquit();
+        assert!(!acquitted.unfit());
+        assert_eq!(backup.poll_timeout(), Some(at(1100)));
+        assert_eq!(
+            (backup.poll_action(at(1100)), backup.unfit()),
+            (None, false)
+        );
+        // It diverges from the next one too.
+        backup.handle_divergence(at(2000), divergence(80), false);
+        assert_eq!(backup.poll_action(at(2000)), Some(Action::Renew));
+        // One that leads is measured by nobody.
+        let mut leads = self::verdict();
+        leads.handle_divergence(at(0), divergence(80), true);
+        leads.handle_new_leader(at(100), true);
+        assert!(!leads.unfit());
     }
 }

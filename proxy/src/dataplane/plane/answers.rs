@@ -42,6 +42,13 @@ impl Plane {
             self.progress_at = now;
             self.changed = true;
         }
+        if let Some(found) = self.verdict.doubted_at()
+            && self.servers.agrees_beyond(found.conn, found.found.before)
+        {
+            self.verdict.acquit();
+            self.progress_at = now;
+            self.changed = true;
+        }
         for (conn, vote) in self.servers.take_votes() {
             self.verdict.handle_vote(conn, vote);
         }

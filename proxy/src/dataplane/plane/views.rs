@@ -38,7 +38,8 @@ impl Plane {
         );
         if self.led_by.as_ref() != Some(view.leader()) {
             self.led_by = Some(view.leader().clone());
-            self.verdict.handle_new_leader();
+            let leads = *view.leader() == *self.group.me();
+            self.verdict.handle_new_leader(now, leads);
             self.servers.judge_answers_anew();
         }
         self.verdict.handle_view(&view.full);

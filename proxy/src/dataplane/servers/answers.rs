@@ -178,6 +178,13 @@ impl Servers {
         self.answers.votes.drain(..)
     }
 
+    /// Whether the server here is known to have answered as the leader's has, up to this offset. Of a connection that is over nothing
+    /// is known.
+    pub(crate) fn agrees_beyond(&self, conn: ConnId, offset: u64) -> bool {
+        let server = self.servers.get(&conn);
+        server.is_some_and(|server| server.answer.settled() >= offset)
+    }
+
     /// This node leads no more: it judges, and does not tell.
     pub(super) fn judge_answers(&mut self) {
         self.answers.announcing = false;
