@@ -27,6 +27,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail};
 use unbroken::status::{Redundancy, Role, Status};
 
+use crate::disk::Disk;
 use crate::netns::{Host, Lab, LabOptions, Process, wait_until};
 
 /// The virtual address of every service that names no other, in the network of the lab.
@@ -120,17 +121,13 @@ struct Running {
     servers: BTreeMap<String, Process>,
 }
 
-/// Makes a file system in a mount namespace of its own, and holds both: the machine sees nothing of it.
-const HOLD_DISK: &str =
-    "mkdir -p data && mount -t tmpfs -o size=$1 tmpfs data && echo mounted && exec sleep infinity";
-
 /// The cluster. One at a time in a process: each wants all of a small machine. Dropped, it is killed; if the test is
 /// failing, it shows the ends of the nodes' logs first.
 #[derive(Debug)]
 pub struct Cluster {
     running: BTreeMap<String, Running>,
-    /// The processes that hold the replicas' disks.
-    disks: BTreeMap<String, Process>,
+    /// The replicas' disks, which outlive their processes.
+    disks: BTreeMap<String, Disk>,
     options: Options,
     dir: PathBuf,
     lab: Lab,
@@ -177,7 +174,8 @@ impl Cluster {
         let coordinators = cluster.coordinators();
         for name in coordinators.iter().chain(&cluster.replicas()) {
             if let Some(bytes) = cluster.options.disk {
-                cluster.make_disk(name, bytes)?;
+                let disk = Disk::new(&cluster.folder(name), bytes).context("a replica's disk")?;
+                cluster.disks.insert(name.to_owned(), disk);
             }
             cluster.start_replica(name)?;
         }
@@ -212,22 +210,10 @@ impl Cluster {
     /// # Panics
     /// If there are no such disks.
     pub fn disk(&self, replica: &str) -> PathBuf {
-        let holder = self.disks.get(replica).expect("a replica with a disk");
-        let root = PathBuf::from(format!("/proc/{}/root", holder.pid()));
-        let folder = self.folder(replica).join("data");
-        root.join(folder.strip_prefix("/").expect("an absolute path"))
-    }
-
-    fn make_disk(&mut self, name: &str, bytes: u64) -> Result<()> {
-        let mut command = Command::new("unshare");
-        command.args(["--mount", "sh", "-c", HOLD_DISK, "sh", &bytes.to_string()]);
-        command.current_dir(self.folder(name));
-        let log = self.folder(name).join("disk.log");
-        // Not on the replica, whose disk outlives its processes.
-        let mut holder = self.host("c").spawn("disk", command, &log)?;
-        holder.wait_for_line("mounted", PATIENCE)?;
-        self.disks.insert(name.to_owned(), holder);
-        Ok(())
+        self.disks
+            .get(replica)
+            .expect("a replica with a disk")
+            .path()
     }
 
     /// Starts a host's servers, waits until they listen, and starts its node. What ran there before must be dead.
@@ -253,9 +239,9 @@ impl Cluster {
     pub fn start_node(&mut self, name: &str) -> Result<()> {
         let mut command = match self.disks.get(name) {
             None => Command::new(&self.options.program),
-            Some(holder) => {
+            Some(disk) => {
                 let mut command = Command::new("nsenter");
-                command.arg(format!("--mount=/proc/{}/ns/mnt", holder.pid()));
+                command.arg(format!("--mount=/proc/{}/ns/mnt", disk.holder()));
                 let mut folder = std::ffi::OsString::from("--wdns=");
                 folder.push(self.folder(name));
                 command.arg(folder).arg(&self.options.program);

@@ -2,6 +2,7 @@
 
 pub mod client;
 pub mod cluster;
+pub mod disk;
 pub mod netns;
 pub mod pattern;
 pub mod server;
