@@ -8,10 +8,12 @@ use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
+use tokio::time::timeout;
 use unbroken_group::MemberId;
 use unbroken_group::node::{Node, NodeConfig};
 use unbroken_group::registry::MemoryRegistry;
 use unbroken_group::tools::{Durable, DurableError, Machine, UpdateError};
+use unbroken_tests::cluster::PATIENCE;
 use unbroken_tests::disk::Disk;
 use unbroken_tests::netns::userns;
 
@@ -98,30 +100,32 @@ fn nothing_is_acknowledged_that_a_full_disk_did_not_take() {
             let small = Disk::new(&folder.0, DISK_BYTES).unwrap();
             let disk = small.path();
             let runtime = tokio::runtime::Runtime::new().unwrap();
-            runtime.block_on(async {
-                let (node, count, work) = open(&disk).await;
-                let mut acknowledged = 0;
-                let refused = loop {
-                    match count.update(&[7; UPDATE_BYTES]).await {
-                        Ok(_) => acknowledged += 1,
-                        Err(error) => break error,
-                    }
-                    assert!(acknowledged * UPDATE_BYTES as u64 <= DISK_BYTES);
-                };
-                assert!(matches!(refused, UpdateError::Out), "{refused:?}");
-                let ended = work.await.unwrap();
-                assert!(matches!(ended, Err(DurableError::Disk(_))), "{ended:?}");
-                assert!(acknowledged > 0);
-                drop((count, node));
+            runtime
+                .block_on(timeout(PATIENCE, async {
+                    let (node, count, work) = open(&disk).await;
+                    let mut acknowledged = 0;
+                    let refused = loop {
+                        match count.update(&[7; UPDATE_BYTES]).await {
+                            Ok(_) => acknowledged += 1,
+                            Err(error) => break error,
+                        }
+                        assert!(acknowledged * UPDATE_BYTES as u64 <= DISK_BYTES);
+                    };
+                    assert!(matches!(refused, UpdateError::Out), "{refused:?}");
+                    let ended = work.await.unwrap();
+                    assert!(matches!(ended, Err(DurableError::Disk(_))), "{ended:?}");
+                    assert!(acknowledged > 0);
+                    drop((count, node));
 
-                // On a larger one it goes on with all that was acknowledged.
-                let larger = folder.0.join("larger");
-                copy(&disk, &larger);
-                let (_node, count, _work) = open(&larger).await;
-                count.update(b"one more").await.unwrap();
-                let all = count.read(|count| count.0).unwrap();
-                assert!(all > acknowledged, "{all} of {acknowledged} and one");
-            });
+                    // On a larger one it goes on with all that was acknowledged.
+                    let larger = folder.0.join("larger");
+                    copy(&disk, &larger);
+                    let (_node, count, _work) = open(&larger).await;
+                    count.update(b"one more").await.unwrap();
+                    let all = count.read(|count| count.0).unwrap();
+                    assert!(all > acknowledged, "{all} of {acknowledged} and one");
+                }))
+                .expect("nobody waits for a disk that failed");
         },
     );
 }

@@ -585,12 +585,21 @@ async fn attend<M: Machine>(
             let events = pin!(follow(shared, &group, events, founds));
             let speaks = pin!(speak(shared, &group));
             let announces = pin!(announce(shared));
+            let fails = pin!(fail(shared));
             let both = pin!(first(speaks, announces));
-            first(events, both).await
+            let three = pin!(first(both, fails));
+            first(events, three).await
         };
         shared.state().group = None;
         result?;
     }
+}
+
+/// Waits until the disk fails: this member goes at once, for the others' updates wait for its word.
+async fn fail<M: Machine>(shared: &Shared<M>) -> Result<(), DurableError> {
+    shared.when(|s| s.failed.is_some()).await?;
+    let error = shared.state().failed.take();
+    error.map_or(Ok(()), |error| Err(error.into()))
 }
 
 /// Takes what the group delivers. Ends when this member has to go back to the roll call.
