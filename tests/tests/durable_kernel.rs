@@ -91,6 +91,31 @@ fn copy(from: &Path, to: &Path) {
     }
 }
 
+/// Updates until the disk is full, and what is found on a larger one then.
+async fn fill(disk: &Path, larger: &Path) {
+    let (node, count, work) = open(disk).await;
+    let mut acknowledged = 0;
+    let refused = loop {
+        match count.update(&[7; UPDATE_BYTES]).await {
+            Ok(_) => acknowledged += 1,
+            Err(error) => break error,
+        }
+        assert!(acknowledged * UPDATE_BYTES as u64 <= DISK_BYTES);
+    };
+    assert!(matches!(refused, UpdateError::Out), "{refused:?}");
+    let ended = work.await.unwrap();
+    assert!(matches!(ended, Err(DurableError::Disk(_))), "{ended:?}");
+    assert!(acknowledged > 0);
+    drop((count, node));
+
+    // On a larger one it goes on with all that was acknowledged.
+    copy(disk, larger);
+    let (_node, count, _work) = open(larger).await;
+    count.update(b"one more").await.unwrap();
+    let all = count.read(|count| count.0).unwrap();
+    assert!(all > acknowledged, "{all} of {acknowledged} and one");
+}
+
 #[test]
 fn nothing_is_acknowledged_that_a_full_disk_did_not_take() {
     userns::privileged(
@@ -100,32 +125,10 @@ fn nothing_is_acknowledged_that_a_full_disk_did_not_take() {
             let small = Disk::new(&folder.0, DISK_BYTES).unwrap();
             let disk = small.path();
             let runtime = tokio::runtime::Runtime::new().unwrap();
-            runtime
-                .block_on(timeout(PATIENCE, async {
-                    let (node, count, work) = open(&disk).await;
-                    let mut acknowledged = 0;
-                    let refused = loop {
-                        match count.update(&[7; UPDATE_BYTES]).await {
-                            Ok(_) => acknowledged += 1,
-                            Err(error) => break error,
-                        }
-                        assert!(acknowledged * UPDATE_BYTES as u64 <= DISK_BYTES);
-                    };
-                    assert!(matches!(refused, UpdateError::Out), "{refused:?}");
-                    let ended = work.await.unwrap();
-                    assert!(matches!(ended, Err(DurableError::Disk(_))), "{ended:?}");
-                    assert!(acknowledged > 0);
-                    drop((count, node));
-
-                    // On a larger one it goes on with all that was acknowledged.
-                    let larger = folder.0.join("larger");
-                    copy(&disk, &larger);
-                    let (_node, count, _work) = open(&larger).await;
-                    count.update(b"one more").await.unwrap();
-                    let all = count.read(|count| count.0).unwrap();
-                    assert!(all > acknowledged, "{all} of {acknowledged} and one");
-                }))
-                .expect("nobody waits for a disk that failed");
+            let larger = folder.0.join("larger");
+            let filled = fill(&disk, &larger);
+            let done = runtime.block_on(async { timeout(PATIENCE, filled).await });
+            done.expect("nobody waits for a disk that failed");
         },
     );
 }
