@@ -74,6 +74,9 @@ async fn a_map_counts_exactly_and_comes_to_those_who_join() {
     }
     assert_eq!(late.remove("n").await.unwrap(), Some("81".into()));
     assert_eq!(late.get(b"n"), None);
+    assert_eq!(late.set("k", "one").await.unwrap(), None);
+    assert_eq!(late.set("k", "two").await.unwrap(), Some("one".into()));
+    assert_eq!(late.get(b"k"), Some("two".into()));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -196,6 +199,8 @@ async fn ranks_follow_age_and_the_next_leads() {
     assert_eq!(third.leader(), Some(first));
     assert_eq!(third.member(2).as_ref(), Some(machines[2].group().me()));
     assert_eq!(third.member(3), None);
+    let within = soon("within the first two", second.until_rank(1));
+    assert_eq!(within.await.unwrap().rank, 1);
     let parts = machines.iter().map(|m| Succession::of(m.group()).now());
     let parts: Vec<u64> = parts.flat_map(|r| r.unwrap().part(10)).collect();
     assert_eq!(parts, (0..10).collect::<Vec<_>>());
