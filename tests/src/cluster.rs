@@ -292,6 +292,24 @@ impl Cluster {
         Ok(())
     }
 
+    /// Kills a server by SIGKILL, waits until that is known, has `between` done, and starts it again.
+    ///
+    /// # Errors
+    /// One of that does not come about.
+    pub fn restart_server(
+        &mut self,
+        replica: &str,
+        service: &str,
+        between: impl FnOnce(&Self),
+    ) -> Result<()> {
+        self.server(replica, service).kill()?;
+        wait_until("the death is known", PATIENCE, || {
+            whole(&self.statuses(), &self.replicas()).is_err()
+        })?;
+        between(self);
+        self.start_server(replica, service)
+    }
+
     /// The node of a replica.
     ///
     /// # Panics

@@ -146,8 +146,7 @@ fn what_a_restarted_server_says_again_is_not_heard_twice() {
             client.wait_progress();
             let mut backups = cluster.replicas().into_iter();
             let backup = backups.find(|name| *name != leader).unwrap();
-            cluster.server(&backup, "lab").kill().unwrap();
-            cluster.start_server(&backup, "lab").unwrap();
+            cluster.restart_server(&backup, "lab", |_| ()).unwrap();
             cluster.wait_whole().unwrap();
             let mut command = Command::new(NODE);
             command.args(["handover", &backup]);

@@ -144,9 +144,10 @@ fn another_version_of_a_server_is_found_before_it_can_lead_unless_that_is_harmle
             let mut cluster = Cluster::start(Options::new(NODE, [web])).unwrap();
             let (leader, view) = cluster.wait_whole().unwrap();
             let [newer, sound] = others(&cluster, &leader);
-            cluster.server(&newer, "lab").kill().unwrap();
-            fs::write(cluster.folder(&newer).join("newer"), "").unwrap();
-            cluster.start_server(&newer, "lab").unwrap();
+            let renew = |cluster: &Cluster| {
+                fs::write(cluster.folder(&newer).join("newer"), "").unwrap();
+            };
+            cluster.restart_server(&newer, "lab", renew).unwrap();
             cluster.wait_whole().unwrap();
             let answer = ask_version(&cluster);
             if harmless {
