@@ -29,6 +29,8 @@ use tokio::sync::{oneshot, watch};
 const BATCHES_MAX: usize = 8;
 /// Inputs of programs taken before sockets are looked at.
 const INPUTS_MAX: usize = 512;
+/// A thread that always has something to do looks at its sockets this often: which are ready is told by looking only.
+const LOOK_EVERY: Duration = Duration::from_millis(1);
 /// The status is told this often at most.
 const STATUS_EVERY: Duration = Duration::from_millis(20);
 /// A life that was shorter than this is followed by a pause, which doubles from the first of these to the last.
@@ -246,6 +248,7 @@ impl Worker {
     fn run(&mut self, inputs: &Inputs) -> io::Result<()> {
         let mut ready = Ready::with_capacity(TOKENS + 1);
         let mut busy_at = now();
+        let mut looked_at = busy_at;
         self.settle(inputs)?;
         while !self.over {
             let mut idle = self.receive(inputs)?;
@@ -281,6 +284,10 @@ impl Worker {
             self.tell_status(at);
             if !idle {
                 busy_at = at;
+                if at.since(looked_at) >= LOOK_EVERY {
+                    looked_at = at;
+                    self.look(inputs, &mut ready, Some(Duration::ZERO))?;
+                }
             } else if !self.driver.receiver.readable() && !self.over {
                 let spinning = at.since(busy_at) < self.config.spin;
                 self.sleep(inputs, &mut ready, spinning)?;
@@ -336,6 +343,16 @@ impl Worker {
             }
             due.into_iter().flatten().min().map(|t| t.since(now()))
         };
+        self.look(inputs, ready, wait)
+    }
+
+    /// Learns which sockets are ready, and waits for so long if none is.
+    fn look(
+        &mut self,
+        inputs: &Inputs,
+        ready: &mut Ready,
+        wait: Option<Duration>,
+    ) -> io::Result<()> {
         let polled = self.poll.poll(ready, wait);
         inputs.awake();
         match polled {
@@ -594,17 +611,20 @@ impl Worker {
         let from = self.place_from;
         let turns = self.holding.range(from..).chain(self.holding.range(..from));
         for group in turns.copied().collect::<Vec<_>>() {
-            let before = left;
             self.place_held_of(group, &mut left);
-            if left < before {
-                self.settle(inputs)?;
+            while let Some(output) = self.process.poll_ready() {
+                self.execute(inputs, output)?;
             }
             if left == 0 {
                 self.place_from = group;
-                return Ok(true);
+                break;
             }
         }
-        Ok(false)
+        // All that was placed is sent together: what is due is looked for in every group.
+        if left < INPUTS_MAX {
+            self.settle(inputs)?;
+        }
+        Ok(left == 0)
     }
 
     /// Places what was held of one group; at most `left`.
