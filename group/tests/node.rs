@@ -11,6 +11,8 @@ mod site;
 use bytes::Bytes;
 use site::{LONG, Site};
 use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tokio::time::timeout;
 use unbroken_group::MemberId;
@@ -322,6 +324,35 @@ async fn a_program_that_reads_nothing_holds_up_no_view_and_hears_replies() {
     };
     assert!(of_first(&deaf) == of_first(&first) && deaf.log.len() == first.log.len());
     assert_eq!(of_first(&first).len(), 400);
+}
+
+/// One that is never idle hears the others all the same.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_program_that_never_pauses_is_not_deaf() {
+    let site = Site::new(2);
+    let busy = site.start(1);
+    // In groups of its own, where nothing has to be waited for.
+    let mut senders = Vec::new();
+    for i in 0..3 {
+        let (group, mut events) = Group::join(&busy, &format!("own {i}")).await.unwrap();
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
+        let send = tokio::spawn(async move {
+            while !stopped.load(Ordering::Relaxed) {
+                group.fbcast(word(0, 0)).await.unwrap();
+            }
+        });
+        let take = tokio::spawn(async move { while events.next().await.is_some() {} });
+        senders.push((stop, send, take));
+    }
+    // Which the busy one, as the leader of the nodes, has to let in.
+    let mut late = Member::join(site.start(2), "late").await;
+    late.until(|m| m.view.members.len() == 1).await;
+    for (stop, send, take) in senders {
+        stop.store(true, Ordering::Relaxed);
+        soon("the sender", send).await.unwrap();
+        take.abort();
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
