@@ -173,6 +173,15 @@ impl Verdict {
         }
     }
 
+    /// This replica begins a new life, brought up by replay: what its servers answered in the last one says nothing any more.
+    pub(crate) fn handle_new_life(&mut self) {
+        if !self.is_out() {
+            self.state = State::Fit;
+            self.stop = false;
+            self.votes.clear();
+        }
+    }
+
     /// Who is a full member now. One that was brought up anew is another.
     pub(crate) fn handle_view(&mut self, full: &[MemberId]) {
         self.accusers.retain(|member| full.contains(member));
@@ -413,6 +422,12 @@ mod tests {
             (backup.poll_action(at(1100)), backup.unfit()),
             (None, false)
         );
+        // One that is put out meanwhile is brought up anew, and waits for nothing.
+        let mut anew = self::verdict();
+        anew.handle_divergence(at(0), divergence(80), true);
+        anew.handle_new_leader(at(100), false);
+        anew.handle_new_life();
+        assert_eq!((anew.unfit(), anew.poll_timeout()), (false, None));
         // It diverges from the next one too.
         backup.handle_divergence(at(2000), divergence(80), false);
         assert_eq!(backup.poll_action(at(2000)), Some(Action::Renew));

@@ -194,6 +194,7 @@ impl Plane {
     /// A new life in the group: every upstream connection is closed first (R3).
     pub(super) fn renew(&mut self, now: BootTime, cx: &mut Context<'_>) {
         self.servers.clear(now);
+        self.verdict.handle_new_life();
         self.recent.clear();
         self.role = Role::Outside;
         self.wedged = false;

@@ -2,7 +2,7 @@
 //! replica's server is fed the same), and what it answers is held against what the leader's answered. A server that is always a
 //! little slower would else never be compared on short connections.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap};
 use std::time::Duration;
 
 use tracing::debug;
@@ -23,9 +23,9 @@ const LINGERING_BYTES_MAX: u64 = 16 << 20;
 /// The connections that linger.
 #[derive(Debug, Default)]
 pub(super) struct Lingering {
-    servers: HashMap<ConnId, Server>,
-    /// Until when, the oldest first. Some of these may be gone.
-    until: VecDeque<(BootTime, ConnId)>,
+    servers: HashMap<ConnId, (BootTime, Server)>,
+    /// Until when. Invariant: the same as in `servers`.
+    until: BTreeSet<(BootTime, ConnId)>,
     /// What their inputs cost in memory when they began to linger.
     bytes: u64,
 }
@@ -36,48 +36,43 @@ impl Lingering {
         server.input.give_up(taken);
         server.queued = false;
         self.bytes += server.input.cost_bytes();
-        self.servers.insert(conn, server);
-        self.until.push_back((now + LINGER, conn));
-        while self.servers.len() > LINGERING_MAX || self.bytes > LINGERING_BYTES_MAX {
-            let Some((_, oldest)) = self.until.pop_front() else {
-                break;
-            };
+        self.servers.insert(conn, (now + LINGER, server));
+        self.until.insert((now + LINGER, conn));
+        while (self.servers.len() > LINGERING_MAX || self.bytes > LINGERING_BYTES_MAX)
+            && let Some((_, oldest)) = self.until.first().copied()
+        {
             self.remove(oldest);
         }
     }
 
     fn remove(&mut self, conn: ConnId) {
-        if let Some(server) = self.servers.remove(&conn) {
+        if let Some((until, server)) = self.servers.remove(&conn) {
+            self.until.remove(&(until, conn));
             self.bytes -= server.input.cost_bytes();
         }
-        while self
-            .until
-            .pop_front_if(|(_, c)| !self.servers.contains_key(c))
-            .is_some()
-        {}
     }
 
     pub(super) fn get_mut(&mut self, conn: ConnId) -> Option<&mut Server> {
-        self.servers.get_mut(&conn)
+        self.servers.get_mut(&conn).map(|(_, server)| server)
     }
 
     pub(super) fn iter_mut(&mut self) -> impl Iterator<Item = &mut Server> {
-        self.servers.values_mut()
+        self.servers.values_mut().map(|(_, server)| server)
     }
 
     pub(super) fn drain(&mut self) -> impl Iterator<Item = Server> {
         self.until.clear();
         self.bytes = 0;
-        self.servers.drain().map(|(_, server)| server)
+        self.servers.drain().map(|(_, (_, server))| server)
     }
 
     pub(super) fn poll_timeout(&self) -> Option<BootTime> {
-        self.until.front().map(|(at, _)| *at)
+        self.until.first().map(|(at, _)| *at)
     }
 
     /// Those that had their time.
     pub(super) fn expire(&mut self, now: BootTime) {
-        while let Some((_, conn)) = self.until.pop_front_if(|(at, _)| *at <= now) {
+        while let Some((_, conn)) = self.until.first().copied().filter(|(at, _)| *at <= now) {
             debug!(conn = conn.0, "over, and the server here is still behind");
             self.remove(conn);
         }
