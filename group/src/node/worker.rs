@@ -1,5 +1,7 @@
 //! The node's thread: sockets, clock and coordinator on one side, the process on the other.
 
+mod placing;
+
 use super::bundle::{self, Bundles};
 use super::events::Batch;
 use super::{
@@ -560,34 +562,6 @@ impl Worker {
         let _ = self.process.handle_command(now(), command);
     }
 
-    /// A message is placed in its group, or held here behind others until there is room; a call is refused then.
-    fn on_sending(
-        &mut self,
-        sending: Sending,
-        answer: Option<oneshot::Sender<Result<(), Refused>>>,
-    ) {
-        if !self.is_seated(&sending.of) {
-            if let Some(answer) = answer {
-                let _ = answer.send(Err(Refused::NotAMember));
-            }
-            return;
-        }
-        let (group, order) = (sending.of.group, sending.message.order);
-        let is_call = sending.replies.is_some();
-        if !is_call
-            && let Some(seat) = self.seats.get_mut(&group)
-            && (!seat.held.is_empty() || !self.process.room(group, order))
-        {
-            seat.held.push_back(Input::Send(sending, answer));
-            self.holding.insert(group);
-            return;
-        }
-        let result = self.on_send(sending);
-        if let Some(answer) = answer {
-            let _ = answer.send(result);
-        }
-    }
-
     fn on_leave(&mut self, of: Membership, done: Option<oneshot::Sender<Result<(), Refused>>>) {
         let group = of.group;
         let command = Command::Leave { group };
@@ -601,58 +575,6 @@ impl Worker {
         let result = self.process.handle_command(now(), command);
         if let Some(done) = done {
             let _ = done.send(result);
-        }
-    }
-
-    /// Places what was held, as far as there is room now, and no more of it than leaves sockets and timers their turn. Whether there
-    /// is more.
-    fn place_held(&mut self, inputs: &Inputs) -> io::Result<bool> {
-        let mut left = INPUTS_MAX;
-        let from = self.place_from;
-        let turns = self.holding.range(from..).chain(self.holding.range(..from));
-        for group in turns.copied().collect::<Vec<_>>() {
-            self.place_held_of(group, &mut left);
-            while let Some(output) = self.process.poll_ready() {
-                self.execute(inputs, output)?;
-            }
-            if left == 0 {
-                self.place_from = group;
-                break;
-            }
-        }
-        // All that was placed is sent together: what is due is looked for in every group.
-        if left < INPUTS_MAX {
-            self.settle(inputs)?;
-        }
-        Ok(left == 0)
-    }
-
-    /// Places what was held of one group; at most `left`.
-    fn place_held_of(&mut self, group: GroupId, left: &mut usize) {
-        let held = self.seats.get_mut(&group).map(|s| &mut s.held);
-        let mut held = held.map(std::mem::take).unwrap_or_default();
-        self.holding.remove(&group);
-        while *left > 0
-            && let Some(input) = held.pop_front()
-        {
-            if let Input::Send(sending, _) = &input
-                && !self.process.room(group, sending.message.order)
-            {
-                held.push_front(input);
-                break;
-            }
-            *left -= 1;
-            self.on_input(input);
-        }
-        let Some(seat) = self.seats.get_mut(&group) else {
-            return;
-        };
-        if held.is_empty() {
-            // A call that found messages waiting may be placed now.
-            seat.room.news.notify_waiters();
-        } else {
-            seat.held = held;
-            self.holding.insert(group);
         }
     }
 
